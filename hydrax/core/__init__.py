@@ -1,0 +1,1 @@
+"""Types, configuration and numerics shared by every other room."""

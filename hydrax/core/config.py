@@ -1,0 +1,142 @@
+"""Config files: Python with `get_config(arg: str = "") -> ConfigDict`, found by path or by name.
+
+A locked `ConfigDict` accepts only the keys it has; a section left unlocked (the options of mixers and blocks) is
+free-form and checked by whoever reads it.
+"""
+
+import ast
+import difflib
+import importlib.util
+import pathlib
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hydrax.core.build import ConfigError, Raw
+
+PACKAGE = "configs"
+
+
+def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
+    """The config of `quickstart`, `configs/lm.py`, `lm:340m`, ... with dotted keys overridden.
+
+    Values that are `core.build.Raw` (command-line text) stay text until `core.build.build` knows their type.
+
+    Raises:
+      ConfigError: no such file, a file that fails or has no `get_config`, or an unknown key.
+    """
+    module, arg = load_module(path_or_name)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError("config", path_or_name, "expected a Python file that defines get_config(arg='')")
+    try:
+        config = module.get_config(arg)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError("config", path_or_name, _failure(error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("config", path_or_name, f"get_config returned {type(config).__name__}, expected ConfigDict")
+    for key, value in overrides.items():
+        _override(config, key, value)
+    return config
+
+
+def load_module(path_or_name: str) -> tuple[types.ModuleType, str]:
+    """The module of a config file and its argument, the text after `:`."""
+    name, _, arg = str(path_or_name).partition(":")
+    path = _find(name)
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("config", path_or_name, "expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError("config", path_or_name, _failure(error)) from error
+    return module, arg
+
+
+def known() -> list[str]:
+    """Names of the configs that come with hydrax."""
+    root = _root()
+    names = (p.relative_to(root).with_suffix("").as_posix() for p in sorted(root.rglob("*.py"))) if root else ()
+    return [n for n in names if not n.endswith(("common", "__init__"))]
+
+
+def _find(name: str) -> pathlib.Path:
+    root = _root()
+    folders = [pathlib.Path()] if root is None else [pathlib.Path(), root, root.parent]
+    for path in (folder / f"{name}{end}" for folder in folders for end in ("", ".py")):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(pathlib.Path(name).stem, known(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError("config", name, f"no such file; {hint}expected a path or one of {', '.join(known())}")
+
+
+def _root() -> pathlib.Path | None:
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    return pathlib.Path(next(iter(folders))) if folders else None
+
+
+def _failure(error: Exception) -> str:
+    """What went wrong in a config file, and where, in one line."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} in line {error.lineno}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({pathlib.Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _override(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a dotted key; the key must exist, except below an unlocked section."""
+    names, node = key.split("."), config
+    for i, name in enumerate(names[:-1]):
+        _check(config, node, names, i, value)
+        if name not in node:
+            node[name] = ConfigDict()
+        if not isinstance(node[name], ConfigDict):
+            raise ConfigError(key, value, f"{'.'.join(names[: i + 1])} is a single value and has no keys")
+        node = node[name]
+    _check(config, node, names, len(names) - 1, value)
+    old, free = node.get(names[-1]), not node.is_locked
+    if isinstance(old, ConfigDict) and not isinstance(value, dict | ConfigDict):
+        value, free = _literal(value), not old.is_locked
+        if not (free and isinstance(value, dict)):
+            allowed = ", ".join(f"{key}.{k}" for k in old) or "a mapping"
+            raise ConfigError(key, value, f"this is a section; expected {allowed}")
+    with node.ignore_type():
+        node[names[-1]] = _literal(value) if free else value
+
+
+def _check(config: ConfigDict, node: ConfigDict, names: list[str], i: int, value: Any) -> None:
+    """Refuses a key that the locked section `node` does not have, and says which was probably meant."""
+    if names[i] in node or not node.is_locked:
+        return
+    near = [".".join([*names[:i], n]) for n in difflib.get_close_matches(names[i], list(node), n=1)]
+    elsewhere = [k for k in _leaves(config) if k.split(".")[-1] == names[-1]]
+    hint = f"did you mean {(near + elsewhere)[0]!r}? " if near + elsewhere else ""
+    raise ConfigError(".".join(names), value, f"unknown key; {hint}allowed: {', '.join(node)}")
+
+
+def _literal(value: Any) -> Any:
+    """Command-line text without a declared type: a Python literal, true, false, or the text itself."""
+    if not isinstance(value, Raw):
+        return value
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(value, str(value)))
+    except (ValueError, SyntaxError):
+        return str(value)
+
+
+def _leaves(config: ConfigDict, path: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"

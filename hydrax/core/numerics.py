@@ -1,0 +1,34 @@
+"""Numerical habits used everywhere: fp32 accumulation, and how far two tensors are apart."""
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core.typing import Array
+
+MIN_LOG_DECAY = -50.0
+"""Log-decays are clamped here before a cumulative sum: e^-50 is zero beside 1 in fp32, and sums keep their digits."""
+
+
+def einsum(spec: str, *operands: Array) -> Array:
+    """`jnp.einsum` with an fp32 result. fp32 operands are multiplied in full fp32 (never TF32); bf16 ones as they are."""
+    dtype = jnp.result_type(*operands)
+    precision = jax.lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else None
+    operands = tuple(x.astype(dtype) for x in operands)
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulate)
+
+
+def fp32(x: Array) -> Array:
+    """`x` in fp32, or in fp64 if it has that already (oracle runs under `jax_enable_x64`)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def clamp_decay(g: Array) -> Array:
+    """g, at least `MIN_LOG_DECAY`; exact gradient 1 above it and 0 below."""
+    return jnp.where(g < MIN_LOG_DECAY, MIN_LOG_DECAY, g)
+
+
+def relative_rms(x: Array, reference: Array) -> Array:
+    """rms(x - reference) / rms(reference), in fp32; the measure all tolerances refer to."""
+    x, reference = fp32(x), fp32(reference)
+    return jnp.sqrt(jnp.mean((x - reference) ** 2)) / jnp.maximum(jnp.sqrt(jnp.mean(reference**2)), 1e-30)

@@ -1,0 +1,102 @@
+"""`open_data`: documents at a path become training and validation batches.
+
+A batch is a dict of [B,T] arrays tokens, targets, segment_ids (0 = padding), positions (int32) and weights (fp32, 1
+where a target counts), with bytes fp32 [B]: the UTF-8 bytes the counted targets stand for.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive
+from hydrax.data.pack import PackedRows, Row
+from hydrax.data.source import Corpus, open_corpus
+from hydrax.data.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None  # file, folder, glob or token folder; None: the source of Python's standard library
+    tokenizer: str = "byte"  # "byte" or the path of a tokenizer.json (needs the extra `hf`)
+    seq_len: Positive = 512  # predictions per row, T
+    val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
+    seed: NonNegative = 0  # order in which documents are laid end to end
+    threads: Positive = 4  # that prepare training batches; batches do not depend on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    rows: PackedRows
+    documents: int
+    bytes: int  # of text, before tokenisation
+    sha256: str  # over the documents' names and contents
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    tokenizer: Tokenizer
+    train: Split
+    val: Split
+    files: int
+    sha256: str  # over all documents' names and contents
+    threads: int
+
+    def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Row]:
+        """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
+        import grain  # takes seconds to import
+
+        rows = grain.MapDataset.source(self.train.rows).seed(seed).shuffle().repeat()
+        batches = rows.batch(batch_size).slice(slice(start_step, None))
+        return iter(batches.to_iter_dataset(grain.ReadOptions(self.threads, prefetch_buffer_size=2 * self.threads)))
+
+    def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Row]:
+        """Once over `rows` validation rows spread evenly over the split (all if None), the last batch filled up with
+        empty rows."""
+        source = self.val.rows
+        count = len(source) if rows is None else min(rows, len(source))
+        chosen = np.arange(count) * len(source) // max(count, 1)
+        for start in range(0, count, batch_size):
+            batch = [source[i] for i in chosen[start : start + batch_size]]
+            batch += [source.empty()] * (batch_size - len(batch))
+            yield {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+
+
+def open_data(cfg: DataConfig) -> Data:
+    """Reads, tokenises and splits the documents at `cfg.path`.
+
+    Raises:
+      ConfigError: nothing to read, a split without documents, or fewer training tokens than one row.
+    """
+    tokenizer = open_tokenizer(cfg.tokenizer)
+    corpus = open_corpus(cfg.path, tokenizer)
+    held_out = _held_out(corpus, cfg.val_fraction)
+    train = _split(cfg, corpus, tokenizer, ~held_out, partial=False)
+    val = _split(cfg, corpus, tokenizer, held_out, partial=True)
+    if len(train.rows) == 0:
+        tokens = train.rows.stream_length
+        allowed = f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
+        raise ConfigError("data.seq_len", cfg.seq_len, allowed)
+    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads)
+
+
+def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
+    """bool [documents]: whether each belongs to validation."""
+    places = corpus.records["place"]
+    held_out = places < fraction
+    if held_out.any() and not held_out.all():
+        return held_out
+    empty = "training" if held_out.all() else "validation"
+    remedy = "expected at least two documents (files, or lines of a .jsonl file)"
+    if places.size > 1:
+        # Four digits, rounded inwards: whoever types the number must not land outside again.
+        low, high = np.ceil(places.min() * 1e4 + 1) / 1e4, np.floor(places.max() * 1e4) / 1e4
+        remedy = f"expected {f'at most {high:.4f}' if held_out.all() else f'at least {low:.4f}'}, or more documents"
+    why = f"a hash of their names leaves none of the {places.size} documents for {empty}"
+    raise ConfigError("data.val_fraction", fraction, f"{remedy}; {why}")
+
+
+def _split(cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, members: np.ndarray, *, partial: bool) -> Split:
+    documents = np.flatnonzero(members)
+    rows = PackedRows(corpus, documents, tokenizer, cfg.seq_len, seed=cfg.seed, partial=partial)
+    return Split(rows, documents.size, int(corpus.records["bytes"][documents].sum()), corpus.sha256(documents))

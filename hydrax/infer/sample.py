@@ -1,0 +1,196 @@
+"""Sampling: p(x) ∝ softmax(logits / temperature), restricted to the smallest set of tokens with mass >= top_p."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hydrax.core.build import ConfigError
+from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
+from hydrax.models.cache import Cache
+from hydrax.models.lm import LM
+
+if TYPE_CHECKING:
+    from hydrax.data.loader import Data
+    from hydrax.train.config import RunConfig
+
+UNFINISHED = "\ufffd"
+"""What a decoder puts where the bytes of a character are not all there yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """A model without its parameters, as a key of the compilation cache (it holds dicts, so it has no hash itself)."""
+
+    graph: nnx.GraphDef
+
+    def __hash__(self) -> int:
+        return hash(len(self.graph.nodes))
+
+
+class Tokenizer(Protocol):
+    """What sampling needs of a tokenizer."""
+
+    bos: int
+    eos: int
+
+    def encode(self, text: str) -> np.ndarray: ...
+    def decode(self, ids: np.ndarray) -> str: ...
+
+
+def generate(
+    model: LM,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+    lengths: ArrayLike | None = None,
+) -> Int[np.ndarray, "B N"]:
+    """Continuations int32 [B,N] of the prompts `tokens` [B,T], N = max_new_tokens.
+
+    Args:
+      temperature: 0 takes the most likely token.
+      top_p: nucleus; 1 keeps every token.
+      stop: a row that has produced this token goes on with it.
+      lengths: real tokens of each row [B] where prompts differ in length; the rest of a row is padding.
+
+    Raises:
+      ConfigError: a value out of its range, or no prompt.
+    """
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop, "lengths": lengths}
+    made = list(stream(model, tokens, max_new_tokens=max_new_tokens, **settings))  # type: ignore[arg-type]
+    ended = [made[-1]] * (max_new_tokens - len(made))  # every row has stopped
+    return np.stack(made + ended, axis=1)
+
+
+def stream(
+    model: LM,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+    lengths: ArrayLike | None = None,
+) -> Iterator[Int[np.ndarray, "B"]]:
+    """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
+    prompt = jnp.asarray(tokens, jnp.int32)
+    _check(prompt, max_new_tokens, temperature, top_p, lengths)
+    return _stream(model, prompt, max_new_tokens, (temperature, top_p), seed, stop, lengths)
+
+
+def stream_text(
+    model: LM, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+) -> Iterator[str]:
+    """The continuation of `prompt` in pieces of whole characters, up to the end of the document.
+
+    An empty prompt starts a new document.
+    """
+    ids = tokenizer.encode(prompt)
+    ids = ids if len(ids) else np.array([tokenizer.bos])
+    made: list[int] = []
+    shown = 0
+    for token in stream(
+        model, ids[None], max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tokenizer.eos
+    ):
+        if token[0] == tokenizer.eos:
+            break
+        made.append(int(token[0]))
+        text = tokenizer.decode(np.array(made))
+        whole = len(text.rstrip(UNFINISHED))
+        if whole > shown:
+            yield text[shown:whole]
+            shown = whole
+    if rest := tokenizer.decode(np.array(made, np.int32))[shown:]:
+        yield rest
+
+
+def write_sample(model: LM, data: "Data", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
+    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder."""
+    s = cfg.sample
+    settings = {"tokens": s.tokens, "temperature": s.temperature, "top_p": s.top_p, "seed": cfg.train.seed}
+    text = s.prompt + "".join(stream_text(model, data.tokenizer, s.prompt, **settings))
+    pathlib.Path(workdir, "sample.txt").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
+
+
+def _check(prompt: Array, count: int, temperature: float, top_p: float, lengths: ArrayLike | None) -> None:
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ConfigError("tokens", prompt.shape, "expected prompts [B,T] of at least one token")
+    if count < 1:
+        raise ConfigError("max_new_tokens", count, "expected an integer >= 1")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError("temperature", temperature, "expected a number >= 0 (0 takes the most likely token)")
+    if not 0 < top_p <= 1:
+        raise ConfigError("top_p", top_p, "expected a number above 0 and at most 1")
+    if lengths is not None:
+        counts = np.asarray(lengths)
+        if counts.shape != prompt.shape[:1] or counts.min() < 1 or counts.max() > prompt.shape[1]:
+            raise ConfigError("lengths", counts.tolist(), f"expected one length from 1 to {prompt.shape[1]} per row")
+
+
+def _stream(
+    model: LM,
+    prompt: Array,
+    count: int,
+    settings: tuple[float, float],
+    seed: int,
+    stop: int | None,
+    lengths: ArrayLike | None,
+) -> Iterator[np.ndarray]:
+    B, T = prompt.shape
+    graph, params = nnx.split(model)
+    structure = _Structure(graph)
+    key = jax.random.key(seed)
+    valid = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    end = jnp.int32(-1 if stop is None else stop)
+    token, cache = _prefill(structure, params, prompt, valid, T + count, settings, jax.random.fold_in(key, 0))
+    for i in range(1, count):
+        following, cache = _step(structure, params, token, cache, end, settings, jax.random.fold_in(key, i))
+        yield np.asarray(token)  # fetched after the next step is on its way
+        if stop is not None and np.all(np.asarray(token) == stop):
+            return
+        token = following
+    yield np.asarray(token)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prefill(
+    structure: _Structure, params: PyTree, prompt: Array, lengths: Array, max_len: int, settings: tuple, key: Array
+) -> tuple[Array, Cache]:
+    model = nnx.merge(structure.graph, params)
+    cache = model.init_cache(prompt.shape[0], max_len, model.embed.weight.dtype)
+    real = jnp.arange(prompt.shape[1]) < lengths[:, None]
+    logits, cache = model.prefill(prompt, cache, segment_ids=real.astype(jnp.int32))
+    last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _choose(last, *settings, key), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _step(
+    structure: _Structure, params: PyTree, token: Array, cache: Cache, stop: Array, settings: tuple, key: Array
+) -> tuple[Array, Cache]:
+    logits, cache = nnx.merge(structure.graph, params).step(token, cache)
+    return jnp.where(token == stop, stop, _choose(logits, *settings, key)), cache
+
+
+def _choose(logits: Float[Array, "B vocab"], temperature: Array, top_p: Array, key: Array) -> Int[Array, "B"]:
+    """One token per row; both settings are traced, so that changing them compiles nothing."""
+    warm = logits / jnp.where(temperature > 0, temperature, 1.0)
+    p = jax.nn.softmax(warm, axis=-1)
+    order = jnp.argsort(-p, axis=-1)
+    ranked = jnp.take_along_axis(p, order, axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # mass of the likelier tokens; 0 for the first, which always stays
+    kept = jnp.where((before < top_p) | (top_p >= 1), jnp.log(ranked), -jnp.inf)
+    drawn = jnp.take_along_axis(order, jax.random.categorical(key, kept)[:, None], axis=-1)[:, 0]
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)

@@ -1,0 +1,99 @@
+"""The table of mixers: to register one is to add its row, and to pass `tests/contract`."""
+
+import functools
+from typing import cast
+
+from hydrax.core.build import ConfigError
+from hydrax.core.registry import load
+from hydrax.mixers.base import Context, Mixer, MixerConfig, Row
+
+TABLE: dict[str, Row] = {
+    "attn": Row(
+        path="hydrax.mixers.softmax.attn:Attention",
+        about="causal softmax attention, grouped queries",
+        paper="1706.03762",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
+        state_bytes=lambda c, n, b: n * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "gdn": Row(
+        path="hydrax.mixers.linear.gdn:GatedDeltaNet",
+        about="gated delta rule, scalar decay",
+        paper="2412.06464",
+        transition="full",
+        tiny={"heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True},
+        state_bytes=lambda c, n, b: 4 * c.value_heads * c.key_dim * c.value_dim
+        + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim),
+        flops=lambda c, n: 6 * c.value_heads * c.key_dim * c.value_dim,
+    ),
+    "gla": Row(
+        path="hydrax.mixers.linear.gla:GLA",
+        about="gated linear attention, decay per key channel",
+        paper="2312.06635",
+        transition="diag",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "gate_rank": 4},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+    ),
+    "lightning": Row(
+        path="hydrax.mixers.linear.lightning:Lightning",
+        about="linear attention with a constant decay per head and layer",
+        paper="2405.17381",
+        transition="scalar",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+    ),
+    "mamba2": Row(
+        path="hydrax.mixers.linear.mamba2:Mamba2",
+        about="state-space duality, scalar decay, grouped keys and queries",
+        paper="2405.21060",
+        transition="scalar",
+        tiny={"heads": 1, "value_heads": 4, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.value_heads * c.key_dim * c.value_dim
+        + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim),
+        flops=lambda c, n: 4 * c.value_heads * c.key_dim * c.value_dim,
+    ),
+    "swa": Row(
+        path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
+        about="softmax attention over a sliding window, with learned sinks or sink tokens",
+        paper="2309.17453",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},
+        state_bytes=lambda c, n, b: min(n, c.window + c.sink_tokens)
+        * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * _visible(n, c.window, c.sink_tokens),
+    ),
+}
+
+
+def _visible(n: int, window: int, sink_tokens: int) -> float:
+    """Mean number of visible keys in a document of n tokens."""
+    w = min(n, window)
+    return w - w * (w - 1) / (2 * n) + sink_tokens * max(0, n - window) / n
+
+
+def names() -> list[str]:
+    """All registered mixers."""
+    return sorted(TABLE)
+
+
+def row(name: str) -> Row:
+    """The table row of a mixer.
+
+    Raises:
+      ConfigError: no mixer of that name.
+    """
+    if name not in TABLE:
+        raise ConfigError("mixer", name, f"expected one of {', '.join(names())}")
+    return TABLE[name]
+
+
+@functools.cache
+def get(name: str) -> type[Mixer]:
+    """The class of a mixer."""
+    return cast(type[Mixer], load(row(name).path))
+
+
+__all__ = ["TABLE", "Context", "Mixer", "MixerConfig", "Row", "get", "names", "row"]

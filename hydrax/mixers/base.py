@@ -1,0 +1,134 @@
+"""The protocol of every sequence mixer: one `Config`, one call for training, prefill and decoding, one state pytree."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core import tree
+from hydrax.core.build import ConfigError
+from hydrax.core.typing import Array, Bool, Float, Int, PyTree
+from hydrax.ops.documents import document_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a mixer may know beyond its input.
+
+    Attributes:
+      positions: int32 [B,T], index of each token inside its document.
+      segment_ids: int32 [B,T], documents; 0 = right padding. None: one document per row, no padding.
+      starts: bool [B], token 0 does not continue the document of the given state. None: it does.
+      layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
+      impl: passed to the ops.
+      taps: functions applied to named intermediate arrays (interpretability, interventions).
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None = None
+    starts: Bool[Array, "B"] | None = None
+    layer_index: int | Array = 0
+    depth: int = 1
+    impl: str | None = None
+    taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, x: Array, segment_ids: Array | None = None, **facts: Any) -> Self:
+        """The context of a call that starts at position 0: positions follow from the documents."""
+        if segment_ids is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        else:
+            positions = document_positions(segment_ids)
+        return cls(positions=positions, segment_ids=segment_ids, **facts)
+
+    def at(self, layer_index: int | Array) -> Self:
+        """The same context seen from another layer."""
+        return dataclasses.replace(self, layer_index=layer_index)
+
+    def tap(self, name: str, z: Array) -> Array:
+        """`z`, after the tap of that name if one is set."""
+        return self.taps[name](z) if name in self.taps else z
+
+
+class MixerConfig:
+    """Base of every mixer's frozen `Config`."""
+
+    def fill(self, d_model: int) -> Self:
+        """The config with every None that depends on the model width filled in.
+
+        Raises:
+          ConfigError: the width does not fit (e.g. heads do not divide it).
+        """
+        return self
+
+
+class Mixer(nnx.Module):
+    """A sequence mixer: x [B,T,D] -> y [B,T,D], carrying a state of fixed structure.
+
+    `mix` gives z [B,T,H,V], the heads before the output projection, so that fusions can combine heads of several
+    mixers; `out` is that projection. A state of zeros is the state before the first token.
+    """
+
+    Config: ClassVar[type[MixerConfig]]
+
+    def mix(self, x: Float[Array, "B T D"], ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
+        """Heads z [B,T,H,V] and the state after the last real token of each row (given `state`, of its structure)."""
+        raise NotImplementedError
+
+    def out(self, z: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
+        """The output projection."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
+        """The state before token 0, all zeros; `max_len` bounds the tokens of one document where that matters."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T D"], ctx: Context, state: PyTree | None = None
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        """Training (no state), prefill (state from `init_state`) and decoding (T = 1) alike."""
+        if state is not None and ctx.starts is not None:
+            state = tree.where(ctx.starts, jax.tree.map(jnp.zeros_like, state), state)
+        z, state = self.mix(x, ctx, state)
+        return self.out(ctx.tap("heads", z)), state
+
+    def step(self, x: Float[Array, "B D"], ctx: Context, state: PyTree) -> tuple[Float[Array, "B D"], PyTree]:
+        """One token: the call with T = 1."""
+        y, state = self(x[:, None], ctx, state)
+        return y[:, 0], state
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table of mixers.
+
+    Attributes:
+      path: `module:Class`.
+      about, paper: one phrase and the arXiv number.
+      transition: none | scalar | diag | full | lse | stabilised | nonlinear, how states of token ranges compose.
+      tiny: options for tests at d_model 32.
+      state_bytes: (filled config, max_len, bytes per element of the compute dtype) -> bytes of one row's state.
+      flops: (filled config, document length) -> forward FLOPs per token of the mixing itself, without projections.
+    """
+
+    path: str
+    about: str
+    paper: str
+    transition: str
+    tiny: Mapping[str, Any]
+    state_bytes: Callable[[Any, int, int], int]
+    flops: Callable[[Any, int], float]
+
+
+def per_head(d_model: int, heads: int) -> int:
+    """d_model / heads.
+
+    Raises:
+      ConfigError: heads do not divide the width.
+    """
+    if d_model % heads:
+        raise ConfigError("heads", heads, f"expected a divisor of d_model = {d_model}, or set the head widths")
+    return d_model // heads

@@ -1,0 +1,1 @@
+"""Mixers with an additive or delta-rule matrix state."""

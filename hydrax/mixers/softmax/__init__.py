@@ -1,0 +1,1 @@
+"""Mixers built on softmax attention."""

@@ -1,0 +1,1 @@
+"""Mixers that restrict softmax attention to a subset of the keys."""

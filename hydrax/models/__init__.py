@@ -1,0 +1,1 @@
+"""One language model over a list of layers, written as a pattern."""

@@ -1,0 +1,91 @@
+"""The keys and values a softmax mixer keeps of the current document: all of them, or a ring and the first tokens.
+
+A cache is dict(k [B,S,Hk,K], v [B,S,Hk,V], positions, segment_ids int32 [B,S]); zeros are an empty one, since segment
+id 0 marks an empty slot and 1 a taken one. A key at position p lives in slot p, or with a window in slot p if
+p < sink_tokens, else in sink_tokens + (p - sink_tokens) mod window. Keys are stored after RoPE.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core.typing import Array, Float, Int
+from hydrax.ops import documents
+from hydrax.ops.softmax import attention
+
+Cache = dict[str, Array]
+
+
+def empty(batch: int, slots: int, kv_heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype) -> Cache:
+    """The cache before the first token."""
+    return {
+        "k": jnp.zeros((batch, slots, kv_heads, key_dim), dtype),
+        "v": jnp.zeros((batch, slots, kv_heads, value_dim), dtype),
+        "positions": jnp.zeros((batch, slots), jnp.int32),
+        "segment_ids": jnp.zeros((batch, slots), jnp.int32),
+    }
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    cache: Cache | None,
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+    **options: Any,
+) -> tuple[Float[Array, "B T H V"], Cache | None]:
+    """`attention` of new tokens over the cache and themselves, and the cache after them; plain attention without one.
+
+    The cache belongs to the document of token 0. What it holds afterwards is the last real document of each row.
+    """
+    options |= {"window": window, "sink_tokens": sink_tokens}
+    if cache is None:
+        return attention(q, k, v, segment_ids=segment_ids, **options), None
+    if segment_ids is None:
+        segment_ids = jnp.ones(positions.shape, jnp.int32)
+    seen = jnp.where(cache["segment_ids"] != 0, segment_ids[:, :1], 0)
+    o = attention(
+        q,
+        jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
+        jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
+        segment_ids=segment_ids,
+        positions=positions,
+        kv_segment_ids=jnp.concatenate([seen, segment_ids], axis=1),
+        kv_positions=jnp.concatenate([cache["positions"], positions], axis=1),
+        **options,
+    )
+    return o, write(cache, k, v, positions, segment_ids, window, sink_tokens)
+
+
+def write(
+    cache: Cache,
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    window: int | None = None,
+    sink_tokens: int = 0,
+) -> Cache:
+    """The cache after these tokens; positions that fit no slot are dropped (a full cache has a maximal length)."""
+    filled, valid = documents.fill_padding(segment_ids)
+    kept = valid & (filled == filled[:, -1:])
+    slots = positions
+    if window is not None:
+        last = jnp.max(jnp.where(kept, positions, -1), axis=1, keepdims=True)
+        kept &= (positions > last - window) | (positions < sink_tokens)
+        slots = jnp.where(positions < sink_tokens, positions, sink_tokens + (positions - sink_tokens) % window)
+    slots = jnp.where(kept, slots, cache["k"].shape[1])
+    continues = filled[:, 0] == filled[:, -1]
+
+    def put(old: Array, new: Array) -> Array:
+        if new.shape[1] > 1:  # one token never ends a document that it continues: spare the pass over the cache
+            old = jnp.where(continues.reshape(-1, *[1] * (old.ndim - 1)), old, 0)
+        return jax.vmap(lambda o, i, n: o.at[i].set(n.astype(o.dtype), mode="drop"))(old, slots, new)
+
+    taken = jnp.ones_like(segment_ids)
+    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken})

@@ -1,0 +1,55 @@
+"""A bias-free or biased linear map between groups of named axes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core.typing import Array
+from hydrax.nn.param import param
+
+
+class Linear(nnx.Module):
+    """y = x · W (+ b), contracting the last dimensions of x named by `shape_in` into `shape_out`.
+
+    W is initialised as a truncated normal with standard deviation `scale`/sqrt(fan-in), b as zeros.
+    `residual` marks the projections that write into the residual stream.
+    """
+
+    def __init__(
+        self,
+        shape_in: int | tuple[int, ...],
+        shape_out: int | tuple[int, ...],
+        *,
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        scale: float = 1.0,
+        residual: bool = False,
+    ):
+        self.shape_in = (shape_in,) if isinstance(shape_in, int) else shape_in
+        self.shape_out = (shape_out,) if isinstance(shape_out, int) else shape_out
+        dims = len(self.shape_in) + len(self.shape_out)
+        inputs = tuple(range(-dims, -len(self.shape_out)))
+        init = jax.nn.initializers.truncated_normal(scale / math.sqrt(math.prod(self.shape_in)) / 0.87962566)
+        self.kernel = param(
+            rngs,
+            init,
+            self.shape_in + self.shape_out,
+            axes,
+            decay=True,
+            matrix=(inputs, tuple(range(-len(self.shape_out), 0))),
+            cast=True,
+            residual=residual,
+        )
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, zeros, self.shape_out, axes[len(self.shape_in) :], cast=True) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        n = len(self.shape_in)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        kernel = self.kernel[...].astype(x.dtype)
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -1,0 +1,34 @@
+"""Root-mean-square and L2 normalisation, statistics in fp32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core.numerics import fp32
+from hydrax.core.typing import Array
+from hydrax.nn.param import param
+
+
+def rms_norm(x: Array, weight: Array | None = None, *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight over `axes`, in the dtype of x (arXiv 1910.07467)."""
+    y = fp32(x)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+    return (y if weight is None else y * weight).astype(x.dtype)
+
+
+def l2_norm(x: Array, *, eps: float = 1e-6) -> Array:
+    """x / sqrt(Σ x² + eps) over the last axis, in the dtype of x."""
+    y = fp32(x)
+    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1."""
+
+    def __init__(self, shape: int | tuple[int, ...], *, axes: tuple[str, ...], rngs: nnx.Rngs, eps: float = 1e-6):
+        self.shape = (shape,) if isinstance(shape, int) else shape
+        self.eps = eps
+        self.weight = param(rngs, jax.nn.initializers.ones, self.shape, axes)
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.weight[...], axes=tuple(range(-len(self.shape), 0)), eps=self.eps)

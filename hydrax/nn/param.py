@@ -1,0 +1,35 @@
+"""Parameters that say how they are sharded and optimised.
+
+Every `nnx.Param` of hydrax carries `axes` (a logical axis per dimension, resolved by `parallel.rules`), `decay`
+(weight decay applies), `matrix` (input and output dimensions for matrix optimisers such as Muon, as negative
+indices; None: the parameter is left to Adam), `cast` (used in the compute dtype; otherwise always fp32) and
+`residual` (writes into the residual stream: scaled by 1/sqrt(2·depth) at initialisation).
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core.typing import Array
+
+Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
+Matrix = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def param(
+    rngs: nnx.Rngs,
+    init: Init,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    decay: bool = False,
+    matrix: Matrix | None = None,
+    cast: bool = False,
+    residual: bool = False,
+) -> nnx.Param:
+    """An fp32 parameter with the metadata described above."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} do not name the dimensions of {shape}")
+    value = init(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, decay=decay, matrix=matrix, cast=cast, residual=residual)

@@ -1,0 +1,1 @@
+"""Pure array functions, one folder per primitive: the definition, the training form, the one-token step."""

@@ -1,0 +1,76 @@
+"""The layout all matrix-state ops share: arguments checked and grouped by key head, chunks, and the scan that defines them.
+
+    q, k [B,T,H,K];  v [B,T,H,R,V];  beta [B,T,H,R];  g [B,T,H,R|1,K|1];  S [B,H,R,K,V]
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core import tree
+from hydrax.core.numerics import fp32
+from hydrax.core.typing import Array
+from hydrax.ops import documents
+
+
+def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
+    """Log-decay as fp32 [B,T,H,R or 1,K or 1], after checking every shape."""
+    B, T, H, K = q.shape
+    Hv = v.shape[2]
+    if k.shape != q.shape or v.shape[:2] != (B, T) or Hv % H:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K] twice and [B,T,Hv,V], Hv = R·H")
+    if g is None:
+        return jnp.zeros((B, T, H, 1, 1), fp32(q).dtype)
+    if g.shape == (Hv,):
+        g = jnp.broadcast_to(g, (B, T, Hv))
+    if g.shape == (B, T, Hv):
+        return fp32(g).reshape(B, T, H, Hv // H, 1)
+    if g.shape == (B, T, H, K):
+        return fp32(g)[:, :, :, None]
+    raise ValueError(f"log_decay {g.shape}: expected {(Hv,)}, {(B, T, Hv)} or {(B, T, H, K)}")
+
+
+def grouped_state(initial: Array | None, k: Array, v: Array) -> Array:
+    """The state before token 0 as fp32 [B,H,R,K,V] for grouped values, zeros if None."""
+    B, _, H, R, V = v.shape
+    K = k.shape[-1]
+    dtype = fp32(v).dtype
+    if initial is None:
+        return jnp.zeros((B, H, R, K, V), dtype)
+    if initial.shape != (B, H * R, K, V):
+        raise ValueError(f"initial_state {initial.shape}: expected {(B, H * R, K, V)}")
+    return initial.astype(dtype).reshape(B, H, R, K, V)
+
+
+def at_padding(segment_ids: Array | None, *inputs: Array) -> tuple[Array | None, Array | None, tuple[Array, ...]]:
+    """Ids with padding filled, the mask of real tokens, and the inputs [B,T,...] with zeros at padding.
+
+    k = v = beta = g = 0 leaves the state alone.
+    """
+    if segment_ids is None:
+        return None, None, inputs
+    seg, valid = documents.fill_padding(segment_ids)
+    return seg, valid, tuple(tree.where(valid, x, jnp.zeros_like(x)) for x in inputs)
+
+
+def split_chunks(x: Array, C: int) -> Array:
+    """[B,T,...] -> [B,N,C,...], the tail filled with zeros (ids with their last value): both leave the state alone."""
+    pad = [(0, 0), (0, -x.shape[1] % C)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad, mode="edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant")
+    return x.reshape(x.shape[0], -1, C, *x.shape[2:])
+
+
+def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S: Array) -> tuple[Array, Array]:
+    """`o_t, S_t = step(*inputs_t, S_{t-1})` over the tokens, in fp32, from zeros wherever the document changes."""
+    inputs = tuple(fp32(x) for x in inputs)
+    seg = jnp.zeros(inputs[0].shape[:2], jnp.int32) if seg is None else seg
+    same = seg == jnp.concatenate([seg[:, :1], seg[:, :-1]], axis=1)
+
+    def token(S: Array, x: tuple) -> tuple[Array, Array]:
+        same_t, *inputs_t = x
+        o, S = step(*inputs_t, tree.where(same_t, S, jnp.zeros_like(S)))
+        return S, o
+
+    S, o = jax.lax.scan(token, S, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (same, *inputs)))
+    return jnp.moveaxis(o, 0, 1), S

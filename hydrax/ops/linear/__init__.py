@@ -1,0 +1,87 @@
+"""Additive matrix state: linear attention without, with scalar, or with vector decay.
+
+    S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
+
+Covers linear attention (arXiv 2006.16236), RetNet (2307.08621), Lightning (2405.17381), GLA (2312.06635) and
+Mamba-2 (2405.21060).
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from hydrax.core.numerics import clamp_decay
+from hydrax.core.typing import Array, Float, Int
+from hydrax.ops import layout
+from hydrax.ops.dispatch import select
+from hydrax.ops.linear import forms
+
+FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
+
+
+def linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T Hv V"],
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B Hv K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """Outputs and final state of the recurrence above.
+
+    Args:
+      q, k: queries and keys; query/key head h serves the value heads h·R .. h·R + R - 1, R = Hv / H.
+      v: values; Hv is a multiple of H.
+      log_decay: g <= 0. None (no decay), [Hv] (constant), [B,T,Hv] (scalar per head) or [B,T,H,K] (vector).
+      scale: factor on the output, K^-1/2 if None.
+      initial_state: state before token 0, belonging to the document of token 0; zeros if None.
+      segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
+      impl: "recurrent" (the definition), "chunked", or None to choose.
+      chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
+
+    Returns:
+      o in the dtype of v, zero at padding, and the final state in fp32.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown `impl`.
+    """
+    B, T, H, K = q.shape
+    g = layout.canonical_decay(q, k, v, log_decay)
+    seg, valid, (k, v, g) = layout.at_padding(segment_ids, k, v, g)
+    grouped = v.reshape(B, T, H, -1, v.shape[-1])
+    state = layout.grouped_state(initial_state, k, grouped)
+    default = "recurrent" if T == 1 else "chunked"
+    form = select("linear_attention", impl, FORMS, default, q.shape)
+    if form is forms.chunked and chunk_size is not None:
+        form = functools.partial(form, chunk_size=chunk_size)
+    o, state = form(q, k, grouped, g, seg, state)
+    o = (o * (K**-0.5 if scale is None else scale)).astype(v.dtype).reshape(v.shape)
+    return o if valid is None else o * valid[:, :, None, None], state.reshape(B, -1, K, v.shape[-1])
+
+
+def summarize(
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T Hv V"],
+    log_decay: Array | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Array, Float[Array, "B Hv K V"]]:
+    """The map over all T tokens, S_out = M ⊙ S_in + U: M as [B,Hv,1] or [B,Hv,K], and U.
+
+    A document change inside the tokens makes M zero. Composition: (M_b M_a, M_b U_a + U_b) for a, then b.
+    """
+    B, T, H, K = k.shape
+    g = layout.canonical_decay(k, k, v, log_decay)
+    seg, _, (k, v, g) = layout.at_padding(segment_ids, k, v, g)
+    grouped = v.reshape(B, T, H, -1, v.shape[-1])
+    R = grouped.shape[3]
+    _, U = forms.chunked(k, k, grouped, g, seg, layout.grouped_state(None, k, grouped))
+    M = jnp.exp(clamp_decay(g).sum(1))
+    if seg is not None:
+        M = M * (seg[:, 0] == seg[:, -1])[:, None, None, None]
+    M = jnp.broadcast_to(M, (B, H, R, M.shape[-1]))
+    return M.reshape(B, H * R, -1), U.reshape(B, H * R, K, -1)

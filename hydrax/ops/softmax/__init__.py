@@ -1,0 +1,148 @@
+"""Softmax attention over documents, windows and caches, with sinks, soft-cap, bias and log-sum-exp.
+
+    z_ts = softcap(scale · q_t·k_s + bias_ts),      o_t = Σ_s e^{z_ts} v_s / (Σ_s e^{z_ts} + e^{sink}),   s visible to t
+
+Key s is visible to query t in the same document (id 0 never is), at p_s <= p_t, if p_t - p_s < window or
+p_s < sink_tokens. Papers: arXiv 1706.03762, grouped heads 2305.13245, sink tokens 2309.17453.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core.numerics import fp32
+from hydrax.core.typing import Array, Float, Int
+from hydrax.ops import documents
+from hydrax.ops.dispatch import select
+from hydrax.ops.softmax import forms
+
+FORMS = {"recurrent": forms.recurrent, "xla": forms.attend, "chunked": forms.chunked, "cudnn": forms.cudnn}
+
+LONG = 2048
+"""Keys from which scores are formed by blocks of queries."""
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S Hk K"],
+    v: Float[Array, "B S Hk V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    sink_tokens: int = 0,
+    softcap: float | None = None,
+    bias: Float[Array, "B|1 H|1 T S"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+    chunk_size: int | None = None,
+) -> Any:
+    """Outputs of the attention above.
+
+    Args:
+      q, k, v: kv head h serves the query heads h·R .. h·R + R - 1, R = H / Hk.
+      scale: factor on the scores, K^-1/2 if None.
+      window: visible keys including the query's own; None: all of the past.
+      sinks: score of an empty key that every query of the head sees.
+      sink_tokens: first tokens of each document that stay visible outside the window.
+      softcap: c·tanh(z/c), after the bias and before the mask.
+      segment_ids, positions: document of each query and its index in the document; 0, 1, 2, ... per document if None.
+      kv_segment_ids, kv_positions: the same for the keys; if None, those of the queries (T = S), else 0, 1, 2, ...
+      impl: "recurrent" (the definition), "xla", "chunked", "cudnn", or None to choose.
+      return_lse: also return the logarithm of the denominator (sinks included), differentiable, for `merge`.
+      chunk_size: queries per block of the chunked form; results do not depend on it.
+
+    Returns:
+      o [B,T,H,V] in the dtype of v, exactly zero where no key is visible; with `return_lse` (o, lse fp32 [B,T,H]),
+      lse = -inf where neither key nor sink is.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown `impl`, or a named one that cannot serve, with the reason.
+    """
+    _check_shapes(q, k, v, window, sinks, bias)
+    B, T, H, K = q.shape
+    S, G = k.shape[1:3]
+    aligned = T == S and kv_segment_ids is None and kv_positions is None
+    if aligned:
+        kv_segment_ids, kv_positions = segment_ids, positions
+    if (segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("segment_ids and kv_segment_ids: expected both or neither unless the keys are the queries' own")
+    if bias is not None:
+        bias = jnp.moveaxis(bias, 2, 1)  # rows first, as in q
+        heads = (1, 1) if bias.shape[2] == 1 else (G, H // G)
+        bias = bias.reshape(*bias.shape[:2], *heads, S)
+    grouped = q.reshape(B, T, G, H // G, K)
+    queries = forms.Queries(grouped, _positions(positions, segment_ids, T), segment_ids, bias)
+    keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids)
+    scale = K**-0.5 if scale is None else scale
+    rules = forms.Rules(scale, softcap, window, 0 if window is None else sink_tokens, aligned)
+    refusal = _cudnn_refusal(queries, keys, sinks, rules, return_lse)
+    if impl == "cudnn" and refusal:
+        raise ValueError(f"attention: impl = 'cudnn': it {refusal}")
+    default = "cudnn" if refusal is None else "chunked" if T > 1 and S >= LONG else "xla"
+    form = select("attention", impl, FORMS, default, q.shape)
+    if form is forms.chunked and chunk_size is not None:
+        form = functools.partial(form, chunk_size=chunk_size)
+    o, lse = form(queries, keys, None if sinks is None else sinks.reshape(G, H // G), rules)
+    o = o.reshape(B, T, H, -1).astype(v.dtype)
+    return (o, lse.reshape(B, T, H)) if return_lse else o
+
+
+def merge(*parts: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]) -> tuple[Array, Array]:
+    """Attention over the union of disjoint key sets, from (o, lse) of each; returns (o, lse). Gradients are exact."""
+    lses = jnp.stack([lse for _, lse in parts])
+    top = jax.lax.stop_gradient(lses.max(0))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(lses - top)
+    total = weights.sum(0)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    o = sum(w[..., None] * fp32(o) for w, (o, _) in zip(weights, parts, strict=True)) / total[..., None]
+    return o.astype(parts[0][0].dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _positions(positions: Array | None, segment_ids: Array | None, length: int) -> Array:
+    if positions is not None:
+        return positions
+    return jnp.arange(length)[None] if segment_ids is None else documents.document_positions(segment_ids)
+
+
+def _check_shapes(
+    q: Array, k: Array, v: Array, window: int | None, sinks: Array | None, bias: Array | None
+) -> None:
+    (B, T, H, K), S = q.shape, k.shape[1]
+    if k.shape[0] != B or k.shape[3] != K or v.shape[:3] != k.shape[:3] or H % k.shape[2]:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K], [B,S,Hk,K], [B,S,Hk,V], H = R·Hk")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: expected at least 1 (the query's own key)")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks {sinks.shape}: expected {(H,)}")
+    if bias is not None and (bias.shape[0] not in (1, B) or bias.shape[1] not in (1, H) or bias.shape[2:] != (T, S)):
+        raise ValueError(f"bias {bias.shape}: expected [{B} or 1, {H} or 1, {T}, {S}]")
+
+
+def _cudnn_refusal(
+    queries: forms.Queries, keys: forms.Keys, sinks: Array | None, rules: forms.Rules, return_lse: bool
+) -> str | None:
+    """Why cuDNN cannot serve these inputs, or None."""
+    (K, V), dtypes = (keys.k.shape[-1], keys.v.shape[-1]), {x.dtype for x in (queries.q, keys.k, keys.v)}
+    reasons = {
+        "runs on NVIDIA GPUs only": jax.default_backend() != "gpu",
+        "needs q, k and v all bfloat16 or all float16": dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}),
+        "needs V = K": V != K,
+        "needs K <= 128 and a multiple of 8": K > 128 or K % 8 != 0,
+        "has no documents (segment_ids)": queries.segment_ids is not None,
+        "serves self-attention only, without a cache": not rules.aligned,
+        "has no softcap": rules.softcap is not None,
+        "has no sinks": sinks is not None,
+        "has no sink_tokens": rules.sink_tokens > 0,
+        "writes a dense gradient for a bias": queries.bias is not None,
+        "gives no differentiable lse": return_lse,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,0 +1,141 @@
+"""The forms of `attention`, in one layout: q [B,T,G,R,K]; k [B,S,G,K], v [B,S,G,V]; scores [B,G,T,R,S].
+
+Each of the G key/value heads serves R query heads. Every form but cuDNN's is `attend` on blocks of queries: one
+query at a time (the definition), all at once, or C at a time with the scores of a block recomputed for its gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core.numerics import einsum, fp32
+from hydrax.core.typing import Array, Bool, Float, Int
+
+MASKED = -1e30
+"""Score of an invisible key. Finite, so that a row which sees nothing has no inf - inf."""
+
+FUTURE = 2**30
+"""Position of a key that no query sees."""
+
+
+class Queries(NamedTuple):
+    q: Float[Array, "B T G R K"]
+    positions: Int[Array, "B|1 T"]
+    segment_ids: Int[Array, "B T"] | None = None
+    bias: Float[Array, "B|1 T G|1 R|1 S"] | None = None
+
+
+class Keys(NamedTuple):
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G V"]
+    positions: Int[Array, "B|1 S"]
+    segment_ids: Int[Array, "B S"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How scores become weights; `aligned`: key i is the key of query i (self-attention without a cache)."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    sink_tokens: int
+    aligned: bool
+
+
+def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "B|1 T S"]:
+    """Which keys each query sees."""
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    mask = distance >= 0
+    if rules.window is not None:
+        mask &= (distance < rules.window) | (keys.positions < rules.sink_tokens)[:, None, :]
+    if queries.segment_ids is not None:
+        mask &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+        mask &= (keys.segment_ids != 0)[:, None, :]
+    return mask
+
+
+def attend(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
+    """o [B,T,G,R,V] = Σ_s e^{z_s} v_s / (Σ_s e^{z_s} + e^{sink}) and the logarithm [B,T,G,R] of that denominator."""
+    z = einsum("btgrk,bsgk->bgtrs", queries.q, keys.k) * rules.scale
+    if queries.bias is not None:
+        z = z + fp32(jnp.moveaxis(queries.bias, 1, 2))
+    if rules.softcap is not None:
+        z = rules.softcap * jnp.tanh(z / rules.softcap)
+    z = jnp.where(visible(queries, keys, rules)[:, None, :, None], z, MASKED)
+    # Half of MASKED is below every real score and far above MASKED: a row that sees nothing gets e^-huge = 0.
+    floor = jnp.asarray(MASKED / 2, z.dtype) if sinks is None else fp32(sinks)[:, None]
+    top = jax.lax.stop_gradient(jnp.maximum(z.max(-1), floor))
+    p = jnp.exp(z - top[..., None])
+    total = p.sum(-1) if sinks is None else p.sum(-1) + jnp.exp(floor - top)
+    o = einsum("bgtrs,bsgv->btgrv", p.astype(keys.v.dtype), keys.v)
+    top, total = jnp.moveaxis(top, 1, 2), jnp.moveaxis(total, 1, 2)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    return o / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def recurrent(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
+    """The definition: one query at a time, in fp32."""
+    queries, keys = queries._replace(q=fp32(queries.q)), keys._replace(k=fp32(keys.k), v=fp32(keys.v))
+    return _by_blocks(lambda start, rows: attend(rows, keys, sinks, rules), queries, 1)
+
+
+def chunked(
+    queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
+) -> tuple[Array, Array]:
+    """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
+    T, S, w = queries.q.shape[1], keys.k.shape[1], rules.window
+    C = min(chunk_size, T)
+    near = S if w is None or rules.sink_tokens or queries.bias is not None or not rules.aligned else C + w - 1
+    if near >= S:
+        return _by_blocks(jax.checkpoint(lambda start, rows: attend(rows, keys, sinks, rules)), queries, C)
+    keys = Keys(*(x if x is None else _pad(x, w - 1, -T % C) for x in keys))
+    unreal = (jnp.arange(keys.k.shape[1]) < w - 1) | (jnp.arange(keys.k.shape[1]) >= w - 1 + S)
+    keys = keys._replace(positions=jnp.where(unreal, FUTURE, keys.positions))
+
+    @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
+    def block(start: Array, rows: Queries) -> tuple[Array, Array]:
+        nearest = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
+        return attend(rows, nearest, sinks, rules)
+
+    return _by_blocks(block, queries, C)
+
+
+def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, None]:
+    """cuDNN's fused kernels. Always causal: with a left window alone they would see the future."""
+    q = queries.q
+    o = jax.nn.dot_product_attention(
+        q.reshape(*q.shape[:2], -1, q.shape[-1]),
+        keys.k,
+        keys.v,
+        scale=rules.scale,
+        is_causal=True,
+        local_window_size=None if rules.window is None else (rules.window - 1, 0),
+        implementation="cudnn",
+    )
+    return o.reshape(*q.shape[:-1], -1), None
+
+
+def _by_blocks(f: Callable[[Array, Queries], tuple], queries: Queries, C: int) -> tuple[Array, Array]:
+    """f(index of the first row, rows) for every block of C queries, one after the other."""
+    T = queries.q.shape[1]
+    N = -(-T // C)
+
+    def split(x: Array) -> Array:
+        x = _pad(x, 0, N * C - T)
+        return jnp.moveaxis(x.reshape(x.shape[0], N, C, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], N * C, *x.shape[3:])[:, :T]
+
+    blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, queries)))
+    return jax.tree.map(join, blocks)
+
+
+def _pad(x: Array, before: int, after: int) -> Array:
+    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))

@@ -1,0 +1,19 @@
+"""JAX as every test sees it: 8 virtual CPU devices, compiled programs kept between runs, shapes of ops checked."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu is run with JAX_PLATFORMS=cuda
+
+import jax
+from jaxtyping import install_import_hook
+
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Before the first import of an op: the annotations of its functions are checked on every call, while tracing.
+install_import_hook("hydrax.ops", "beartype.beartype")

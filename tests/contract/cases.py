@@ -1,0 +1,107 @@
+"""What the contract suites run on: every mixer of the table, small, with parameters of which none is zero."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hydrax import mixers
+from hydrax.core.build import build
+from hydrax.core.typing import Array, PyTree
+from hydrax.mixers import Context, Mixer, MixerConfig, Row
+
+D = 32
+CHUNK = 16
+LAYER = {"layer_index": 1, "depth": 3}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A mixer split into structure and parameters, and the one call all tests make."""
+
+    name: str
+    row: Row
+    cfg: MixerConfig
+    graphdef: nnx.GraphDef
+    variables: tuple[tuple[tuple, nnx.Param], ...]  # (path, shape and metadata)
+    params: dict[str, Array]
+
+    def merge(self, params: dict[str, Array]) -> Mixer:
+        """The mixer with these parameters."""
+        flat = [(path, variable.replace(params[_name(path)])) for path, variable in self.variables]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+    def cast(self, dtype: jnp.dtype) -> dict[str, Array]:
+        """The parameters as a step in that compute dtype gets them."""
+        kept = {_name(path) for path, variable in self.variables if not variable.get_metadata()["cast"]}
+        return {name: x if name in kept else x.astype(dtype) for name, x in self.params.items()}
+
+    def __call__(
+        self,
+        params: dict[str, Array],
+        x: Array,
+        seg: Array | None = None,
+        *,
+        positions: Array | None = None,
+        state: PyTree | None = None,
+        **facts: Any,
+    ) -> tuple[Array, PyTree]:
+        ctx = Context.of(x, None if seg is None else jnp.asarray(seg), **LAYER, **facts)
+        if positions is not None:
+            ctx = dataclasses.replace(ctx, positions=jnp.asarray(positions))
+        return self.merge(params)(x, ctx, state)
+
+    def init(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> PyTree:
+        return self.merge(self.params).init_state(batch, max_len, dtype)
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """The tiny mixer of that name; norms, biases and gates are moved off their initial ones and zeros."""
+    row, cls = mixers.row(name), mixers.get(name)
+    fields = {f.name for f in dataclasses.fields(cls.Config)}
+    cfg = build(cls.Config, {**row.tiny, **({"chunk_size": CHUNK} if "chunk_size" in fields else {})}).fill(D)
+
+    def split(seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(cls(D, cfg, rngs=nnx.Rngs(seed)))
+
+    graphdef, shapes = nnx.eval_shape(lambda: split(0))
+    initial = jax.jit(lambda: [v[...] for _, v in nnx.to_flat_state(split(0)[1])])()
+    rng = np.random.default_rng(0)
+    variables = tuple(nnx.to_flat_state(shapes))
+    params = {
+        _name(path): np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+        for (path, _), x in zip(variables, initial, strict=True)
+    }
+    return Case(name, row, cfg, graphdef, variables, params)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def segments(lengths: Sequence[int], T: int) -> np.ndarray:
+    """Ids of a row that packs documents of these lengths; what is left of T is padding."""
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return np.pad(ids, (0, T - len(ids))).astype(np.int32)
+
+
+def inside(seg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions inside the documents of the rows [B,T], and whether a token starts one."""
+    starts = np.concatenate([np.ones_like(seg[:, :1], bool), seg[:, 1:] != seg[:, :-1]], axis=1)
+    index = np.arange(seg.shape[1])
+    return (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32), starts
+
+
+def floats(tree: PyTree) -> list[Array]:
+    """The leaves that carry gradients."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

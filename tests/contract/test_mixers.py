@@ -1,0 +1,317 @@
+"""The contract: what every row of `hydrax.mixers.TABLE` must satisfy. To register a mixer is to pass this file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrax import mixers
+from hydrax.core import tree
+from tests.contract.cases import CHUNK, Case, D, case, floats, inside, normal, segments
+from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+BOTH = pytest.mark.parametrize("lengths", [None, (1, 8, 1, 6, 5)], ids=["whole", "packed"])
+
+
+@pytest.fixture(params=mixers.names())
+def mixer(request) -> Case:
+    return case(request.param)
+
+
+# ---------------------------------------------------------------------------------------------- (a) forms agree
+
+BEFORE, AFTER = 7, 37
+ROWS = [
+    (BEFORE + AFTER,),  # one document, continued by the second call
+    (1, BEFORE - 1, 1, CHUNK - 1, 1, CHUNK - 1, 5),  # boundaries at the call, chunk edges, single tokens
+    (BEFORE + CHUNK, CHUNK, 1),  # a continued document that ends at a chunk edge, then padding
+]
+
+
+def forms_run(mixer: Case, impl: str | None):
+    """(params, x before, x) -> loss, (y, final state) for a call with the state that a first call left."""
+    seg = np.stack([segments(lengths, BEFORE + AFTER) for lengths in ROWS])
+    positions, starts = inside(seg)
+
+    def loss(params, before, x):
+        state = mixer.init(len(seg), BEFORE + AFTER, x.dtype)
+        _, state = mixer(params, before, seg[:, :BEFORE], state=state, impl=impl)
+        rest = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
+        y, state = mixer(params, x, seg[:, BEFORE:], state=state, **rest)
+        results = [y, *floats(state)]
+        weights = [normal(i, *r.shape) for i, r in enumerate(results)]
+        total = sum(jnp.sum(w * r.astype(jnp.float32)) for w, r in zip(weights, results, strict=True))
+        return total, (y * (seg[:, BEFORE:, None] != 0), state)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("impl", ["chunked", None], ids=["chunked", "default"])
+def test_forms_agree_in_fp32(mixer: Case, impl: str | None):
+    """Output, final state and all gradients equal those of the recurrence, which is the definition."""
+    args = mixer.params, normal(1, len(ROWS), BEFORE, D), normal(2, len(ROWS), AFTER, D)
+    (_, (y, state)), grads = forms_run(mixer, impl)(*args)
+    (_, (y_ref, state_ref)), grads_ref = forms_run(mixer, "recurrent")(*args)
+    assert_close("y", y, y_ref, TOLERANCE["fp32_op"])
+    assert_trees_close("state", state, state_ref, TOLERANCE["fp32_op"])
+    assert_trees_close("gradient", grads, grads_ref, TOLERANCE["fp32_op"])
+
+
+def test_bf16_stays_near_the_fp32_recurrence(mixer: Case):
+    """The reference has the same rounded parameters and inputs, so that only the computation is measured."""
+    params = mixer.cast(jnp.bfloat16)
+    x = [jnp.asarray(normal(i, len(ROWS), T, D), jnp.bfloat16) for i, T in ((1, BEFORE), (2, AFTER))]
+    (_, (y, state)), grads = forms_run(mixer, None)(params, *x)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, *x))
+    (_, (y_ref, state_ref)), grads_ref = forms_run(mixer, "recurrent")(*wide)
+    assert y.dtype == jnp.bfloat16
+    assert_close("y", y, y_ref, TOLERANCE["bf16_long"])
+    assert_trees_close("state", state, state_ref, TOLERANCE["bf16_long"])
+    assert_trees_close("gradient", grads, grads_ref, TOLERANCE["bf16_long"])
+
+
+def test_long_rows_in_bf16(mixer: Case):
+    T = 513
+    params, x = mixer.cast(jnp.bfloat16), jnp.asarray(normal(3, 1, T, D), jnp.bfloat16)
+    y, _ = jax.jit(mixer)(params, x)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    y_ref, _ = jax.jit(lambda *a: mixer(*a, impl="recurrent"))(*wide)
+    assert_close("first half", y[:, : T // 2], y_ref[:, : T // 2], TOLERANCE["bf16_long"])
+    assert_close("last tokens", y[:, -32:], y_ref[:, -32:], TOLERANCE["bf16_long"])
+
+
+# ------------------------------------------------------------------------- (b) prefill, continue, step at every split
+
+T = 21  # > CHUNK, and longer than the window and sinks of every tiny config
+SPLITS = np.arange(T + 1)
+INDEX = SPLITS[:, None] + np.arange(T)  # [T+1,T]: row s holds the tokens s, s+1, ...; those >= T do not exist
+REST = np.minimum(INDEX, T - 1)
+PREFIX = np.arange(T) < SPLITS[:, None]
+
+
+def split_row(lengths: tuple[int, ...] | None):
+    """Ids, positions and starts [T] of the row that is split; one document if no lengths are given."""
+    seg = segments(lengths or (T,), T)
+    positions, starts = inside(seg[None])
+    return seg, positions[0], starts[0]
+
+
+@DTYPES
+@BOTH
+def test_prefill_then_steps_at_every_split(mixer: Case, lengths: tuple[int, ...] | None, dtype: jnp.dtype):
+    """Row s of the batch prefills s tokens, right-padded, then decodes the others one by one."""
+    seg, positions, starts = split_row(lengths)
+    starts = starts & (np.arange(T) > 0)  # token 0 continues the empty state
+
+    @jax.jit
+    def decode(params, x):
+        state = mixer.init(T + 1, 2 * T, dtype)
+        first, state = mixer(params, jnp.broadcast_to(x, (T + 1, T, D)), np.where(PREFIX, seg, 0), state=state)
+
+        def step(state, inputs):
+            x_t, position, start = inputs
+            y, state = mixer(params, x_t[:, None], positions=position[:, None], starts=start, state=state)
+            return state, y[:, 0]
+
+        rest = (x[REST], positions[REST], starts[REST] & (INDEX < T))
+        _, y = jax.lax.scan(step, state, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), rest))
+        return first, jnp.moveaxis(y, 0, 1)
+
+    params, x = mixer.cast(dtype), jnp.asarray(normal(4, T, D), dtype)
+    full, _ = jax.jit(lambda p, x: mixer(p, x[None], None if lengths is None else seg[None]))(params, x)
+    first, rest = decode(params, x)
+    tolerance = TOLERANCE["fp32_op" if dtype == jnp.float32 else "bf16_long"]
+    for s in SPLITS:
+        assert_close(f"prefill of {s}", first[s, :s], full[0, :s], tolerance)
+        assert_close(f"steps after {s}", rest[s, : T - s], full[0, s:], tolerance)
+
+
+@BOTH
+def test_two_calls_equal_one_at_every_split(mixer: Case, lengths: tuple[int, ...] | None):
+    """A second call of many tokens continues the first, wherever the row is cut."""
+    seg, positions, starts = split_row(lengths)
+
+    @jax.jit
+    def two_calls(params, x):
+        state = mixer.init(T + 1, T, x.dtype)
+        _, state = mixer(params, jnp.broadcast_to(x, (T + 1, T, D)), np.where(PREFIX, seg, 0), state=state)
+        facts = {"positions": positions[REST], "starts": starts[REST][:, 0]}
+        return mixer(params, x[REST], np.where(INDEX < T, seg[REST], 0), state=state, **facts)[0]
+
+    x = normal(5, T, D)
+    full, _ = jax.jit(lambda p, x: mixer(p, x[None], seg[None], impl="recurrent"))(mixer.params, x)
+    rest = two_calls(mixer.params, x)
+    for s in SPLITS:
+        assert_close(f"tokens after {s}", rest[s, : T - s], full[0, s:], TOLERANCE["fp32_op"])
+
+
+# --------------------------------------------------------------------------------------- (c) packed equals separate
+
+
+def test_packed_equals_separate(mixer: Case):
+    """Outputs and input gradients of a packed row are those of each document in a row of its own."""
+    lengths = (1, CHUNK - 1, 1, CHUNK, 3, 1)
+    ends = np.cumsum(lengths)
+    seg = segments(lengths, ends[-1])[None]
+    alone = np.stack([segments((n,), CHUNK) for n in lengths])
+    x, weights = normal(6, ends[-1], D), normal(7, ends[-1], D)
+
+    def apart(a):
+        return np.stack([np.pad(d, ((0, CHUNK - len(d)), (0, 0))) for d in np.split(a, ends[:-1])])
+
+    def loss(params, x, weights, seg):
+        y, _ = mixer(params, x, seg)
+        return jnp.sum(y * weights), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (params_packed, x_packed), y_packed = run(mixer.params, x[None], weights[None], seg)
+    (params_alone, x_alone), y_alone = run(mixer.params, apart(x), apart(weights), alone)
+    assert_trees_close("parameter gradient", params_packed, params_alone, TOLERANCE["fp32_op"])
+    for i, (y, gradient) in enumerate(
+        zip(np.split(y_packed[0], ends[:-1]), np.split(x_packed[0], ends[:-1]), strict=True)
+    ):
+        assert_close(f"y of document {i}", y, y_alone[i, : lengths[i]], TOLERANCE["fp32_op"])
+        assert_close(f"gradient of document {i}", gradient, x_alone[i, : lengths[i]], TOLERANCE["fp32_op"])
+
+
+# ------------------------------------------------------------------ (d, e) what an output may depend on, bit by bit
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3], ids=["same size", "large"])
+def test_the_future_does_not_change_the_past(mixer: Case, size: float):
+    """Row t of the batch has other tokens from t on."""
+    run = jax.jit(lambda p, x: mixer(p, x)[0])
+    x = np.broadcast_to(normal(8, T, D), (T, T, D))
+    future = np.tril(np.ones((T, T), bool)).T[..., None]
+    y = run(mixer.params, x)
+    other = run(mixer.params, np.where(future, size * normal(9, T, D), x))
+    for t in range(T):
+        assert_equal(f"outputs before {t}", other[t, :t], y[t, :t])
+        assert np.any(np.asarray(other[t, t] != y[t, t])), f"output {t} does not depend on its own token"
+
+
+def test_documents_padding_and_neighbours_do_not_leak(mixer: Case):
+    """In row i only document i has other tokens (0: the padding); everything else keeps every bit."""
+    lengths = (5, 1, CHUNK - 6, 7)
+    seg = np.broadcast_to(segments(lengths, T + 5), (len(lengths) + 1, T + 5))
+    changed = seg == np.arange(len(seg))[:, None]
+
+    @jax.jit
+    def run(params, x):
+        return mixer(params, x, seg, state=mixer.init(len(seg), T + 5))
+
+    x = np.broadcast_to(normal(10, T + 5, D), (*seg.shape, D))
+    y, state = run(mixer.params, x)
+    other, other_state = run(mixer.params, np.where(changed[..., None], 100 * normal(11, T + 5, D), x))
+    for i in range(len(seg)):
+        keep = ~changed[i] & (seg[i] != 0)
+        assert_equal(f"outputs beside document {i}", other[i][keep], y[i][keep])
+        if i:
+            assert np.any(np.asarray(other[i][changed[i]] != y[i][changed[i]])), f"document {i} ignores its tokens"
+    padding_only = jax.tree.map(lambda a: a[:1], (other_state, state))
+    jax.tree.map(lambda a, b: assert_equal("state after padding", a, b), *padding_only)
+
+
+def test_a_row_of_padding_leaves_the_state_alone(mixer: Case):
+    """A finished row of a decoding batch: segment id 0 for one token, and for many."""
+    state = mixer.init(2, T)
+    _, state = jax.jit(mixer)(mixer.params, normal(12, 2, 5, D), state=state)
+    for n in (1, 4):
+        seg = np.stack([np.zeros(n, np.int32), np.ones(n, np.int32)])
+        positions = np.broadcast_to(5 + np.arange(n, dtype=np.int32), (2, n))
+        _, new = jax.jit(mixer)(mixer.params, normal(13, 2, n, D), seg, positions=positions, state=state)
+        pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True))
+        for a, b in pairs:
+            assert_equal(f"state after {n} tokens of padding", a[0], b[0])
+        assert any(np.any(np.asarray(a[1] != b[1])) for a, b in pairs), "real tokens leave no trace in the state"
+
+
+def test_starts_forgets_the_state(mixer: Case):
+    """Row 0 starts a document, row 1 continues one; a call of one token and a call of several."""
+    state = mixer.init(2, T)
+    _, state = jax.jit(mixer)(mixer.params, normal(14, 2, 9, D), state=state)
+    starts = np.array([True, False])
+    for n in (1, 5):
+        positions = np.stack([np.arange(n), 9 + np.arange(n)]).astype(np.int32)
+        run = jax.jit(lambda s, flags, n=n, p=positions: mixer(
+            mixer.params, normal(15, 2, n, D), positions=p, state=s, starts=flags))  # fmt: skip
+        y, new = run(state, starts)
+        fresh, fresh_state = run(mixer.init(2, T), ~starts)
+        kept, kept_state = run(state, np.zeros(2, bool))
+        for who, i, want in (("a new document", 0, (fresh, fresh_state)), ("a continued one", 1, (kept, kept_state))):
+            for a, b in zip(jax.tree.leaves((y, new)), jax.tree.leaves(want), strict=True):
+                assert_equal(f"{who} after {n} tokens", a[i], b[i])
+        assert np.any(np.asarray(y[0] != kept[0])), "the state does not matter"
+
+
+# ------------------------------------------------------------------------------------------- (f) extremes stay finite
+
+
+@DTYPES
+def test_extremes_stay_finite(mixer: Case, dtype: jnp.dtype):
+    """Saturated gates, silence, repetition and size leave outputs, states and gradients finite."""
+    x = normal(16, 1, AFTER, D)
+    burst = np.where(np.arange(AFTER)[:, None] % 5 == 0, 1e4, 0.0)
+    rows = [0 * x, 0 * x + x[:, :1], 1e4 * x, -1e4 * np.abs(x), 1e-20 * x, x * burst]
+    batch = jnp.asarray(np.concatenate(rows), dtype)
+
+    def loss(params, x):
+        y, state = mixer(params, x, state=mixer.init(len(rows), AFTER, dtype))
+        return sum(jnp.sum(r.astype(jnp.float32)) for r in (y, *floats(state))), (y, state)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    for scale, x in ((1.0, batch), (30.0, jnp.clip(batch, -10, 10))):
+        params = {name: scale * p for name, p in mixer.cast(dtype).items()}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(run(params, x))[0]:
+            finite = np.isfinite(np.asarray(leaf, np.float32))
+            assert finite.all(), f"{tree.path_name(path)} not finite at {np.argwhere(~finite)[0]}, parameters x{scale}"
+
+
+# ----------------------------------------------------------------------------------------------- (g) state, (j) taps
+
+
+@DTYPES
+def test_state_is_what_the_table_says(mixer: Case, dtype: jnp.dtype):
+    """Bytes by the formula of the row, zeros at first, memory in fp32, and the structure that every call returns."""
+    for max_len in (1, 5, T, 100):
+        state = jax.eval_shape(lambda n=max_len: mixer.init(3, n, dtype))
+        want = 3 * mixer.row.state_bytes(mixer.cfg, max_len, jnp.dtype(dtype).itemsize)
+        assert tree.nbytes(state) == want, f"max_len {max_len}: {state}"
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(mixer.init(3, T, dtype)))
+    state = jax.eval_shape(lambda: mixer.init(3, T, dtype))
+    if mixer.row.transition != "lse":
+        assert state["memory"].dtype == jnp.float32
+    for tokens in (1, 6):
+        x = jax.ShapeDtypeStruct((3, tokens, D), dtype)
+        y, new = jax.eval_shape(lambda p, x, s: mixer(p, x, state=s), mixer.cast(dtype), x, state)
+        assert y.dtype == dtype and y.shape == x.shape
+        assert new == state, f"a call of {tokens} tokens returns another structure"
+
+
+def test_taps_see_and_replace_the_heads(mixer: Case):
+    """`heads` is z [B,T,H,V] before the output projection, in training and in a step."""
+    seen = []
+
+    def tap(z):
+        seen.append(z.shape)
+        return jnp.cos(z)
+
+    @jax.jit
+    def run(params, x):
+        module, state = mixer.merge(params), mixer.init(2, T)
+        y, _ = mixer(params, x, state=state, taps={"heads": tap, "unknown": jnp.zeros_like})
+        bare, _ = mixer(params, x, state=state, taps={"heads": lambda z: z})
+        return y, module.out(jnp.cos(capture(params, x, state))), bare, mixer(params, x, state=state)[0]
+
+    def capture(params, x, state):
+        box = []
+        mixer(params, x, state=state, taps={"heads": lambda z: box.append(z) or z})
+        return box[0]
+
+    for tokens in (1, 6):
+        y, want, bare, plain = run(mixer.params, normal(17, 2, tokens, D))
+        assert_equal("tapped output", y, want)
+        assert_equal("output under an identity tap", bare, plain)
+        assert np.any(np.asarray(y != plain)), "the tap has no effect"
+    assert [s[:2] for s in seen] == [(2, 1), (2, 6)] and all(len(s) == 4 for s in seen)

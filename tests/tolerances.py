@@ -1,0 +1,74 @@
+"""How far two results may be apart: the one table, by dtype and form. Loosening an entry needs a written reason."""
+
+import jax
+import numpy as np
+
+from hydrax.core.tree import path_name
+from hydrax.core.typing import ArrayLike, PyTree
+
+TOLERANCE = {
+    "fp32_op": 1e-5,  # one op or mixer: output, state and gradients
+    "fp32_model": 1e-4,  # a whole model
+    "bf16_output": 5e-3,
+    "bf16_gradient": 1e-2,
+    "bf16_gate_gradient": 2e-2,  # gradients that flow through an exponent: decays, betas, their projections
+    "bf16_long": 2e-2,  # long rows, chained forms and whole models
+}
+"""Relative RMS per tensor, rms(actual - expected) / rms(expected)."""
+
+
+def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, tolerance: float, *, floor: float = 1e-6) -> None:
+    """rms(actual - expected) <= tolerance · max(rms(expected), floor), for finite tensors of one shape.
+
+    `floor` is the size below which a reference counts as zero. Raise it only where the reference vanishes
+    mathematically and consists of rounding (e.g. the gradient of a shift under a softmax), and say so there.
+
+    Raises:
+      AssertionError: naming the tensor, its error and where it is worst.
+    """
+    a, e = _fp64(actual), _fp64(expected)
+    assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"
+    if a.size == 0:
+        return
+    for who, x in (("actual", a), ("expected", e)):
+        bad = ~np.isfinite(x)
+        assert not bad.any(), f"{name}: {who} has {bad.sum()} of {x.size} entries not finite, first at {_index(bad)}"
+    difference = np.abs(a - e)
+    rms = np.sqrt(np.mean(e**2))
+    error = np.sqrt(np.mean(difference**2)) / max(rms, floor)
+    worst = _index(difference)
+    assert error <= tolerance, (
+        f"{name} {a.shape}: relative RMS {error:.2e} > {tolerance:.0e} (rms expected {rms:.2e}); "
+        f"worst at {worst}: {a[worst]:.6g}, expected {e[worst]:.6g}"
+    )
+
+
+def assert_trees_close(name: str, actual: PyTree, expected: PyTree, tolerance: float, *, floor: float = 1e-6) -> None:
+    """`assert_close` leaf by leaf; the message names the path of the leaf."""
+    a, e = jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree_util.tree_flatten_with_path(expected)[0]
+    assert [p for p, _ in a] == [p for p, _ in e], f"{name}: the trees differ in structure"
+    for (path, x), (_, y) in zip(a, e, strict=True):
+        assert_close(f"{name} {path_name(path)}", x, y, tolerance, floor=floor)
+
+
+def assert_equal(name: str, actual: ArrayLike, expected: ArrayLike) -> None:
+    """Bit-equal tensors of one shape.
+
+    Raises:
+      AssertionError: naming the tensor and the first difference.
+    """
+    a, e = _fp64(actual), _fp64(expected)
+    assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"
+    differs = ~((a == e) | (np.isnan(a) & np.isnan(e)))
+    first = _index(differs)
+    assert not differs.any(), (
+        f"{name}: {differs.sum()} of {a.size} differ, first at {first}: {a[first]!r} != {e[first]!r}"
+    )
+
+
+def _fp64(x: ArrayLike) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def _index(x: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(np.argmax(x), x.shape)) if x.size else ()
