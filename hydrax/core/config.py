@@ -10,7 +10,7 @@ import importlib.util
 import pathlib
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from hydrax.core.build import ConfigError, Raw
 
 PACKAGE = "configs"
+
+Mapping.register(ConfigDict)  # it has all of a mapping but the name, and `build` asks for the name
 
 
 def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
@@ -118,10 +120,11 @@ def _check(config: ConfigDict, node: ConfigDict, names: list[str], i: int, value
     """Refuses a key that the locked section `node` does not have, and says which was probably meant."""
     if names[i] in node or not node.is_locked:
         return
-    near = [".".join([*names[:i], n]) for n in difflib.get_close_matches(names[i], list(node), n=1)]
-    elsewhere = [k for k in _leaves(config) if k.split(".")[-1] == names[-1]]
+    key, leaves = ".".join(names), list(_leaves(config))
+    near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)
+    elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == names[-1]]
     hint = f"did you mean {(near + elsewhere)[0]!r}? " if near + elsewhere else ""
-    raise ConfigError(".".join(names), value, f"unknown key; {hint}allowed: {', '.join(node)}")
+    raise ConfigError(key, value, f"unknown key; {hint}allowed: {', '.join(node)}")
 
 
 def _literal(value: Any) -> Any:

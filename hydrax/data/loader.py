@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive
-from hydrax.data.pack import PackedRows, Row
+from hydrax.data.pack import Batch, PackedRows
 from hydrax.data.source import Corpus, open_corpus
 from hydrax.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -42,24 +42,23 @@ class Data:
     sha256: str  # over all documents' names and contents
     threads: int
 
-    def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Row]:
+    def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
         """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
         import grain  # takes seconds to import
 
-        rows = grain.MapDataset.source(self.train.rows).seed(seed).shuffle().repeat()
-        batches = rows.batch(batch_size).slice(slice(start_step, None))
+        numbers = grain.MapDataset.range(len(self.train.rows)).seed(seed).shuffle().repeat().batch(batch_size)
+        batches = numbers.slice(slice(start_step, None)).map(self.train.rows.batch)
         return iter(batches.to_iter_dataset(grain.ReadOptions(self.threads, prefetch_buffer_size=2 * self.threads)))
 
-    def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Row]:
-        """Once over `rows` validation rows spread evenly over the split (all if None), the last batch filled up with
-        empty rows."""
+    def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
+        """Once over `rows` validation rows spread evenly over the split (None: all), the last batch filled up with
+        rows of padding."""
         source = self.val.rows
         count = len(source) if rows is None else min(rows, len(source))
         chosen = np.arange(count) * len(source) // max(count, 1)
-        for start in range(0, count, batch_size):
-            batch = [source[i] for i in chosen[start : start + batch_size]]
-            batch += [source.empty()] * (batch_size - len(batch))
-            yield {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+        chosen = np.pad(chosen, (0, -count % batch_size), constant_values=len(source))
+        for numbers in chosen.reshape(-1, batch_size):
+            yield source.batch(numbers)
 
 
 def open_data(cfg: DataConfig) -> Data:
@@ -69,7 +68,7 @@ def open_data(cfg: DataConfig) -> Data:
       ConfigError: nothing to read, a split without documents, or fewer training tokens than one row.
     """
     tokenizer = open_tokenizer(cfg.tokenizer)
-    corpus = open_corpus(cfg.path, tokenizer)
+    corpus = open_corpus(cfg.path, tokenizer, cfg.val_fraction)
     held_out = _held_out(corpus, cfg.val_fraction)
     train = _split(cfg, corpus, tokenizer, ~held_out, partial=False)
     val = _split(cfg, corpus, tokenizer, held_out, partial=True)
@@ -87,7 +86,7 @@ def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
     if held_out.any() and not held_out.all():
         return held_out
     empty = "training" if held_out.all() else "validation"
-    remedy = "expected at least two documents (files, or lines of a .jsonl file)"
+    remedy = "expected at least two documents (lines of the .jsonl file)"
     if places.size > 1:
         # Four digits, rounded inwards: whoever types the number must not land outside again.
         low, high = np.ceil(places.min() * 1e4 + 1) / 1e4, np.floor(places.max() * 1e4) / 1e4

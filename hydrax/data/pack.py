@@ -10,11 +10,11 @@ import numpy as np
 from hydrax.data.source import Corpus
 from hydrax.data.tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
 
 
 class PackedRows:
-    """Rows of `seq_len` predictions; len() and [i] as Grain expects them. A row costs O(T + log documents).
+    """Rows of `seq_len` predictions. The cost of a row does not depend on its number, and little on the documents'.
 
     Args:
       corpus: tokenised documents; a memory-mapped one stays on disk.
@@ -50,30 +50,32 @@ class PackedRows:
     def __len__(self) -> int:
         return self.length
 
-    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 of the stream's places [start, stop) and, for each, the rank of its document."""
-        first, last = np.searchsorted(self.starts, start, "right") - 1, np.searchsorted(self.starts, stop, "left")
-        lengths = np.diff(np.clip(self.starts[first : last + 1], start, stop))
-        document = np.repeat(np.arange(first, last), lengths)
-        return self.tokens[np.arange(start, stop) + self.shift[document]].astype(np.int32), document
-
-    def __getitem__(self, row: int) -> Row:
-        """tokens, targets, segment_ids, positions int32 [T], weights fp32 [T], bytes fp32 scalar (counted targets)."""
+    def __getitem__(self, row: int) -> Batch:
+        """One row: the arrays of `batch` without their first axis."""
         if not 0 <= row < len(self):
             raise IndexError(row)
-        start = row * self.seq_len
-        stop = min(start + self.seq_len + 1, self.stream_length)
-        tokens, document = self.span(start, stop)
-        positions = np.arange(start, stop) - np.maximum(self.starts[document], start)
-        weights = document[1:] == document[:-1]
-        batch = self.empty()
-        values = (tokens[:-1], tokens[1:], document[:-1] - document[0] + 1, positions[:-1], weights)
-        for key, value in zip(("tokens", "targets", "segment_ids", "positions", "weights"), values, strict=True):
-            batch[key][: value.size] = value
-        return batch | {"bytes": np.float32(self.token_bytes[tokens[1:]] @ weights)}
+        return self.batch(np.asarray(row))
 
-    def empty(self) -> Row:
-        """A row of padding, to fill up a batch."""
-        row = {k: np.zeros(self.seq_len, np.int32) for k in ("segment_ids", "positions")}
-        row |= {k: np.full(self.seq_len, self.pad, np.int32) for k in ("tokens", "targets")}
-        return row | {"weights": np.zeros(self.seq_len, np.float32), "bytes": np.float32(0)}
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Rows by number, int [B]; a number past the end gives a row of padding.
+
+        Returns tokens, targets, segment_ids (from 1; 0 is padding), positions int32 [B,T], weights fp32 [B,T]
+        (1 where the target is in its input's document) and bytes fp32 [B] that the counted targets stand for.
+        """
+        start = rows[..., None] * self.seq_len
+        places = start + np.arange(self.seq_len + 1)
+        real = places < self.stream_length
+        places = np.minimum(places, self.stream_length - 1)
+        document = np.searchsorted(self.starts, places, "right") - 1
+        tokens = np.where(real, self.tokens[places + self.shift[document]], self.pad).astype(np.int32)
+        position = places - np.maximum(self.starts[document], start)
+        real = real[..., 1:]  # an input without a target is padding too
+        weights = real & (document[..., 1:] == document[..., :-1])
+        return {
+            "tokens": np.where(real, tokens[..., :-1], self.pad),
+            "targets": tokens[..., 1:],
+            "segment_ids": np.where(real, document[..., :-1] - document[..., :1] + 1, 0).astype(np.int32),
+            "positions": np.where(real, position[..., :-1], 0).astype(np.int32),
+            "weights": weights.astype(np.float32),
+            "bytes": (self.token_bytes[tokens[..., 1:]] * weights).sum(-1).astype(np.float32),
+        }

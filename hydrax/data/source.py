@@ -1,7 +1,7 @@
 """Where documents come from: the Python standard library, text files, or a folder of tokens made by `write_tokens`.
 
 A document is a text file, or a line of a .jsonl file. Its place in [0, 1), a hash of its name, decides its split for
-ever: adding or editing other documents never moves it.
+ever: adding or editing other documents never moves it. A lone text file becomes two documents, its head and its tail.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,6 +24,8 @@ PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".jsonl")
 CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".jl")
 NOT_STDLIB = ("site-packages", "dist-packages")
 
+Found = list[tuple[str, Path]]
+
 RECORD = np.dtype([("bytes", np.int64), ("place", np.float64), ("digest", np.uint8, 32)])
 """What is kept of a document besides its tokens: UTF-8 bytes, place in [0, 1), sha256 of its name and text."""
 
@@ -32,10 +35,17 @@ class Document:
     file: str  # path relative to the source, with forward slashes
     line: int | None  # number in a .jsonl file, from 1
     text: bytes
+    fixed_place: float | None = None  # instead of the hash of the name
 
     @property
     def name(self) -> bytes:
         return os.fsencode(self.file if self.line is None else f"{self.file}:{self.line}")
+
+    @property
+    def place(self) -> float:
+        if self.fixed_place is not None:
+            return self.fixed_place
+        return int.from_bytes(hashlib.sha256(self.name).digest()[:6]) / 2**48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +62,20 @@ class Corpus:
         return hashlib.sha256(self.records["digest"][documents].tobytes()).hexdigest()
 
 
-def open_corpus(path: str | None, tokenizer: Tokenizer) -> Corpus:
+def open_corpus(path: str | None, tokenizer: Tokenizer, val_fraction: float = 0.0) -> Corpus:
     """The tokenised documents at `path`: the standard library if None, otherwise a file, folder, glob or token folder.
+
+    A lone text is cut so that `val_fraction` of it, its tail, is held out.
 
     Raises:
       ConfigError: nothing there, not readable, without text, or written with another tokenizer.
     """
     if path is not None and os.path.exists(os.path.join(os.path.expanduser(path), "tokens.npy")):
         return _read_tokens(path, tokenizer)
-    encoded = list(_encode(documents(path), tokenizer))
+    found = list(documents(path))
+    if len(found) == 1 and found[0].line is None:
+        found = _cut(found[0], val_fraction)
+    encoded = list(_encode(found, tokenizer))
     if not encoded:
         raise ConfigError("data.path", path, "expected text, every file there is empty")
     tokens, records, files = zip(*encoded, strict=True)
@@ -107,7 +122,7 @@ def write_tokens(folder: str | Path, documents: Iterable[Document], tokenizer: T
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _header(out, dtype: np.dtype, length: int) -> None:
+def _header(out: BinaryIO, dtype: np.dtype, length: int) -> None:
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(out, fields)
 
@@ -137,16 +152,15 @@ def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
     for document in documents:
         tokens = np.empty((body := tokenizer.encode(document.text)).size + 2, dtype)
         tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, body, tokenizer.eos
-        place = int.from_bytes(hashlib.sha256(document.name).digest()[:6]) / 2**48
         digest = hashlib.sha256(document.name + b"\0" + document.text).digest()
-        yield tokens, (len(document.text), place, np.frombuffer(digest, np.uint8)), document.file
+        yield tokens, (len(document.text), document.place, np.frombuffer(digest, np.uint8)), document.file
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def _find(path: str | None) -> list[tuple[str, Path]]:
+def _find(path: str | None) -> Found:
     """Relative name and location of every file at `path`, sorted by name."""
     if path is None:
         return _walk(path, Path(sysconfig.get_paths()["stdlib"]), (".py",), NOT_STDLIB)
@@ -166,7 +180,7 @@ def _find(path: str | None) -> list[tuple[str, Path]]:
     return sorted((file.relative_to(base).as_posix(), file) for file in files)
 
 
-def _walk(path: str | None, root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list:
+def _walk(path: str | None, root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> Found:
     def refuse(error: OSError) -> None:  # os.walk would leave out a folder that cannot be listed
         raise ConfigError("data.path", path, f"{error.filename} cannot be read: {error.strerror}")
 
@@ -182,6 +196,14 @@ def _walk(path: str | None, root: Path, suffixes: tuple[str, ...], skip: tuple[s
 
 def _whole(name: str, file: Path) -> Document:
     return Document(name, None, file.read_bytes())
+
+
+def _cut(document: Document, fraction: float) -> list[Document]:
+    """Head and tail of a text, cut where a line begins if there is one; the tail is first in line for validation."""
+    at = round(len(document.text) * (1 - fraction))
+    at = document.text.rfind(b"\n", 0, at) + 1 or at
+    parts = ((document.text[:at], 1.0 - 2**-48), (document.text[at:], 0.0))
+    return [dataclasses.replace(document, text=text, fixed_place=place) for text, place in parts if text]
 
 
 def _lines(name: str, file: Path, path: str | None) -> Iterator[Document]:

@@ -67,7 +67,7 @@ class ByteTokenizer(_Pieces):
 
 @dataclasses.dataclass
 class FileTokenizer(_Pieces):
-    """A `tokenizer.json`. Special tokens it lacks get ids after its vocabulary; text never encodes to special tokens."""
+    """A `tokenizer.json`. Special tokens it lacks follow its vocabulary; text never encodes to special tokens."""
 
     name: str
     backend: Any
@@ -82,8 +82,7 @@ class FileTokenizer(_Pieces):
         return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = self.backend.get_vocab_size(with_added_tokens=True)
-        return self.backend.decode([int(i) for i in ids if i < known], skip_special_tokens=True)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)  # leaves out ids it does not know
 
 
 class TextStream:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,13 @@ from flax import nnx
 
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
+from hydrax.data.tokenizer import TextStream, Tokenizer
 from hydrax.models.cache import Cache
 from hydrax.models.lm import LM
 
 if TYPE_CHECKING:
     from hydrax.data.loader import Data
     from hydrax.train.config import RunConfig
-
-UNFINISHED = "\ufffd"
-"""What a decoder puts where the bytes of a character are not all there yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +30,6 @@ class _Structure:
 
     def __hash__(self) -> int:
         return hash(len(self.graph.nodes))
-
-
-class Tokenizer(Protocol):
-    """What sampling needs of a tokenizer."""
-
-    bos: int
-    eos: int
-
-    def encode(self, text: str) -> np.ndarray: ...
-    def decode(self, ids: np.ndarray) -> str: ...
 
 
 def generate(
@@ -85,8 +73,16 @@ def stream(
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
     prompt = jnp.asarray(tokens, jnp.int32)
-    _check(prompt, max_new_tokens, temperature, top_p, lengths)
-    return _stream(model, prompt, max_new_tokens, (temperature, top_p), seed, stop, lengths)
+    check_settings(temperature, top_p)
+    if max_new_tokens < 1:
+        raise ConfigError("max_new_tokens", max_new_tokens, "expected an integer >= 1")
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ConfigError("tokens", prompt.shape, "expected prompts [B,T] of at least one token")
+    B, T = prompt.shape
+    valid = np.full(B, T) if lengths is None else np.asarray(lengths)
+    if valid.shape != (B,) or valid.min() < 1 or valid.max() > T:
+        raise ConfigError("lengths", valid.tolist(), f"expected a length from 1 to {T} for each of the {B} rows")
+    return _stream(model, prompt, valid, max_new_tokens, (temperature, top_p), seed, stop)
 
 
 def stream_text(
@@ -97,64 +93,60 @@ def stream_text(
     An empty prompt starts a new document.
     """
     ids = tokenizer.encode(prompt)
-    ids = ids if len(ids) else np.array([tokenizer.bos])
-    made: list[int] = []
-    shown = 0
-    for token in stream(
-        model, ids[None], max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tokenizer.eos
-    ):
+    start = ids if len(ids) else np.array([tokenizer.bos])
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tokenizer.eos}
+    text = TextStream(tokenizer)
+    for token in stream(model, start[None], max_new_tokens=tokens, **settings):  # type: ignore[arg-type]
         if token[0] == tokenizer.eos:
             break
-        made.append(int(token[0]))
-        text = tokenizer.decode(np.array(made))
-        whole = len(text.rstrip(UNFINISHED))
-        if whole > shown:
-            yield text[shown:whole]
-            shown = whole
-    if rest := tokenizer.decode(np.array(made, np.int32))[shown:]:
-        yield rest
+        if piece := text.push(int(token[0])):
+            yield piece
+
+
+def check_settings(temperature: float, top_p: float, path: str = "") -> None:
+    """Raises `ConfigError`, its key below `path`, for settings out of range."""
+    if not 0 <= temperature < float("inf"):
+        error = ConfigError("temperature", temperature, "expected a number >= 0 (0 takes the most likely token)")
+        raise error.under(path)
+    if not 0 < top_p <= 1:
+        raise ConfigError("top_p", top_p, "expected a number above 0 and at most 1").under(path)
 
 
 def write_sample(model: LM, data: "Data", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
     """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder."""
     s = cfg.sample
-    settings = {"tokens": s.tokens, "temperature": s.temperature, "top_p": s.top_p, "seed": cfg.train.seed}
-    text = s.prompt + "".join(stream_text(model, data.tokenizer, s.prompt, **settings))
+    if not s.tokens:
+        return
+    pieces = stream_text(
+        model,
+        data.tokenizer,
+        s.prompt,
+        tokens=s.tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        seed=cfg.train.seed,
+    )
+    text = s.prompt + "".join(pieces)
     pathlib.Path(workdir, "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(text, flush=True)
-
-
-def _check(prompt: Array, count: int, temperature: float, top_p: float, lengths: ArrayLike | None) -> None:
-    if prompt.ndim != 2 or 0 in prompt.shape:
-        raise ConfigError("tokens", prompt.shape, "expected prompts [B,T] of at least one token")
-    if count < 1:
-        raise ConfigError("max_new_tokens", count, "expected an integer >= 1")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError("temperature", temperature, "expected a number >= 0 (0 takes the most likely token)")
-    if not 0 < top_p <= 1:
-        raise ConfigError("top_p", top_p, "expected a number above 0 and at most 1")
-    if lengths is not None:
-        counts = np.asarray(lengths)
-        if counts.shape != prompt.shape[:1] or counts.min() < 1 or counts.max() > prompt.shape[1]:
-            raise ConfigError("lengths", counts.tolist(), f"expected one length from 1 to {prompt.shape[1]} per row")
 
 
 def _stream(
     model: LM,
     prompt: Array,
+    lengths: np.ndarray,
     count: int,
     settings: tuple[float, float],
     seed: int,
     stop: int | None,
-    lengths: ArrayLike | None,
 ) -> Iterator[np.ndarray]:
-    B, T = prompt.shape
     graph, params = nnx.split(model)
     structure = _Structure(graph)
     key = jax.random.key(seed)
-    valid = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     end = jnp.int32(-1 if stop is None else stop)
-    token, cache = _prefill(structure, params, prompt, valid, T + count, settings, jax.random.fold_in(key, 0))
+    token, cache = _prefill(
+        structure, params, prompt, jnp.asarray(lengths), prompt.shape[1] + count, settings, jax.random.fold_in(key, 0)
+    )
     for i in range(1, count):
         following, cache = _step(structure, params, token, cache, end, settings, jax.random.fold_in(key, i))
         yield np.asarray(token)  # fetched after the next step is on its way

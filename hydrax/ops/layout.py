@@ -1,6 +1,8 @@
-"""The layout all matrix-state ops share: arguments checked and grouped by key head, chunks, and the scan that defines them.
+"""What the matrix-state ops share: their layout, by key head, and the scan over tokens that defines them.
 
     q, k [B,T,H,K];  v [B,T,H,R,V];  beta [B,T,H,R];  g [B,T,H,R|1,K|1];  S [B,H,R,K,V]
+
+A decay over K has no R axis and a decay over R no K axis, so one broadcast serves both.
 """
 
 from collections.abc import Callable

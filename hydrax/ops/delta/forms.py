@@ -8,7 +8,7 @@ from hydrax.core.typing import Array
 from hydrax.ops import documents
 from hydrax.ops.delta.solve import unit_lower_inverse
 from hydrax.ops.layout import scan_tokens, split_chunks
-from hydrax.ops.linear.forms import SUB_BLOCK, scalar_decay, vector_decay
+from hydrax.ops.linear.forms import SUB_BLOCK, decayed
 
 
 def step(q: Array, k: Array, v: Array, beta: Array, g: Array, S: Array) -> tuple[Array, Array]:
@@ -19,9 +19,7 @@ def step(q: Array, k: Array, v: Array, beta: Array, g: Array, S: Array) -> tuple
     return einsum("bhk,bhrkv->bhrv", q, S), S
 
 
-def recurrent(
-    q: Array, k: Array, v: Array, beta: Array, g: Array, seg: Array | None, S: Array
-) -> tuple[Array, Array]:
+def recurrent(q: Array, k: Array, v: Array, beta: Array, g: Array, seg: Array | None, S: Array) -> tuple[Array, Array]:
     """The definition: `step` over the tokens, in fp32, restarting where the document changes."""
     return scan_tokens(step, (q, k, v, beta, g), seg, S)
 
@@ -35,19 +33,18 @@ def chunked(
     C = min(chunk_size, -(-T // SUB_BLOCK) * SUB_BLOCK)
     q, k, v, beta, g, seg = (split_chunks(x, C) for x in (q, k, v, beta, g, seg))
     same, enters, leaves, keep = documents.chunk_masks(seg)
-    G = jnp.cumsum(clamp_decay(g), axis=2)  # [B,N,C,H,R|1,K|1], inclusive
-    decayed = scalar_decay if g.shape[-1] == 1 else vector_decay
+    g = clamp_decay(g)
 
-    scores, q_in, k_out, o_in, v_out = decayed(q, k, G)
+    scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
     scores = jnp.where((same & jnp.tril(jnp.ones((C, C), bool)))[:, :, None, None], scores, 0)
-    overlaps, k_in, _, u_in, _ = decayed(k, k, G)
+    overlaps, k_in, _, u_in, _ = decayed(k, k, g)
     overlaps = jnp.where((same & jnp.tril(jnp.ones((C, C), bool), -1))[:, :, None, None], overlaps, 0)
     solve = _solve(overlaps, _rows(beta))
     U = einsum("bnhrij,bnjhrv->bnhriv", solve.astype(v.dtype), v)
     reads = solve * _rows(enters[..., None, None] * u_in[..., 0])[..., None, :]
     W = einsum("bnhrij,bnjhk->bnhrik", reads.astype(v.dtype), k_in.astype(v.dtype))
     writes = _rows(leaves[..., None, None] * v_out[..., 0])[..., None]
-    decays = keep[..., None, None, None] * jnp.exp(G[:, :, -1])
+    decays = keep[..., None, None, None] * jnp.exp(g.sum(2))
 
     def chunk(S: Array, x: tuple) -> tuple[Array, tuple]:
         k_out, U, W, write, decay = x

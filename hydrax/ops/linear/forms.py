@@ -1,16 +1,18 @@
-"""The forms of `linear_attention`, in one layout: q, k [B,T,H,K]; v [B,T,H,R,V]; g [B,T,H,R|1,K|1]; S [B,H,R,K,V].
+"""The forms of `linear_attention`, in the layout of `ops.layout`."""
 
-A decay over K has no R axis and a decay over R no K axis, so one broadcast serves both.
-"""
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hydrax.core.numerics import clamp_decay, einsum, fp32
 from hydrax.core.typing import Array
 from hydrax.ops import documents
 from hydrax.ops.layout import scan_tokens, split_chunks
 
+Sums = tuple[Array, Array]
+"""In-chunk cumulative log-decay [B,N,C,...] in two terms, see `decay_sums`."""
 SUB_BLOCK = 16
 """Rows whose vector-decayed scores are formed directly; larger blocks go through a matmul."""
 
@@ -35,17 +37,13 @@ def chunked(
     C = min(chunk_size, -(-T // SUB_BLOCK) * SUB_BLOCK)
     q, k, v, g, seg = (split_chunks(x, C) for x in (q, k, v, g, seg))
     same, enters, leaves, keep = documents.chunk_masks(seg)
-    G = jnp.cumsum(clamp_decay(g), axis=2)  # [B,N,C,H,R|1,K|1], inclusive
-    if g.shape[-1] == 1:
-        scores, q_in, k_out, o_in, v_out = scalar_decay(q, k, G)
-    else:
-        scores, q_in, k_out, o_in, v_out = vector_decay(q, k, G)
-
+    g = clamp_decay(g)
+    scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
     scores = jnp.where((same & jnp.tril(jnp.ones((C, C), bool)))[:, :, None, None], scores, 0)
     intra = einsum("bnhrij,bnjhrv->bnihrv", jnp.broadcast_to(scores, _wide(scores, v)).astype(v.dtype), v)
     writes = leaves[..., None, None, None] * v_out * v
     updates = einsum("bnchk,bnchrv->bnhrkv", k_out.astype(v.dtype), writes.astype(v.dtype))
-    decays = keep[..., None, None, None] * jnp.exp(G[:, :, -1])
+    decays = keep[..., None, None, None] * jnp.exp(g.sum(2))
 
     def chunk(S: Array, x: tuple) -> tuple[Array, Array]:
         update, decay = x
@@ -57,27 +55,57 @@ def chunked(
     return o.reshape(B, -1, *o.shape[3:])[:, :T], S
 
 
-def scalar_decay(q: Array, k: Array, G: Array) -> tuple:
-    """Scores q_i·k_j e^{G_i - G_j}; the decay to and from the state sits on values and outputs, once per value head."""
-    rows = jnp.moveaxis(G[..., 0], 2, -1)  # [B,N,H,R,C]
-    scores = einsum("bnihk,bnjhk->bnhij", q, k)[:, :, :, None] * past_decay(rows[..., :, None] - rows[..., None, :])
-    return scores, q, k, jnp.exp(G), jnp.exp(G[:, :, -1:] - G)
+def decay_sums(g: Array) -> Sums:
+    """Inclusive sums of the log-decay [B,N,C,...] over each chunk as two terms, G = coarse + fine.
+
+    What is used is the difference of two sums, which may be small although both are in the thousands: one fp32 sum
+    would keep four digits of it. The coarse parts are multiples of 2^-8, whose sums and differences are exact.
+    """
+    coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
+    return jnp.cumsum(coarse, axis=2), jnp.cumsum(g - coarse, axis=2)
+
+
+def between(G: Sequence[Array], i: tuple, j: tuple) -> Array:
+    """G[i] - G[j], the log-decay from token j to token i."""
+    return sum(x[i] - x[j] for x in G)
 
 
 def past_decay(exponent: Array) -> Array:
-    """exp of [..., i, j] where j <= i, else 1. Future exponents are positive: masked by index before exp, since an
+    """exp of [..., i, j] where j < i, else 1. Future exponents are positive: masked by index before exp, since an
     inf would meet a zero gradient, and clamping them instead would halve the gradient wherever g = 0."""
-    return jnp.exp(jnp.where(jnp.tril(jnp.ones(exponent.shape[-2:], bool)), exponent, 0))
+    return jnp.exp(jnp.where(jnp.tril(jnp.ones(exponent.shape[-2:], bool), -1), exponent, 0))
 
 
-def vector_decay(q: Array, k: Array, G: Array) -> tuple:
+def _to_end(g: Array) -> Array:
+    """Decay from each token to the end of its chunk, as a sum of its own: in G_C - G_j the gradients of the last tokens
+    would cancel, and leave their rounding to the gradients of all gates."""
+    later = jnp.pad(g[:, :, 1:], [(0, 1) if axis == 2 else (0, 0) for axis in range(g.ndim)])
+    return jnp.exp(jax.lax.cumsum(later, axis=2, reverse=True))
+
+
+def decayed(q: Array, k: Array, g: Array) -> tuple:
+    """Everything the decay of a chunk touches: scores [B,N,H,R|1,C,C] of q_i and k_j, valid for j <= i; then q and k,
+    and factors for what is read from the incoming and written to the outgoing state."""
+    return (_scalar_decay if g.shape[-1] == 1 else _vector_decay)(q, k, g)
+
+
+def _scalar_decay(q: Array, k: Array, g: Array) -> tuple:
+    """Scores q_i·k_j e^{G_i - G_j}; the decay to and from the state sits on values and outputs, once per value head."""
+    G = decay_sums(g)
+    rows = tuple(jnp.moveaxis(x[..., 0], 2, -1) for x in G)  # [B,N,H,R,C]
+    E = past_decay(between(rows, np.s_[..., :, None], np.s_[..., None, :]))
+    return einsum("bnihk,bnjhk->bnhij", q, k)[:, :, :, None] * E, q, k, jnp.exp(sum(G)), _to_end(g)
+
+
+def _vector_decay(q: Array, k: Array, g: Array) -> tuple:
     """Scores Σ_d q_id k_jd e^{G_id - G_jd}; the decay to and from the state sits on queries and keys."""
-    G = G[..., 0, :]
-    one = jnp.ones((1,), G.dtype)
-    return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(G), k * jnp.exp(G[:, :, -1:] - G), one, one
+    g = g[..., 0, :]
+    G = decay_sums(g)
+    one = jnp.ones((1,), g.dtype)
+    return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(sum(G)), k * _to_end(g), one, one
 
 
-def decayed_scores(q: Array, k: Array, G: Array) -> Array:
+def decayed_scores(q: Array, k: Array, G: Sums) -> Array:
     """A[b,n,h,i,j] = Σ_d q_id k_jd exp(G_id - G_jd) for j <= i (other entries are arbitrary but finite).
 
     Factoring e^{G_i - G_j} over a whole chunk overflows. Here every exponent is <= 0: row block a refers to its own
@@ -86,23 +114,22 @@ def decayed_scores(q: Array, k: Array, G: Array) -> Array:
     """
     blocks = []
     for s in range(0, q.shape[2], SUB_BLOCK):
-        rows = slice(s, s + SUB_BLOCK)
-        reference = G[:, :, s : s + 1]
+        first, rows, before = (np.s_[:, :, a:b] for a, b in ((s, s + 1), (s, s + SUB_BLOCK), (0, s)))
         past = einsum(
             "bnihd,bnjhd->bnhij",
-            (q[:, :, rows] * jnp.exp(G[:, :, rows] - reference)).astype(k.dtype),
-            (k[:, :, :s] * jnp.exp(reference - G[:, :, :s])).astype(k.dtype),
+            (q[rows] * jnp.exp(between(G, rows, first))).astype(k.dtype),
+            (k[before] * jnp.exp(between(G, first, before))).astype(k.dtype),
         )
-        own = _direct_scores(q[:, :, rows], k[:, :, rows], G[:, :, rows])
+        own = _direct_scores(q[rows], k[rows], tuple(x[rows] for x in G))
         row = jnp.concatenate([past, own], axis=-1)
         blocks.append(jnp.pad(row, ((0, 0),) * 4 + ((0, q.shape[2] - row.shape[-1]),)))
     return jnp.concatenate(blocks, axis=-2)
 
 
 @jax.checkpoint  # its [C, 16, K] products would otherwise be stored for the backward pass
-def _direct_scores(q: Array, k: Array, G: Array) -> Array:
-    q, k, G = (jnp.moveaxis(fp32(x), 2, -1) for x in (q, k, G))  # [B,N,H,K,C]
-    E = past_decay(G[..., :, None] - G[..., None, :])
+def _direct_scores(q: Array, k: Array, G: Sums) -> Array:
+    q, k, *G = (jnp.moveaxis(fp32(x), 2, -1) for x in (q, k, *G))  # [B,N,H,K,C]
+    E = past_decay(between(G, np.s_[..., :, None], np.s_[..., None, :]))
     return (q[..., :, None] * k[..., None, :] * E).sum(3)
 
 

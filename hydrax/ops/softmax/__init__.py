@@ -34,7 +34,7 @@ def attention(
     sinks: Float[Array, "H"] | None = None,
     sink_tokens: int = 0,
     softcap: float | None = None,
-    bias: Float[Array, "B|1 H|1 T S"] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
@@ -66,22 +66,19 @@ def attention(
       ValueError: shapes that do not fit, an unknown `impl`, or a named one that cannot serve, with the reason.
     """
     _check_shapes(q, k, v, window, sinks, bias)
-    B, T, H, K = q.shape
-    S, G = k.shape[1:3]
+    (B, T, H, K), S = q.shape, k.shape[1]
+    groups = (k.shape[2], H // k.shape[2])
     aligned = T == S and kv_segment_ids is None and kv_positions is None
     if aligned:
         kv_segment_ids, kv_positions = segment_ids, positions
     if (segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError("segment_ids and kv_segment_ids: expected both or neither unless the keys are the queries' own")
-    if bias is not None:
-        bias = jnp.moveaxis(bias, 2, 1)  # rows first, as in q
-        heads = (1, 1) if bias.shape[2] == 1 else (G, H // G)
-        bias = bias.reshape(*bias.shape[:2], *heads, S)
-    grouped = q.reshape(B, T, G, H // G, K)
-    queries = forms.Queries(grouped, _positions(positions, segment_ids, T), segment_ids, bias)
+        raise ValueError("segment_ids, kv_segment_ids: expected both or neither where keys are not the queries' own")
+    if bias is not None:  # rows first, as in q
+        bias = jnp.moveaxis(bias.reshape(bias.shape[0], *((1, 1) if bias.shape[1] == 1 else groups), T, S), 3, 1)
+    queries = forms.Queries(q.reshape(B, T, *groups, K), _positions(positions, segment_ids, T), segment_ids, bias)
     keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids)
-    scale = K**-0.5 if scale is None else scale
-    rules = forms.Rules(scale, softcap, window, 0 if window is None else sink_tokens, aligned)
+    sink_tokens = 0 if window is None else sink_tokens
+    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned)
     refusal = _cudnn_refusal(queries, keys, sinks, rules, return_lse)
     if impl == "cudnn" and refusal:
         raise ValueError(f"attention: impl = 'cudnn': it {refusal}")
@@ -89,7 +86,7 @@ def attention(
     form = select("attention", impl, FORMS, default, q.shape)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
-    o, lse = form(queries, keys, None if sinks is None else sinks.reshape(G, H // G), rules)
+    o, lse = form(queries, keys, None if sinks is None else sinks.reshape(groups), rules)
     o = o.reshape(B, T, H, -1).astype(v.dtype)
     return (o, lse.reshape(B, T, H)) if return_lse else o
 
@@ -113,9 +110,7 @@ def _positions(positions: Array | None, segment_ids: Array | None, length: int) 
     return jnp.arange(length)[None] if segment_ids is None else documents.document_positions(segment_ids)
 
 
-def _check_shapes(
-    q: Array, k: Array, v: Array, window: int | None, sinks: Array | None, bias: Array | None
-) -> None:
+def _check_shapes(q: Array, k: Array, v: Array, window: int | None, sinks: Array | None, bias: Array | None) -> None:
     (B, T, H, K), S = q.shape, k.shape[1]
     if k.shape[0] != B or k.shape[3] != K or v.shape[:3] != k.shape[:3] or H % k.shape[2]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K], [B,S,Hk,K], [B,S,Hk,V], H = R·Hk")

@@ -22,15 +22,13 @@ class Case:
 
 
 CASES = {
-    "causal": Case(2, 33, 2, 2, 8, 8),
-    "grouped": Case(2, 33, 6, 2, 8, 8),
+    "causal": Case(2, 33, 6, 2, 8, 8),
     "value_wider": Case(2, 31, 4, 1, 8, 16),
     "documents": Case(2, 33, 2, 1, 8, 8, documents=True),
     "window": Case(2, 45, 2, 1, 8, 8, window=5),
-    "window_documents": Case(2, 45, 2, 2, 8, 8, window=5, documents=True),
     "window_sink_tokens": Case(2, 45, 2, 1, 8, 8, window=5, sink_tokens=2, documents=True),
-    "sinks": Case(2, 33, 4, 2, 8, 8, window=9, sinks=True, documents=True),
+    "window_sinks": Case(2, 45, 4, 2, 8, 8, window=9, sinks=True, documents=True),
     "softcap_bias": Case(2, 33, 4, 2, 8, 8, softcap=2.0, bias=(1, 4), documents=True),
-    "bias": Case(2, 32, 2, 2, 8, 8, window=7, bias=(2, 1)),
+    "window_bias": Case(2, 32, 2, 2, 8, 8, window=7, bias=(2, 1)),
     "one_token": Case(2, 1, 4, 2, 8, 8, sinks=True),
 }

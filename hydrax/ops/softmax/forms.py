@@ -23,15 +23,15 @@ FUTURE = 2**30
 
 class Queries(NamedTuple):
     q: Float[Array, "B T G R K"]
-    positions: Int[Array, "B|1 T"]
+    positions: Int[Array, "#B T"]
     segment_ids: Int[Array, "B T"] | None = None
-    bias: Float[Array, "B|1 T G|1 R|1 S"] | None = None
+    bias: Float[Array, "#B T #G #R S"] | None = None
 
 
 class Keys(NamedTuple):
     k: Float[Array, "B S G K"]
     v: Float[Array, "B S G V"]
-    positions: Int[Array, "B|1 S"]
+    positions: Int[Array, "#B S"]
     segment_ids: Int[Array, "B S"] | None = None
 
 
@@ -46,7 +46,7 @@ class Rules:
     aligned: bool
 
 
-def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "B|1 T S"]:
+def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B T S"]:
     """Which keys each query sees."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     mask = distance >= 0

@@ -1,0 +1,66 @@
+# make quickstart trains a small hybrid; make test is what CI runs. Everything happens in .venv, made from the lock.
+
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
+PYTHON ?= $(shell for p in $(PYTHONS); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/.complete
+CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+
+TESTS := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
+PYTEST := $(TESTS) $(BIN)/python -m pytest -n $(CORES) -q
+EVERYWHERE := not gpu and not oracle
+
+.PHONY: .venv quickstart test test-fast test-all lint types oracles fuzz lock clean
+
+.venv: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "hydrax needs Python 3.11 or newer; tried $(PYTHONS). Set PYTHON=..." >&2; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+quickstart: .venv
+	$(BIN)/python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv
+	$(PYTEST) -m "$(EVERYWHERE) and not slow"
+
+test-fast: .venv
+	$(PYTEST) -m "$(EVERYWHERE) and not slow and fast"
+
+test-all: .venv
+	$(PYTEST) -m "$(EVERYWHERE)"
+
+fuzz: .venv
+	$(PYTEST) -m "slow and not gpu and not oracle" tests/contract
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv
+	$(BIN)/mypy
+
+# Third-party references need torch, so they get an environment of their own.
+oracles: .venv-oracles/.complete
+	$(TESTS) .venv-oracles/bin/python -m pytest -q -m oracle tests/oracles
+
+.venv-oracles/.complete: requirements.lock pyproject.toml
+	rm -rf .venv-oracles
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/python -m pip install --quiet -r requirements.lock
+	.venv-oracles/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
+	.venv-oracles/bin/python -m pip install --quiet -e ".[oracles]"
+	@touch $@
+
+lock:
+	uv pip compile pyproject.toml --extra dev --extra hf --extra tensorboard --universal --python-version 3.11 \
+		--no-header --no-annotate --quiet --output-file requirements.lock
+
+clean:
+	rm -rf .venv .venv-oracles .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""What configs share: all defaults in one place, and the argument after the colon of `file.py:variant,key=value`."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hydrax.core.build import ConfigError, Raw, convert
+from hydrax.train.config import RunConfig
+
+
+def base() -> ConfigDict:
+    """Every key of a run at its default. Locked; only the options of mixers and blocks are free-form."""
+    config = ConfigDict(dataclasses.asdict(RunConfig())).lock()
+    config.model.mixers.unlock()
+    config.model.blocks.unlock()
+    return config
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """The values of `variant,key=value,...` over `defaults`, each as the type of its default.
+
+    An entry without `=` is the first default's value.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type.
+    """
+    values, first = ConfigDict(defaults), next(iter(defaults), "config")
+    for entry in filter(None, arg.split(",")):
+        key, given, value = entry.partition("=")
+        key, value = (key, value) if given else (first, entry)
+        if key not in defaults:
+            raise ConfigError(key, value, f"unknown argument of the config; allowed: {', '.join(defaults) or 'none'}")
+        values[key] = convert(type(defaults[key]), Raw(value), key)
+    return values

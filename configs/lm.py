@@ -1,0 +1,46 @@
+"""Language models with three layers of gated delta rule to one of attention, at three sizes.
+
+    python -m launch.train --config=configs/lm.py:100m --workdir=runs/lm_100m --config.data.path=/data/text
+
+Variants 100m, 340m, 1b3 (parameters without embeddings). Hardware: one H100 for 100m and 340m, eight for 1b3.
+Ablations in one line: `--config.model.pattern="3*(3*gla,attn)"`, `--config.model.pattern="12*gdn"`.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from configs import common
+from hydrax.core.build import ConfigError
+
+# layers, d_model, key/value heads of attention, rows per step, peak rate
+VARIANTS = {
+    "100m": (12, 768, 2, 64, 1e-3),
+    "340m": (24, 1024, 2, 128, 6e-4),
+    "1b3": (24, 2048, 4, 256, 4e-4),
+}
+HEAD = 128  # width of a head, what the kernels are made for
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Arguments: variant, ratio (recurrent layers per attention layer), tokens (of training, in billions)."""
+    args = common.parse_arg(arg, variant="100m", ratio=3, tokens=2.5)
+    if args.variant not in VARIANTS:
+        raise ConfigError("variant", args.variant, f"expected one of {', '.join(VARIANTS)}")
+    layers, width, kv_heads, rows, rate = VARIANTS[args.variant]
+
+    config = common.base()
+    config.model.d_model = width
+    config.model.num_layers = layers
+    config.model.pattern = f"every({args.ratio}, gdn, attn)"
+    config.model.mixers.gdn = {"heads": width // HEAD, "key_dim": HEAD, "value_dim": HEAD}
+    config.model.mixers.attn = {"heads": width // HEAD, "kv_heads": kv_heads, "key_dim": HEAD}
+    config.data.seq_len = 2048
+    config.train.dtype = "bfloat16"
+    config.train.batch_size = rows
+    config.train.steps = math.ceil(args.tokens * 1e9 / (rows * config.data.seq_len))
+    config.train.remat = "none" if args.variant == "100m" else "mixer"
+    config.train.eval_every = config.train.save_every = 1000
+    config.optim.lr = rate
+    config.optim.warmup = 1000
+    return config

@@ -1,0 +1,55 @@
+"""A short depthwise causal convolution with its parameters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core.typing import Array
+from hydrax.nn.param import param
+from hydrax.ops.conv import short_conv
+
+
+class ShortConv(nnx.Module):
+    """y_t = act(b + Σ_{i<W} w_i ⊙ x_{t-W+1+i}) for x [B,T,*shape]; its state is the last W - 1 inputs.
+
+    w and b are initialised uniformly in ±1/sqrt(W), the fan-in of a depthwise convolution.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int,
+        *,
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        activation: str | None = "silu",
+    ):
+        self.shape, self.width, self.activation = shape, width, activation
+        init = _uniform(1 / math.sqrt(width))
+        self.weight = param(rngs, init, (width, *shape), ("conv", *axes), cast=True)
+        self.bias = param(rngs, init, shape, axes, cast=True) if bias else None
+
+    def __call__(
+        self, x: Array, state: Array | None = None, *, segment_ids: Array | None = None, impl: str | None = None
+    ) -> tuple[Array, Array]:
+        bias = None if self.bias is None else self.bias[...]
+        return short_conv(
+            x,
+            self.weight[...],
+            bias,
+            activation=self.activation,
+            initial_state=state,
+            segment_ids=segment_ids,
+            impl=impl,
+        )
+
+    def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
+        """The inputs before token 0: zeros [B,W-1,*shape]."""
+        return jnp.zeros((batch, self.width - 1, *self.shape), dtype)
+
+
+def _uniform(bound: float) -> jax.nn.initializers.Initializer:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

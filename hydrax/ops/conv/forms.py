@@ -1,0 +1,40 @@
+"""The forms of `short_conv`: x [B,T,*C]; w [W,*C]; seg, valid [B,T]; tail [B,W-1,*C], the inputs before token 0."""
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core import tree
+from hydrax.core.numerics import fp32
+from hydrax.core.typing import Array
+from hydrax.ops.layout import scan_tokens
+
+
+def step(x: Array, valid: Array, w: Array, tail: Array) -> tuple[Array, Array]:
+    """One token: x [B,*C], valid [B]; returns y [B,*C] and the new tail, which padding leaves alone."""
+    window = jnp.concatenate([tail, x[:, None]], axis=1)
+    return (window * w).sum(1), tree.where(valid != 0, window[:, 1:], tail)
+
+
+def recurrent(x: Array, w: Array, seg: Array, valid: Array, tail: Array) -> tuple[Array, Array]:
+    """The definition: `step` over the tokens, in fp32, restarting where the document changes."""
+    y, end = scan_tokens(lambda x, valid, tail: step(x, valid, fp32(w), tail), (x, valid), seg, fp32(tail))
+    return y, end.astype(x.dtype)
+
+
+def chunked(x: Array, w: Array, seg: Array, valid: Array, tail: Array) -> tuple[Array, Array]:
+    """W shifted multiply-adds; a tap that would reach into another document counts as zero."""
+    W, T = w.shape[0], x.shape[1]
+    x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # x[:, t + W - 1] is token t
+    ids = jnp.concatenate([jnp.broadcast_to(seg[:, :1], (seg.shape[0], W - 1)), seg], axis=1)
+
+    def masked(taken: Array, ids_taken: Array, ids_here: Array) -> Array:
+        return tree.where(ids_taken == ids_here, taken, jnp.zeros_like(taken))
+
+    y = sum(fp32(masked(x[:, i : i + T], ids[:, i : i + T], seg)) * fp32(w[i]) for i in range(W))
+    last = valid.sum(1).astype(jnp.int32)  # the W - 1 entries of x from here on end with the last real token
+
+    def window(row: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(row, start, W - 1)
+
+    end = masked(jax.vmap(window)(x, last), jax.vmap(window)(ids, last), seg[:, -1:])
+    return y, end

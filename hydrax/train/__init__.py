@@ -1,0 +1,1 @@
+"""Training: objective, optimisers, the pure step, checkpoints, records and the loop around them."""

@@ -1,0 +1,175 @@
+"""Checkpoints: one Orbax step directory holds the state, the data position and the resolved spec, or does not exist.
+
+Orbax notices files that are missing or cut short, but not flipped bits, and its complaints fill pages. So every step
+also carries `files.json`, the size and CRC of each of its files, written before the directory gets its final name.
+"""
+
+import json
+import pathlib
+import zlib
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from hydrax.core.build import ConfigError
+from hydrax.core.typing import PyTree
+from hydrax.models import lm
+from hydrax.train import folder
+from hydrax.train.config import RunConfig
+
+SEAL = "files.json"
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    state: PyTree
+    data: dict[str, Any]
+    spec: dict[str, Any]
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run; saves in the background, keeps the newest `keep` steps."""
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int):
+        self.workdir, self.folder = workdir, workdir / "checkpoints"
+        self._saving = -1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, step: int, state: PyTree, data: dict[str, Any], spec: dict[str, Any]) -> None:
+        """Copies the state and writes it in the background; does nothing if the step is already saved."""
+        self._manager.wait_until_finished()
+        if step in self._manager.all_steps():
+            return
+        self._saving = step
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(data),
+            "spec": ocp.args.JsonSave(spec),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, abstract: PyTree) -> Saved | None:
+        """The newest intact checkpoint in the shapes and shardings of `abstract`; None if nothing was ever saved.
+
+        Damaged ones that are newer are named in one line each and moved to `damaged/`.
+
+        Raises:
+          ConfigError: there are checkpoints, but every one is damaged (nothing is moved).
+        """
+        step, damaged = newest(self.workdir)
+        if step is None:
+            return None
+        for bad in damaged if jax.process_index() == 0 else ():
+            _move_aside(self.folder / str(bad), self.workdir / "damaged")
+        self._manager.reload()
+        items = {
+            "state": ocp.args.StandardRestore(abstract),
+            "data": ocp.args.JsonRestore(),
+            "spec": ocp.args.JsonRestore(),
+        }
+        saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Saved(step, saved["state"], saved["data"], saved["spec"])
+
+    def _seal(self) -> None:
+        """Called by Orbax when all files of a step are written, before the directory gets its final name."""
+        if jax.process_index() == 0:
+            unnamed = self.folder.glob(f"{self._saving}.*")
+            for place in [*unnamed, *self.folder.glob(str(self._saving))]:
+                (place / SEAL).write_text(json.dumps(_contents(place)), encoding="utf-8")
+
+
+def newest(workdir: pathlib.Path) -> tuple[int | None, list[int]]:
+    """The newest intact step of a run (None without any checkpoint) and the damaged steps above it, each reported.
+
+    Raises:
+      ConfigError: every checkpoint is damaged.
+    """
+    places = [p for p in (workdir / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+    damaged: list[int] = []
+    for place in sorted(places, key=lambda p: int(p.name), reverse=True):
+        reason = damage(place)
+        if reason is None:
+            return int(place.name), damaged
+        print(f"checkpoint {place.name} of {workdir} is damaged: {reason}", flush=True)
+        damaged.append(int(place.name))
+    if damaged:
+        allowed = f"all its checkpoints are damaged ({', '.join(map(str, damaged))}); expected a new folder"
+        raise ConfigError("workdir", str(workdir), allowed)
+    return None, damaged
+
+
+def damage(place: pathlib.Path) -> str | None:
+    """What is wrong with a step directory; None if it is as it was written."""
+    try:
+        expected = json.loads((place / SEAL).read_text(encoding="utf-8"))
+        actual = _contents(place)
+    except (OSError, ValueError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, (size, crc) in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name][0] != size:
+            return f"{name} has {actual[name][0]} bytes instead of {size}"
+        if actual[name][1] != crc:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def load_run(workdir: str | pathlib.Path) -> tuple[lm.LM, RunConfig]:
+    """The model of a run folder with the parameters of its newest intact checkpoint, and its config; reads only.
+
+    Raises:
+      ConfigError: not the folder of a run, no checkpoint yet, or none that is intact.
+    """
+    workdir = pathlib.Path(workdir)
+    folder.read_config(workdir)
+    step, _ = newest(workdir)
+    if step is None:
+        raise ConfigError("workdir", str(workdir), "the run has not saved a checkpoint yet")
+    place = (workdir / "checkpoints" / str(step)).resolve()
+    spec = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(place / "spec")
+    cfg = folder.parse(spec["config"], workdir)
+    plan = lm.blueprint(cfg.model)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"params": {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for k, s in plan.shapes.items()}}
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
+    saved = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(place / "state", args=arguments)
+    return plan.merge(saved["params"]), cfg
+
+
+def _contents(place: pathlib.Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of every file below the items of a step (Orbax still touches those beside them)."""
+    files = (f for item in sorted(place.iterdir()) if item.is_dir() for f in sorted(item.rglob("*")) if f.is_file())
+    return {f.relative_to(place).as_posix(): _fingerprint(f) for f in files}
+
+
+def _fingerprint(path: pathlib.Path, block: int = 1 << 22) -> list[int]:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(block):
+            crc = zlib.crc32(part, crc)
+    return [path.stat().st_size, crc]
+
+
+def _move_aside(place: pathlib.Path, to: pathlib.Path) -> None:
+    to.mkdir(exist_ok=True)
+    taken = len(list(to.glob(f"{place.name}*")))
+    place.rename(to / (f"{place.name}.{taken}" if taken else place.name))

@@ -1,0 +1,51 @@
+"""The root of every run's configuration, and the sections that belong to training."""
+
+import dataclasses
+from typing import Literal
+
+from hydrax.core.build import ConfigError, Fraction, NonNegative, NonNegativeFloat, Positive
+from hydrax.data.loader import DataConfig
+from hydrax.models.spec import ModelConfig
+from hydrax.parallel.mesh import MeshConfig
+from hydrax.train.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: Positive = 1000
+    batch_size: Positive = 32  # rows per step, on all devices together
+    accumulate: Positive = 1  # microbatches a step is cut into
+    seed: NonNegative = 0  # parameters and data order
+    eval_every: NonNegative = 250  # steps between validations; 0: only at the end
+    eval_rows: Positive = 256  # validation rows
+    save_every: NonNegative = 250  # steps between checkpoints; 0: only at the end
+    keep: Positive = 3  # newest checkpoints kept
+    log_every: Positive = 10  # steps between records
+    max_skipped: Positive = 20  # steps in a row without a finite loss after which the run stops
+    remat: Literal["none", "full", "mixer", "dots"] = "none"  # what the backward pass recomputes
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPU and TPU
+    tensorboard: bool = False  # also write tb/
+    wandb: str | None = None  # also log to this Weights & Biases project
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            allowed = f"expected a divisor of train.batch_size = {self.batch_size}"
+            raise ConfigError("accumulate", self.accumulate, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    tokens: NonNegative = 256  # generated at the end of a run; 0: none
+    temperature: NonNegativeFloat = 0.8
+    top_p: Fraction = 0.95
+    prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)

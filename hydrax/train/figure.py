@@ -1,0 +1,43 @@
+"""The picture of a run: bits per byte against steps, beside the baselines."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from hydrax.train.metrics import Record
+
+INK, TRAIN, VALIDATION, BASELINE = "#1f2430", "#9db4d6", "#c8442f", "#8a8f99"
+
+
+def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: pathlib.Path) -> None:
+    """Training (line), validation (points) and baselines (dashed) in bits per byte, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(r["step"], r["bits_per_byte"]) for r in records if r.get("bits_per_byte") is not None]
+    validation = [(r["step"], r["val_bits_per_byte"]) for r in records if r.get("val_bits_per_byte") is not None]
+    if train:
+        axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.4, label="training")
+    if validation:
+        style = {"marker": "o", "markersize": 4.5, "linewidth": 1.6, "color": VALIDATION}
+        axes.plot(*zip(*validation, strict=True), label="validation", **style)
+        step, value = validation[-1]
+        at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.3f}", (step, value), color=VALIDATION, annotation_clip=False, **at)
+    for name, value in baselines.items():
+        axes.axhline(value, color=BASELINE, linewidth=1.1, linestyle=(0, (5, 3)))
+        # Written over the line at the right edge, where the curves have long fallen below the baselines.
+        place = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 9}
+        axes.annotate(f"{name}  {value:.3f}", (1, value), xycoords=("axes fraction", "data"), color=BASELINE, **place)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("bits per byte", color=INK)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if train or validation:
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_png(str(path))

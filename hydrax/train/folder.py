@@ -1,0 +1,119 @@
+"""The run folder: what an existing one means, and the files that describe a run."""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any, Literal
+
+import jax
+
+from hydrax.core.build import ConfigError, build, differences, plain
+from hydrax.models.spec import resolve
+from hydrax.train.config import RunConfig
+from hydrax.train.metrics import write_json
+
+FREE = ("mesh",)
+"""Sections in which a resumed run may differ from its beginning."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def as_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The config as JSON has it (lists for tuples)."""
+    return plain(dataclasses.asdict(cfg))
+
+
+def layers(cfg: RunConfig) -> list[dict[str, Any]]:
+    """The resolved layer list, one entry per layer."""
+    return [plain(dataclasses.asdict(layer)) for layer in resolve(cfg.model)]
+
+
+def enter(workdir: pathlib.Path, cfg: RunConfig) -> Literal["fresh", "resume", "complete"]:
+    """Which case the folder is; see `loop.train`. Nothing is written.
+
+    Raises:
+      ConfigError: the folder holds something else, or a run of another config.
+    """
+    if not workdir.exists():
+        return "fresh"
+    if not workdir.is_dir():
+        raise ConfigError("workdir", str(workdir), "expected a folder")
+    if not (workdir / "config.json").exists():
+        # A process that died before its first file was complete leaves only *.tmp.
+        foreign = sorted(p.name for p in workdir.iterdir() if p.suffix != ".tmp")
+        if foreign:
+            allowed = f"the folder holds {foreign[0]!r} but no config.json; expected a new folder or that of a run"
+            raise ConfigError("workdir", str(workdir), allowed)
+        return "fresh"
+    old, new = _without_free(read_config(workdir)), _without_free(as_dict(cfg))
+    if changed := differences(old, new):
+        allowed = (
+            f"the folder belongs to a run with another config; expected a new folder, or back: {'; '.join(changed)}"
+        )
+        raise ConfigError("workdir", str(workdir), allowed)
+    return "complete" if (workdir / "summary.json").exists() else "resume"
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The contents of config.json.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError("workdir", str(workdir), "expected the folder of a run, with config.json and checkpoints")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError("workdir", str(workdir), f"config.json cannot be read ({error})") from None
+
+
+def describe(workdir: pathlib.Path, cfg: RunConfig) -> None:
+    """Writes config.json first (it marks the folder as a run's), then layers.json and environment.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", as_dict(cfg))
+    write_json(workdir / "layers.json", layers(cfg))
+    write_json(workdir / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and source revision."""
+    kinds = [d.device_kind for d in jax.devices()]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "processes": jax.process_count(),
+        "git": _revision(),
+    }
+
+
+def parse(values: dict[str, Any], workdir: pathlib.Path) -> RunConfig:
+    """The config of a saved run.
+
+    Raises:
+      ConfigError: it was written by a version with other keys.
+    """
+    try:
+        return build(RunConfig, values)
+    except ConfigError as error:
+        raise ConfigError("workdir", str(workdir), f"its config does not fit this version ({error})") from None
+
+
+def _without_free(values: dict[str, Any]) -> dict[str, Any]:
+    return {section: keys for section, keys in values.items() if section not in FREE}
+
+
+def _revision() -> str | None:
+    """Commit of the source tree, marked if it has changes; None outside of one."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,297 @@
+"""The training loop: a flat script around the pure step."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hydrax.core import tree
+from hydrax.core.build import ConfigError
+from hydrax.data.loader import Data, open_data
+from hydrax.models import cost, lm
+from hydrax.parallel.mesh import make_mesh
+from hydrax.parallel.rules import batch_sharding, batch_shards
+from hydrax.train import folder, metrics
+from hydrax.train.checkpoint import Checkpoints
+from hydrax.train.config import RunConfig
+from hydrax.train.figure import draw_loss
+from hydrax.train.interrupt import EXIT_CODES, Interrupt
+from hydrax.train.optim import make_optimizer, make_schedule
+from hydrax.train.progress import Clock, Progress, mfu
+from hydrax.train.state import State, abstract_state, new_state, shardings
+from hydrax.train.step import make_eval_step, make_train_step
+
+Batches = Iterable[Mapping[str, np.ndarray]]
+Baseline = Callable[[Data, Batches], float]
+Finish = Callable[[lm.LM, Data, RunConfig, pathlib.Path], None]
+Summary = dict[str, Any]
+
+
+def train(
+    cfg: RunConfig,
+    workdir: str | pathlib.Path,
+    *,
+    baselines: Mapping[str, Baseline] | None = None,
+    finish: Finish | None = None,
+) -> Summary:
+    """Trains, or continues training, in a run folder; returns what it writes to summary.json.
+
+    Args:
+      cfg: the run.
+      workdir: its folder.
+      baselines: name -> f(data, validation batches), bits per byte that summary and figure compare with.
+      finish: called with the trained model before the summary is written, e.g. to sample from it.
+
+    Raises:
+      ConfigError: the config does not fit the devices or the data, or the folder is not this run's.
+      SystemExit: a signal asked to stop (the state is saved), or the loss stayed non-finite.
+    """
+    workdir = pathlib.Path(workdir)
+    mesh = make_mesh(cfg.mesh)
+    data = open_data(cfg.data)
+    cfg = _resolved(cfg, data, mesh)
+    # What an existing folder means:
+    #   1. absent or empty                        a fresh run
+    #   2. config.json equal, summary.json there  complete: nothing to do
+    #   3. config.json equal                      continue after the newest intact checkpoint, or from the beginning
+    #   4. config.json differs (mesh.* may)       ConfigError, naming the keys
+    #   5. anything else in it                    ConfigError, nothing is overwritten
+    if folder.enter(workdir, cfg) == "complete":
+        print(f"{workdir} is already complete; expected another folder to train again", flush=True)
+        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    if jax.process_index() == 0:
+        folder.describe(workdir, cfg)
+    with jax.set_mesh(mesh), Interrupt() as interrupt:
+        run = Run(cfg, data, mesh, workdir)
+        with Checkpoints(workdir, keep=cfg.train.keep) as checkpoints:
+            state, done = _start(run, checkpoints)
+            with Recorder(run, done) as recorder:
+                state = _steps(run, state, done, checkpoints, recorder, interrupt)
+        # The last checkpoint is on disk: from here on, a run that dies is finished by the next one.
+        return _finish(run, state, baselines or {}, finish)
+
+
+class Run:
+    """What stays the same throughout a run: its parts, and the compiled steps."""
+
+    def __init__(self, cfg: RunConfig, data: Data, mesh: Mesh, workdir: pathlib.Path):
+        self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
+        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat)
+        self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
+        self.abstract = abstract_state(self.plan, self.tx, mesh)
+        self.spec = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
+        self.compile_seconds = 0.0
+        dtype = _compute_dtype(cfg.train.dtype)
+        place, rows = shardings(self.abstract), batch_sharding(mesh)
+        step = make_train_step(
+            self.plan,
+            self.tx,
+            make_schedule(cfg.optim, cfg.train.steps),
+            dtype=dtype,
+            accumulate=cfg.train.accumulate,
+            z_loss=cfg.optim.z_loss,
+        )
+        # Metrics are left to the compiler: scalars come out replicated.
+        self._step = jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None), donate_argnums=0)
+        self.evaluate_batch = jax.jit(make_eval_step(self.plan, dtype=dtype), in_shardings=(place["params"], rows))
+
+    def compile(self) -> jax.stages.Compiled:
+        """The training step, compiled before the clock starts."""
+        began = time.perf_counter()
+        batch = next(iter(self.data.val_batches(self.cfg.train.batch_size, 1)))
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        compiled = self._step.lower(self.abstract, shapes).compile()
+        self.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The global batch on the devices, each holding its rows."""
+        rows = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_callback(x.shape, rows, lambda i, x=x: x[i]) for k, x in batch.items()}
+
+    def val_batches(self) -> Batches:
+        """The validation rows, in batches of one microbatch."""
+        cfg = self.cfg.train
+        return self.data.val_batches(cfg.batch_size // cfg.accumulate, cfg.eval_rows)
+
+    def evaluate(self, params: dict[str, jax.Array]) -> dict[str, float]:
+        """Nats per target and bits per byte over the validation rows."""
+        totals = {"nll": 0.0, "tokens": 0.0, "bytes": 0.0}
+        for batch in self.val_batches():
+            sums = jax.device_get(self.evaluate_batch(params, self.put(batch)))
+            totals = {name: totals[name] + float(sums[name]) for name in totals}
+        bits = totals["nll"] / math.log(2)
+        return {"val_loss": totals["nll"] / totals["tokens"], "val_bits_per_byte": bits / totals["bytes"]}
+
+
+class Recorder:
+    """Records of the run. A step's metrics are fetched when the next step is under way, so no device waits."""
+
+    def __init__(self, run: Run, done: int):
+        cfg = run.cfg
+        self._run, self._pending, self._bad, self._last = run, None, 0, done
+        earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if jax.process_index() == 0 else []
+        self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
+        self.progress = Progress(cfg.train.steps, done)
+        self._writers: list[metrics.Writer] = []
+        if jax.process_index() == 0:
+            extras = {"tensorboard": cfg.train.tensorboard, "wandb": cfg.train.wandb}
+            self._writers = metrics.open_writers(run.workdir, done, config=run.spec["config"], **extras)
+        self._flops = cost.cost(cfg.model, seq_len=cfg.data.seq_len).train_flops_per_token
+
+    def __enter__(self) -> "Recorder":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        for writer in self._writers:
+            writer.close()
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of `step`, handles those of the step before."""
+        before, self._pending = self._pending, (step, values)
+        if before is not None:
+            self._handle(*before)
+
+    def flush(self) -> None:
+        """Handles what is pending, so that a checkpoint never lies behind the records."""
+        before, self._pending = self._pending, None
+        if before is not None:
+            self._handle(*before)
+
+    def write(self, step: int, values: Mapping[str, float], **timing: float) -> None:
+        """One record, with the seconds of the run so far."""
+        for writer in self._writers:
+            writer.write(step, values, {"seconds": round(self.clock.total, 3), **timing})
+
+    def _handle(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        values = {name: float(x) for name, x in jax.device_get(arrays).items()}
+        cfg = self._run.cfg.train
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        self._bad = 0 if finite else self._bad + 1
+        if step % cfg.log_every == 0 or step == cfg.steps or self._bad == cfg.max_skipped:
+            self._log(step, values)
+        if self._bad == cfg.max_skipped:
+            raise SystemExit(f"stopped at step {step}: no finite loss or gradient in {self._bad} steps in a row")
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        cfg, devices = self._run.cfg, jax.devices()
+        speed = (step - self._last) / max(self.clock.lap, 1e-9)
+        tokens_per_second = speed * cfg.train.batch_size * cfg.data.seq_len
+        self.write(step, values, tokens_per_second=round(tokens_per_second, 1))
+        utilisation = mfu(tokens_per_second, self._flops, devices[0].device_kind, len(devices))
+        self.progress.update(step, {**values, "tokens_per_second": tokens_per_second}, speed, utilisation)
+        self._last = step
+        self.clock.restart()
+
+
+def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
+    """The config with the tokenizer's vocabulary, checked against data and devices."""
+    needed, given = data.tokenizer.vocab_size, cfg.model.vocab_size
+    if given is not None and given < needed:
+        raise ConfigError("model.vocab_size", given, f"expected at least {needed}, the tokenizer's, or None")
+    parts = cfg.train.accumulate * batch_shards(mesh)
+    if cfg.train.batch_size % parts:
+        allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
+        raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
+
+
+def _compute_dtype(name: str) -> jnp.dtype:
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The state to continue from and the number of steps it has seen."""
+    saved = checkpoints.restore(run.abstract)
+    if saved is None:
+        return new_state(run.plan, run.tx, run.cfg.train.seed, run.mesh), 0
+    if saved.data != _position(run, saved.step):
+        allowed = f"the files changed since the run began (step {saved.step}); expected the same data or a new folder"
+        raise ConfigError("data.path", run.cfg.data.path, allowed)
+    print(f"continuing {run.workdir} after step {saved.step}", flush=True)
+    return saved.state, saved.step
+
+
+def _position(run: Run, step: int) -> dict[str, Any]:
+    """Where in which data the run is after `step`."""
+    return {"seed": run.cfg.train.seed, "step": step, "sha256": run.data.sha256}
+
+
+def _steps(
+    run: Run, state: State, done: int, checkpoints: Checkpoints, recorder: Recorder, interrupt: Interrupt
+) -> State:
+    """The loop. Records of a step are written before its checkpoint, so that no death between loses them."""
+    cfg, last = run.cfg.train, run.cfg.train.steps
+    if done == last:
+        return state
+    compiled = run.compile()
+    batches = iter(run.data.train_batches(cfg.batch_size, cfg.seed, done))
+    recorder.clock.restart()
+    for step in range(done + 1, last + 1):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, values = compiled(state, run.put(next(batches)))
+        recorder.add(step, values)
+        signal = interrupt.received(step)
+        if _due(step, cfg.eval_every, last):
+            recorder.flush()
+            with recorder.clock.pause():
+                validation = run.evaluate(state["params"])
+                recorder.write(step, validation)
+            recorder.progress.say(f"step {step}/{last}  validation {validation['val_bits_per_byte']:.4f} bits/byte")
+        if signal or _due(step, cfg.save_every, last):
+            recorder.flush()
+            with recorder.clock.pause():
+                checkpoints.save(step, state, _position(run, step), run.spec)
+        if signal and step < last:
+            recorder.progress.say(f"{signal.name}: saved at step {step}; the same command continues")
+            raise SystemExit(EXIT_CODES[signal])
+    return state
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _finish(run: Run, state: State, baselines: Mapping[str, Baseline], finish: Finish | None) -> Summary:
+    """Baselines, figure, `finish`, summary.json: what is left when all steps are done."""
+    records = metrics.read(run.workdir / "metrics.jsonl")
+    compared = {name: float(f(run.data, run.val_batches())) for name, f in baselines.items()}
+    summary = _summary(run, int(state["step"]), int(state["skipped"]), records, compared)
+    model = run.plan.merge(state["params"])
+    if finish is not None:
+        finish(model, run.data, run.cfg, run.workdir)
+    if jax.process_index() == 0:
+        draw_loss(records, compared, run.workdir / "figures" / "loss.png")
+        metrics.write_json(run.workdir / "summary.json", summary)
+    return summary
+
+
+def _summary(run: Run, steps: int, skipped: int, records: list[metrics.Record], baselines: dict[str, float]) -> Summary:
+    validation = next((r for r in reversed(records) if "val_loss" in r), {})
+    speeds = [r["timing"]["tokens_per_second"] for r in records if "tokens_per_second" in r["timing"]]
+    return {
+        "val_bits_per_byte": validation.get("val_bits_per_byte"),
+        "val_loss": validation.get("val_loss"),
+        "baselines": baselines,
+        "steps": steps,
+        "skipped": skipped,
+        "tokens": steps * run.cfg.train.batch_size * run.cfg.data.seq_len,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "parameters": tree.count(run.plan.shapes),
+        "wall_seconds": max((r["timing"]["seconds"] for r in records), default=0.0),
+        "compile_seconds": round(run.compile_seconds, 3),
+        "data_sha256": run.data.sha256,
+    }

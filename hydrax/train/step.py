@@ -1,0 +1,103 @@
+"""One training step and one evaluation step, as pure functions of plain pytrees."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hydrax.core import tree
+from hydrax.core.typing import Array
+from hydrax.models.lm import Blueprint
+from hydrax.parallel.rules import constrain
+from hydrax.train.loss import Sums, chunked_cross_entropy
+from hydrax.train.state import State
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    plan: Blueprint,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    accumulate: int = 1,
+    z_loss: float = 0.0,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """(state, batch) -> (state, fp32 metrics), to be jitted with the state donated.
+
+    Gradients and counts of `accumulate` microbatches are summed unnormalised and divided once, so the result does
+    not depend on how counted tokens are spread. If loss or gradient norm is not finite, parameters and optimizer
+    stay bit-equal and only the counters `step` and `skipped` advance.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        grads, sums, bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
+        count = jnp.maximum(sums.count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        norm, loss = optax.tree.norm(grads), sums.nll / count
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+        kept = tree.where(finite, new, {"params": state["params"], "opt_state": state["opt_state"]})
+        skipped = state["skipped"] + jnp.where(finite, 0, 1)
+        metrics = {
+            "loss": loss,
+            "bits_per_byte": sums.nll / (math.log(2) * jnp.maximum(bytes_, 1.0)),
+            "grad_norm": norm,
+            "lr": schedule(state["step"] - state["skipped"]),  # updates made so far
+            "tokens": sums.count,
+            "skipped": skipped,
+        }
+        metrics = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+        return {**kept, "step": state["step"] + 1, "skipped": skipped}, metrics
+
+    return step
+
+
+def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callable[[dict[str, Array], Batch], Metrics]:
+    """(params, batch) -> sums {nll, tokens, bytes}; z-loss is not part of it."""
+
+    def step(params: dict[str, Array], batch: Batch) -> Metrics:
+        sums = _sums(plan, plan.cast(params, dtype), batch, 0.0)
+        return {"nll": sums.nll, "tokens": sums.count, "bytes": jnp.sum(batch["bytes"])}
+
+    return step
+
+
+def _accumulated(
+    plan: Blueprint, params: dict[str, Array], batch: Batch, accumulate: int, z_loss: float
+) -> tuple[dict[str, Array], Sums, Array]:
+    """Gradients of the summed loss with respect to the cast parameters, in fp32; its sums; counted bytes."""
+
+    axes = {name: meta.axes for name, meta in plan.meta.items()}
+
+    def objective(params: dict[str, Array], part: Batch) -> tuple[Array, Sums]:
+        sums = _sums(plan, params, part, z_loss)
+        return sums.nll + sums.z, sums
+
+    def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
+        grads, sums = jax.grad(objective, has_aux=True)(params, part)
+        grads = {name: constrain(g.astype(jnp.float32), axes[name]) for name, g in grads.items()}
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
+    parts = {name: _microbatches(x, accumulate) for name, x in batch.items()}
+    (grads, sums), _ = jax.lax.scan(add, (zeros, Sums(zero, zero, zero)), parts)
+    return grads, sums, jnp.sum(batch["bytes"])
+
+
+def _microbatches(x: Array, n: int) -> Array:
+    """[B,...] -> [n,B/n,...], microbatch i holding rows i, i+n, ...: each is spread over all devices."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+
+def _sums(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> Sums:
+    model = plan.merge(params)
+    x = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+    return chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)

@@ -1,0 +1,1 @@
+"""Command-line entry points; the logic lives in hydrax."""

@@ -1,0 +1,94 @@
+"""The text of `--help`: what a command does, its flags, and every config key and mixer, read from the dataclasses."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from hydrax.core.build import Check
+
+WIDTH = 118
+
+
+def help_text(doc: str, flag_values: flags.FlagValues) -> str:
+    """Help of the command with that module docstring and those flags."""
+    lines = [doc.strip(), "", "Flags:", *_flags(flag_values)]
+    if "config" in flag_values:
+        lines += ["", "Config keys, set with --config.<key>=<value>:", *_keys()]
+        lines += ["", "Mixers, and their options --config.model.mixers.<mixer>.<option>=<value>:", *_mixers()]
+    return "\n".join(lines)
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field name -> the comment behind the field, from the source of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = source.encode().splitlines()
+        for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                behind = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :].decode()
+                found[node.target.id] = behind.partition("#")[2].strip()
+    return found
+
+
+def _flags(flag_values: flags.FlagValues) -> Iterator[str]:
+    for name in flag_values:
+        flag = flag_values[name]
+        yield _entry(f"--{name}", dataclasses.MISSING if flag.default is None else flag.default, flag.help or "")
+
+
+def _keys() -> Iterator[str]:
+    from hydrax.train.config import RunConfig
+
+    for section in dataclasses.fields(RunConfig):
+        yield ""
+        yield from _fields(typing.get_type_hints(RunConfig)[section.name], f"{section.name}.")
+
+
+def _mixers() -> Iterator[str]:
+    from hydrax import mixers
+
+    for name in mixers.names():
+        row = mixers.row(name)
+        yield ""
+        yield f"  {name}: {row.about} (arXiv {row.paper})"
+        yield from _fields(mixers.get(name).Config, "  ")
+
+
+def _fields(cls: Any, prefix: str) -> Iterator[str]:
+    hints, about = typing.get_type_hints(cls, include_extras=True), comments(cls)
+    for field in dataclasses.fields(cls):
+        section = next((h for h in (hints[field.name], *typing.get_args(hints[field.name])) if _is_section(h)), None)
+        text = "; ".join(filter(None, (about.get(field.name), _allowed(hints[field.name]))))
+        if section is None:
+            yield _entry(prefix + field.name, _default(field), text)
+        else:
+            yield from _fields(section, f"{prefix}{field.name}.")
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _allowed(hint: Any) -> str:
+    """The choices or the range an annotation declares."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    checks = [a.allowed for a in args if isinstance(a, Check)]
+    return "; ".join(checks + [text for a in args if typing.get_args(a) and (text := _allowed(a))])
+
+
+def _entry(name: str, default: Any, text: str) -> str:
+    shown = "required" if default is dataclasses.MISSING else repr(default) if default == "" else str(default)
+    return textwrap.fill(f"  {name:<26} {shown:<14} {text}", WIDTH, subsequent_indent=" " * 44, drop_whitespace=True)

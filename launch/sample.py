@@ -1,0 +1,37 @@
+"""Continues a prompt with the model of a run folder, and prints the text as it is made.
+
+python -m launch.sample --workdir=runs/quickstart --prompt="def main(" --tokens=200
+python -m launch.sample --workdir=runs/quickstart --temperature=0
+"""
+
+from absl import flags
+
+from launch import cli
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "the run folder", required=True, flag_values=FLAGS)
+flags.DEFINE_string("prompt", "", "text to continue; empty: a new document", flag_values=FLAGS)
+flags.DEFINE_integer("tokens", 256, "tokens to generate at most", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token every time", flag_values=FLAGS)
+flags.DEFINE_float("top_p", 0.95, "sample among the likeliest tokens of this mass; 1: all", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "another seed, another text", flag_values=FLAGS)
+
+
+@cli.command(FLAGS)
+def main(overrides: cli.Overrides) -> None:
+    from hydrax.data.tokenizer import open_tokenizer
+    from hydrax.infer.sample import check_settings, stream_text
+    from hydrax.train.checkpoint import load_run
+
+    check_settings(FLAGS.temperature, FLAGS.top_p)
+    model, cfg = load_run(FLAGS.workdir)
+    tokenizer = open_tokenizer(cfg.data.tokenizer)
+    settings = {name: FLAGS[name].value for name in ("tokens", "temperature", "top_p", "seed")}
+    print(FLAGS.prompt, end="", flush=True)
+    for text in stream_text(model, tokenizer, FLAGS.prompt, **settings):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+
+from hydrax.data.pack import PackedRows
+from hydrax.data.source import RECORD, Corpus
+from hydrax.data.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def corpus_of(texts):
+    bodies = [np.array([BYTES.bos, *text, BYTES.eos], np.uint16) for text in texts]
+    offsets = np.cumsum([0] + [b.size for b in bodies])
+    return Corpus(np.concatenate(bodies), offsets, np.zeros(len(texts), RECORD), len(texts))
+
+
+def packed(texts, seq_len, *, seed=0, partial=True, documents=None):
+    documents = np.arange(len(texts)) if documents is None else documents
+    return PackedRows(corpus_of(texts), documents, BYTES, seq_len, seed=seed, partial=partial)
+
+
+@pytest.fixture
+def texts():
+    """Documents of 0 to 59 bytes; every byte of one document is its number, so that a leak shows."""
+    lengths = np.random.default_rng(0).integers(0, 60, 50)
+    return [bytes([i]) * n for i, n in enumerate(lengths)]
+
+
+def reference(texts, seq_len, seed):
+    """The definition, a token at a time: (token, target, segment, position, weight) of every place of every row."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    stream = [(t, d) for d in order for t in (BYTES.bos, *texts[d], BYTES.eos)]
+    rows = []
+    for start in range(0, len(stream) - 1, seq_len):
+        row, segment, position = [], 0, 0
+        for i in range(start, start + seq_len):
+            if i + 1 >= len(stream):
+                row.append((BYTES.pad, BYTES.pad, 0, 0, 0))
+                continue
+            (token, document), (target, next_document) = stream[i], stream[i + 1]
+            fresh = i == start or stream[i - 1][1] != document
+            segment, position = segment + fresh, 0 if fresh else position + 1
+            row.append((token, target, segment, position, int(document == next_document)))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_are_what_the_definition_says(texts, seq_len, seed):
+    rows = packed(texts, seq_len, seed=seed)
+    expected = reference(texts, seq_len, seed)
+    assert len(rows) == len(expected)
+    batch = rows.batch(np.arange(len(rows)))
+    for i, key in enumerate(("tokens", "targets", "segment_ids", "positions", "weights")):
+        np.testing.assert_array_equal(batch[key], expected[..., i], err_msg=key)
+        assert batch[key].dtype == (np.float32 if key == "weights" else np.int32)
+    np.testing.assert_array_equal(batch["bytes"], ((expected[..., 1] < 256) * expected[..., 4]).sum(1))
+    assert batch["bytes"].dtype == np.float32
+
+
+def test_every_token_is_predicted_exactly_once(texts):
+    batch = packed(texts, 13).batch(np.arange(len(packed(texts, 13))))
+    predicted = np.bincount(batch["targets"][batch["weights"] > 0], minlength=BYTES.vocab_size)
+    expected = np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=BYTES.vocab_size)
+    expected[BYTES.eos] = len(texts)  # the end of every document is predicted, its beginning never
+    np.testing.assert_array_equal(predicted, expected)
+    assert batch["bytes"].sum() == sum(map(len, texts))
+
+
+def test_no_segment_holds_two_documents(texts):
+    batch = packed(texts, 29).batch(np.arange(len(packed(texts, 29))))
+    for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        for segment in set(segments) - {0}:
+            assert len(set(tokens[segments == segment]) - {BYTES.bos, BYTES.eos}) <= 1
+
+
+def test_training_drops_the_partial_row(texts):
+    whole, kept = packed(texts, 32, partial=False), packed(texts, 32)
+    assert len(whole) == len(kept) - 1
+    for row in range(len(whole)):
+        assert (whole[row]["segment_ids"] > 0).all()
+        np.testing.assert_array_equal(whole[row]["tokens"], kept[row]["tokens"])
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_row_count_at_the_boundary(spare):
+    """T + 1 tokens make one row of T predictions, T tokens make none that is full."""
+    text = bytes(8 - 1 + spare)  # with BOS and EOS: T + spare + ... = 9 + spare tokens
+    assert len(packed([text], 9, partial=False)) == spare
+    assert len(packed([text], 9, partial=True)) == 1
+
+
+def test_single_row_equals_its_place_in_a_batch(texts):
+    rows = packed(texts, 21)
+    batch = rows.batch(np.array([5, 2, 5]))
+    for key, value in rows[5].items():
+        np.testing.assert_array_equal(value, batch[key][0])
+        np.testing.assert_array_equal(value, batch[key][2])
+    for outside in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows[outside]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_rows_past_the_end_are_padding(extra):
+    rows = packed([bytes(range(6 + extra))], 4)
+    batch = rows.batch(np.array([len(rows), len(rows) + 100]))
+    assert (batch["tokens"] == BYTES.pad).all()
+    assert (batch["targets"] == BYTES.pad).all()
+    assert not any(batch[key].any() for key in ("segment_ids", "positions", "weights", "bytes"))
+
+
+def test_only_documents_of_the_split_appear(texts):
+    chosen = np.array([3, 8, 20, 41])
+    rows = packed(texts, 16, documents=chosen)
+    seen = rows.batch(np.arange(len(rows)))["tokens"]
+    assert set(seen[seen < 256]) == {d for d in chosen if texts[d]}
+
+
+def test_seed_decides_the_order(texts):
+    first = [packed(texts, 50, seed=s).batch(np.arange(3))["tokens"].tolist() for s in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+def test_edit_of_one_document_leaves_the_others(texts):
+    def other_documents(texts, edited):
+        row = packed(texts, 10**4)[0]
+        parts = [row["tokens"][row["segment_ids"] == s].tolist() for s in range(1, len(texts) + 1)]
+        return [part for part in parts if edited not in part]
+
+    edited = next(d for d in range(10, 50) if texts[d])
+    after = other_documents([*texts[:edited], bytes([edited]) * 200, *texts[edited + 1 :]], edited)
+    assert len(after) == len(texts) - 1
+    assert after == other_documents(texts, edited)
+
+
+def test_memory_map_is_read_only_where_asked(tmp_path, texts):
+    corpus = corpus_of(texts)
+    np.save(tmp_path / "tokens.npy", corpus.tokens)
+    tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    mapped = Corpus(tokens, corpus.offsets, corpus.records, corpus.files)
+    rows = PackedRows(mapped, np.arange(len(texts)), BYTES, 16, seed=0, partial=True)
+    assert rows.tokens is tokens
+    for key, value in rows[3].items():
+        np.testing.assert_array_equal(value, packed(texts, 16)[3][key])

@@ -1,0 +1,96 @@
+"""The key/value cache: which token lies in which slot, and that prefill leaves what single steps leave."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrax.nn import kv_cache
+from tests.tolerances import TOLERANCE, assert_close, assert_equal
+
+T, SLOTS = 11, {"full": 16, "ring": 4, "ring_sinks": 5}
+KINDS = {"full": {}, "ring": {"window": 4}, "ring_sinks": {"window": 3, "sink_tokens": 2}}
+
+# One document; three documents; one document and padding; padding alone.
+IDS = jnp.asarray([[1] * 11, [1] * 3 + [2] * 2 + [5] * 6, [3] * 7 + [0] * 4, [0] * 11], jnp.int32)
+PLACES = jnp.asarray([[*range(11)], [*range(3), *range(2), *range(6)], [*range(7), *range(4)], [*range(11)]], jnp.int32)
+
+
+def marked(shape: tuple[int, int]) -> jax.Array:
+    """[B,T,1,1], a different number for every token."""
+    return jnp.arange(1.0, 1 + shape[0] * shape[1]).reshape(*shape, 1, 1)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def write(cache: dict, k: jax.Array, positions: jax.Array, ids: jax.Array, kind: str) -> dict:
+    return kv_cache.write(cache, k, -k, positions, ids, **KINDS[kind])
+
+
+def empty(kind: str) -> dict:
+    return kv_cache.empty(len(IDS), SLOTS[kind], 1, 1, 1, jnp.float32)
+
+
+def content(cache: dict, row: int) -> dict[int, int]:
+    """{slot: position} of the taken slots."""
+    taken = np.flatnonzero(cache["segment_ids"][row])
+    return {int(s): int(cache["positions"][row, s]) for s in taken}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("full", [{p: p for p in range(11)}, {p: p for p in range(6)}, {p: p for p in range(7)}, {}]),
+        ("ring", [{0: 8, 1: 9, 2: 10, 3: 7}, {0: 4, 1: 5, 2: 2, 3: 3}, {0: 4, 1: 5, 2: 6, 3: 3}, {}]),
+        (
+            "ring_sinks",
+            [{0: 0, 1: 1, 2: 8, 3: 9, 4: 10}, {0: 0, 1: 1, 2: 5, 3: 3, 4: 4}, {0: 0, 1: 1, 2: 5, 3: 6, 4: 4}, {}],
+        ),
+    ],
+)
+def test_the_last_document_lies_in_its_slots(kind: str, rows: list[dict[int, int]]) -> None:
+    k = marked(IDS.shape)
+    cache = write(empty(kind), k, PLACES, IDS, kind=kind)
+    assert [content(cache, row) for row in range(len(IDS))] == rows
+    for row, slots in enumerate(rows):
+        for slot, position in slots.items():
+            last = int(np.flatnonzero((np.asarray(PLACES[row]) == position) & (np.asarray(IDS[row]) != 0))[-1])
+            assert cache["k"][row, slot, 0, 0] == k[row, last, 0, 0] == -cache["v"][row, slot, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", [1, 4, 9])
+def test_any_split_of_the_tokens_leaves_the_same_cache(kind: str, split: int) -> None:
+    """The caller empties the cache where a document starts at the split, as the base class of mixers does."""
+    k = marked(IDS.shape)
+    whole = write(empty(kind), k, PLACES, IDS, kind=kind)
+    cache = write(empty(kind), k[:, :split], PLACES[:, :split], IDS[:, :split], kind=kind)
+    fresh = (IDS[:, split] != IDS[:, split - 1]) & (IDS[:, split] != 0)
+    cache = jax.tree.map(lambda x: jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), 0, x), cache)
+    cache = write(cache, k[:, split:], PLACES[:, split:], IDS[:, split:], kind=kind)
+    for name in whole:
+        assert_equal(name, cache[name], whole[name])
+
+
+def test_a_token_beyond_a_full_cache_is_dropped() -> None:
+    cache = write(empty("full"), marked(IDS.shape), PLACES, IDS, kind="full")
+    one = jnp.ones((len(IDS), 1), jnp.int32)
+    after = write(cache, marked((len(IDS), 1)), one * SLOTS["full"], one, kind="full")
+    for name in cache:
+        assert_equal(name, after[name], cache[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_after_a_prefill_see_its_last_document(kind: str) -> None:
+    """Ids of a later call need not be those of the prefill: the cache belongs to the document of its token 0."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 3, T, 2, 4))
+    ids, places, t = IDS[:3], PLACES[:3], 7
+    attend = jax.jit(functools.partial(kv_cache.attend, **KINDS[kind]))
+    full, nothing = attend(q, k, v, None, positions=places, segment_ids=ids)
+    assert nothing is None
+    cache = kv_cache.empty(3, SLOTS[kind], 2, 4, 4, jnp.float32)
+    first, cache = attend(*(x[:, :t] for x in (q, k, v)), cache, positions=places[:, :t], segment_ids=ids[:, :t])
+    then, _ = attend(*(x[:, t:] for x in (q, k, v)), cache, positions=places[:, t:], segment_ids=9 * (ids[:, t:] != 0))
+    assert_close("prefill", first, full[:, :t], TOLERANCE["fp32_op"])
+    assert_close("continuation", then, full[:, t:], TOLERANCE["fp32_op"])

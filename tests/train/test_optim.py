@@ -1,0 +1,100 @@
+"""Which parameters decay, which are orthogonalised, and that layers do not mix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hydrax.core.build import build
+from hydrax.models.lm import ParamMeta
+from hydrax.train.optim import MUON_RMS, OptimConfig, make_optimizer
+from tests.tolerances import assert_close, assert_equal
+from tests.train import tiny
+
+META = {
+    "embed": ParamMeta(("vocab", "embed"), False, None, True),
+    "norm": ParamMeta(("layers", "norm"), False, None, False),
+    "q": ParamMeta(("layers", "embed", "heads", "state_k"), True, ((-3,), (-2, -1)), True),
+    "out": ParamMeta(("heads", "state_v", "embed"), True, ((-3, -2), (-1,)), True),
+}
+SHAPES = {"embed": (7, 6), "norm": (3, 6), "q": (3, 6, 2, 4), "out": (2, 4, 6)}
+
+
+def optimizer(meta=META, **options):
+    settings = {"lr": 0.1, "schedule": "constant", "warmup": 0, "final_fraction": 1.0} | options
+    return make_optimizer(build(OptimConfig, settings), 10, meta)
+
+
+def normal(seed):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    return {name: jax.random.normal(key, SHAPES[name]) for name, key in zip(SHAPES, keys, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_what_is_marked_decays(name):
+    params, zeros = normal(0), jax.tree.map(jnp.zeros_like, normal(0))
+    tx = optimizer(name=name, weight_decay=0.5)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    for path, meta in META.items():
+        if meta.decay:
+            assert_close(path, new[path], (1 - 0.1 * 0.5) * params[path], 1e-6)
+        else:
+            assert_equal(path, new[path], params[path])
+
+
+def test_muon_takes_the_matrices_and_adam_the_rest():
+    """The labels are read off the state: a Muon parameter has one moment, an Adam parameter two."""
+    plan = tiny.plan()
+    params = jax.eval_shape(plan.init, jax.random.key(0))
+    state = jax.eval_shape(optimizer(plan.meta, name="muon").init, params)
+    moments: dict[str, int] = dict.fromkeys(params, 0)
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        owner = getattr(path[-1], "key", None)
+        if owner in moments:
+            moments[owner] += 1
+    assert moments == {name: 2 if meta.matrix is None else 1 for name, meta in plan.meta.items()}
+    assert moments["embed/weight"] == 2
+    assert sum(n == 1 for n in moments.values()) >= 4  # q, k, v, o
+
+
+def test_stacked_layers_are_orthogonalised_one_by_one():
+    grads, params = normal(1), normal(0)
+    tx = optimizer(name="muon", weight_decay=0.0, clip=None)
+    together, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    for layer in range(3):
+        one = {"q": grads["q"][layer]}
+        tx = optimizer({"q": META["q"]}, name="muon", weight_decay=0.0, clip=None)
+        alone, _ = jax.jit(tx.update)(one, tx.init(one), one)
+        assert_close(f"layer {layer}", together["q"][layer], alone["q"], 1e-5)
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), [("q", 6, 8), ("out", 8, 6)])
+def test_muon_updates_are_orthogonal_with_the_size_of_adams(name, rows, columns):
+    grads = normal(1)
+    tx = optimizer(name="muon", weight_decay=0.0)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    matrices = np.asarray(updates[name]).reshape(-1, rows, columns)
+    singular = np.linalg.svd(matrices, compute_uv=False) / (0.1 * MUON_RMS * max(rows, columns) ** 0.5)
+    assert singular.min() > 0.5  # Newton-Schulz with these coefficients ends between 0.7 and 1.2
+    assert singular.max() < 1.3
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    grads = jax.tree.map(lambda g: 1e3 * g, normal(1))
+    tx = optimizer(clip=0.5, b1=0.75)
+    _, state = tx.update(grads, tx.init(grads), grads)
+    moments = [x for path, x in jax.tree_util.tree_flatten_with_path(state)[0] if ".mu" in jax.tree_util.keystr(path)]
+    assert len(moments) == len(SHAPES)
+    np.testing.assert_allclose(optax.tree.norm(moments), 0.25 * 0.5, rtol=1e-5)
+
+
+def test_the_rate_follows_the_schedule():
+    grads = normal(1)
+    tx = optimizer(warmup=4, weight_decay=0.0)
+    first, state = tx.update(grads, tx.init(grads), grads)
+    second, _ = tx.update(grads, state, grads)
+    # Adam's direction for a constant gradient is its sign, so sizes are rates.
+    np.testing.assert_allclose(np.median(np.abs(first["q"])), 0.1 / 4, rtol=1e-3)
+    np.testing.assert_allclose(np.median(np.abs(second["q"])), 0.2 / 4, rtol=1e-3)
