@@ -1,13 +1,12 @@
 """What all commands share: flags, config overrides, JAX defaults, and one line for whatever the user got wrong."""
 
 import difflib
-import functools
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from absl import flags, logging
 
@@ -26,17 +25,20 @@ ENVIRONMENT = {
 }
 
 
-def command(
-    flag_values: flags.FlagValues,
-) -> Callable[[Callable[[Overrides], None]], Callable[[Sequence[str] | None], None]]:
-    """Makes `body(overrides)` the main of a command, called with argv (None: that of the process).
+class Main(Protocol):
+    """The main of a command; argv None: that of the process."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
+
+
+def command(flag_values: flags.FlagValues) -> Callable[[Callable[[Overrides], None]], Main]:
+    """Makes `body(overrides)` the main of a command.
 
     The flags are `flag_values`, and `--config.<key>=<value>` where there is a flag `config`. Bad input, wherever it
     is noticed, ends in one line on stderr and exit code 2.
     """
 
-    def decorate(body: Callable[[Overrides], None]) -> Callable[[Sequence[str] | None], None]:
-        @functools.wraps(body)
+    def decorate(body: Callable[[Overrides], None]) -> Main:
         def main(argv: Sequence[str] | None = None) -> None:
             try:
                 body(_parse(flag_values, list(sys.argv if argv is None else argv), body.__globals__["__doc__"]))
@@ -124,7 +126,7 @@ def _prepare_jax() -> None:
         os.environ.setdefault(name, value)
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "hydrax" / "jax"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:

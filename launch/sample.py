@@ -26,9 +26,17 @@ def main(overrides: cli.Overrides) -> None:
     check_settings(FLAGS.temperature, FLAGS.top_p)
     model, cfg = load_run(FLAGS.workdir)
     tokenizer = open_tokenizer(cfg.data.tokenizer)
-    settings = {name: FLAGS[name].value for name in ("tokens", "temperature", "top_p", "seed")}
+    pieces = stream_text(
+        model,
+        tokenizer,
+        FLAGS.prompt,
+        tokens=FLAGS.tokens,
+        temperature=FLAGS.temperature,
+        top_p=FLAGS.top_p,
+        seed=FLAGS.seed,
+    )
     print(FLAGS.prompt, end="", flush=True)
-    for text in stream_text(model, tokenizer, FLAGS.prompt, **settings):
+    for text in pieces:
         print(text, end="", flush=True)
     print()
 

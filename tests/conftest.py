@@ -4,6 +4,10 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu is run with JAX_PLATFORMS=cuda
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile much and compute little: without LLVM optimisation a gradient compiles about six times faster.
+    fast = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{fast} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 from jaxtyping import install_import_hook

@@ -107,7 +107,7 @@ def test_the_trap_for_device_queries_works():
 def test_importing_everything_touches_no_device():
     modules = [p.relative_to(ROOT).with_suffix("") for f in ("hydrax", "launch") for p in (ROOT / f).rglob("*.py")]
     names = [".".join(m.parts).removesuffix(".__init__") for m in modules]
-    names = [n for n in names if not n.split(".")[-1] in ("gpu", "tpu")]
+    names = [n for n in names if n.split(".")[-1] not in ("gpu", "tpu")]
     run_without_devices(f"import importlib\nfor name in {sorted(names)}: importlib.import_module(name)")
 
 
@@ -118,5 +118,4 @@ def test_configs_touch_no_device():
 
 
 def test_importing_hydrax_loads_neither_jax_nor_a_room():
-    code = "import sys, hydrax\nassert not [m for m in sys.modules if m.split('.')[0] in ('jax', 'flax', 'ml_collections')]"
-    run_without_devices(code)
+    run_without_devices("import sys, hydrax; assert sys.modules.keys().isdisjoint(('jax', 'flax', 'hydrax.core'))")

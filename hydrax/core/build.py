@@ -111,7 +111,9 @@ def _checked(hint: Any, origin: Any, args: tuple, value: Any, key: str) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ConfigError(key, value, f"expected {len(args)} values")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        return tuple(convert(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            convert(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if (origin or hint) in (dict, Mapping):
         hint = Mapping
     kind = origin if isinstance(origin, type) else hint

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hydrax.data.loader import Data
     from hydrax.train.config import RunConfig
 
+Settings = tuple[ArrayLike | float, ArrayLike | float]
+"""Temperature and top_p."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Structure:
@@ -54,8 +57,18 @@ def generate(
     Raises:
       ConfigError: a value out of its range, or no prompt.
     """
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop, "lengths": lengths}
-    made = list(stream(model, tokens, max_new_tokens=max_new_tokens, **settings))  # type: ignore[arg-type]
+    made = list(
+        stream(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            lengths=lengths,
+        )
+    )
     ended = [made[-1]] * (max_new_tokens - len(made))  # every row has stopped
     return np.stack(made + ended, axis=1)
 
@@ -82,7 +95,7 @@ def stream(
     valid = np.full(B, T) if lengths is None else np.asarray(lengths)
     if valid.shape != (B,) or valid.min() < 1 or valid.max() > T:
         raise ConfigError("lengths", valid.tolist(), f"expected a length from 1 to {T} for each of the {B} rows")
-    return _stream(model, prompt, valid, max_new_tokens, (temperature, top_p), seed, stop)
+    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop)
 
 
 def stream_text(
@@ -92,11 +105,18 @@ def stream_text(
 
     An empty prompt starts a new document.
     """
-    ids = tokenizer.encode(prompt)
-    start = ids if len(ids) else np.array([tokenizer.bos])
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": tokenizer.eos}
+    start = tokenizer.encode(prompt) if prompt else np.array([tokenizer.bos])
+    ids = stream(
+        model,
+        start[None],
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tokenizer.eos,
+    )
     text = TextStream(tokenizer)
-    for token in stream(model, start[None], max_new_tokens=tokens, **settings):  # type: ignore[arg-type]
+    for token in ids:
         if token[0] == tokenizer.eos:
             break
         if piece := text.push(int(token[0])):
@@ -127,8 +147,9 @@ def write_sample(model: LM, data: "Data", cfg: "RunConfig", workdir: str | pathl
         seed=cfg.train.seed,
     )
     text = s.prompt + "".join(pieces)
-    pathlib.Path(workdir, "sample.txt").write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
+    if jax.process_index() == 0:
+        pathlib.Path(workdir, "sample.txt").write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
 
 
 def _stream(
@@ -136,7 +157,7 @@ def _stream(
     prompt: Array,
     lengths: np.ndarray,
     count: int,
-    settings: tuple[float, float],
+    settings: Settings,
     seed: int,
     stop: int | None,
 ) -> Iterator[np.ndarray]:
@@ -158,26 +179,27 @@ def _stream(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(
-    structure: _Structure, params: PyTree, prompt: Array, lengths: Array, max_len: int, settings: tuple, key: Array
+    structure: _Structure, params: PyTree, prompt: Array, lengths: Array, max_len: int, settings: Settings, key: Array
 ) -> tuple[Array, Cache]:
     model = nnx.merge(structure.graph, params)
     cache = model.init_cache(prompt.shape[0], max_len, model.embed.weight.dtype)
     real = jnp.arange(prompt.shape[1]) < lengths[:, None]
     logits, cache = model.prefill(prompt, cache, segment_ids=real.astype(jnp.int32))
     last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _choose(last, *settings, key), cache
+    return _choose(last, settings, key), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
-    structure: _Structure, params: PyTree, token: Array, cache: Cache, stop: Array, settings: tuple, key: Array
+    structure: _Structure, params: PyTree, token: Array, cache: Cache, stop: Array, settings: Settings, key: Array
 ) -> tuple[Array, Cache]:
     logits, cache = nnx.merge(structure.graph, params).step(token, cache)
-    return jnp.where(token == stop, stop, _choose(logits, *settings, key)), cache
+    return jnp.where(token == stop, stop, _choose(logits, settings, key)), cache
 
 
-def _choose(logits: Float[Array, "B vocab"], temperature: Array, top_p: Array, key: Array) -> Int[Array, "B"]:
-    """One token per row; both settings are traced, so that changing them compiles nothing."""
+def _choose(logits: Float[Array, "B vocab"], settings: Settings, key: Array) -> Int[Array, "B"]:
+    """One token per row; the settings are traced, so that changing them compiles nothing."""
+    temperature, top_p = settings
     warm = logits / jnp.where(temperature > 0, temperature, 1.0)
     p = jax.nn.softmax(warm, axis=-1)
     order = jnp.argsort(-p, axis=-1)

@@ -21,7 +21,7 @@ class AttentionConfig:
     kv_heads: Positive | None = None  # a divisor of heads; heads if None
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; key_dim if None
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of q and k before RoPE: over K, or over all heads
     out_gate: Literal["none", "elementwise", "headwise"] = "none"  # σ(x W_g) on the heads' outputs (arXiv 2505.06708)
     softcap: PositiveFloat | None = None  # scores become c·tanh(z/c)

@@ -14,6 +14,10 @@ DT_RANGE = (1e-3, 1e-1)
 """Step sizes at initialisation are log-uniform in this range."""
 
 
+MAX_LOG_RATE = 20.0
+"""Bound on A_log: e^20 forgets everything in one step of 1e-7, and larger rates would overflow in gradients."""
+
+
 class StepDecay(nnx.Module):
     """Δ = softplus(a + b_dt) and the log-decay g = -A Δ per head, from a [...,H], in fp32; A = exp(A_log).
 
@@ -26,7 +30,8 @@ class StepDecay(nnx.Module):
 
     def __call__(self, a: Array) -> tuple[Array, Array]:
         dt = jax.nn.softplus(fp32(a) + self.dt_bias[...])
-        return -jnp.exp(self.A_log[...]) * dt, dt
+        A = jnp.exp(jnp.minimum(self.A_log[...], MAX_LOG_RATE))
+        return -A * dt, dt
 
 
 def _log_uniform_rates(low: float, high: float) -> jax.nn.initializers.Initializer:

@@ -261,6 +261,12 @@ def _steps(
     return state
 
 
+def _peak_bytes() -> int | None:
+    """Most memory in use on one of this process's devices so far; None where the backend does not count it (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
@@ -293,5 +299,6 @@ def _summary(run: Run, steps: int, skipped: int, records: list[metrics.Record], 
         "parameters": tree.count(run.plan.shapes),
         "wall_seconds": max((r["timing"]["seconds"] for r in records), default=0.0),
         "compile_seconds": round(run.compile_seconds, 3),
+        "peak_device_bytes": _peak_bytes(),
         "data_sha256": run.data.sha256,
     }

@@ -36,10 +36,15 @@ class Case:
         flat = [(path, variable.replace(params[_name(path)])) for path, variable in self.variables]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
-    def cast(self, dtype: jnp.dtype) -> dict[str, Array]:
+    @property
+    def cast_names(self) -> set[str]:
+        """The parameters used in the compute dtype; gates, norms and the like stay fp32."""
+        return {_name(path) for path, variable in self.variables if variable.get_metadata()["cast"]}
+
+    def cast(self, dtype: jnp.dtype, params: dict[str, Array] | None = None) -> dict[str, Array]:
         """The parameters as a step in that compute dtype gets them."""
-        kept = {_name(path) for path, variable in self.variables if not variable.get_metadata()["cast"]}
-        return {name: x if name in kept else x.astype(dtype) for name, x in self.params.items()}
+        params = self.params if params is None else params
+        return {name: x.astype(dtype) if name in self.cast_names else x for name, x in params.items()}
 
     def __call__(
         self,
@@ -98,9 +103,9 @@ def inside(seg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32), starts
 
 
-def floats(tree: PyTree) -> list[Array]:
-    """The leaves that carry gradients."""
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+def is_float(x: Array) -> bool:
+    """Whether the leaf carries gradients."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _name(path: tuple) -> str:

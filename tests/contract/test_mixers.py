@@ -7,7 +7,7 @@ import pytest
 
 from hydrax import mixers
 from hydrax.core import tree
-from tests.contract.cases import CHUNK, Case, D, case, floats, inside, normal, segments
+from tests.contract.cases import CHUNK, Case, D, case, inside, is_float, normal, segments
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
@@ -27,48 +27,54 @@ ROWS = [
     (1, BEFORE - 1, 1, CHUNK - 1, 1, CHUNK - 1, 5),  # boundaries at the call, chunk edges, single tokens
     (BEFORE + CHUNK, CHUNK, 1),  # a continued document that ends at a chunk edge, then padding
 ]
+SEG = np.stack([segments(lengths, BEFORE + AFTER) for lengths in ROWS])
 
 
-def forms_run(mixer: Case, impl: str | None):
-    """(params, x before, x) -> loss, (y, final state) for a call with the state that a first call left."""
-    seg = np.stack([segments(lengths, BEFORE + AFTER) for lengths in ROWS])
-    positions, starts = inside(seg)
-
-    def loss(params, before, x):
-        state = mixer.init(len(seg), BEFORE + AFTER, x.dtype)
-        _, state = mixer(params, before, seg[:, :BEFORE], state=state, impl=impl)
-        rest = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
-        y, state = mixer(params, x, seg[:, BEFORE:], state=state, **rest)
-        results = [y, *floats(state)]
-        weights = [normal(i, *r.shape) for i, r in enumerate(results)]
-        total = sum(jnp.sum(w * r.astype(jnp.float32)) for w, r in zip(weights, results, strict=True))
-        return total, (y * (seg[:, BEFORE:, None] != 0), state)
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+def forms_inputs(mixer: Case):
+    """Parameters, the state after a first call, and x of the second; in fp64, but exact in bf16."""
+    rounded = [jnp.asarray(normal(i, len(ROWS), n, D), jnp.bfloat16) for i, n in ((1, BEFORE), (2, AFTER))]
+    params, before, x = jax.tree.map(lambda a: a.astype(jnp.float32), (mixer.cast(jnp.bfloat16), *rounded))
+    state = mixer.init(len(ROWS), BEFORE + AFTER)
+    _, state = jax.jit(mixer)(params, before, SEG[:, :BEFORE], state=state)
+    memory, convert = jax.tree.map(is_float, state), lambda a: a.astype(jnp.bfloat16).astype(jnp.float64)
+    state = jax.tree.map(lambda a, f: convert(a) if f else a, state, memory)
+    return jax.tree.map(convert, params), state, convert(x)
 
 
-@pytest.mark.parametrize("impl", ["chunked", None], ids=["chunked", "default"])
-def test_forms_agree_in_fp32(mixer: Case, impl: str | None):
-    """Output, final state and all gradients equal those of the recurrence, which is the definition."""
-    args = mixer.params, normal(1, len(ROWS), BEFORE, D), normal(2, len(ROWS), AFTER, D)
-    (_, (y, state)), grads = forms_run(mixer, impl)(*args)
-    (_, (y_ref, state_ref)), grads_ref = forms_run(mixer, "recurrent")(*args)
-    assert_close("y", y, y_ref, TOLERANCE["fp32_op"])
-    assert_trees_close("state", state, state_ref, TOLERANCE["fp32_op"])
-    assert_trees_close("gradient", grads, grads_ref, TOLERANCE["fp32_op"])
+def forms_run(mixer: Case, impl: str | None, params, state, x):
+    """Output, final state and the gradients of everything, for a call that continues the state."""
+    positions, starts = inside(SEG)
+    facts = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
+    fixed = jax.tree.map(lambda a: None if is_float(a) else a, state)
+
+    def loss(params, memory, x):
+        given = jax.tree.map(lambda a, b: b if a is None else a, memory, fixed, is_leaf=lambda a: a is None)
+        y, new = mixer(params, x, SEG[:, BEFORE:], state=given, **facts)
+        results = [y, *(leaf for leaf in jax.tree.leaves(new) if is_float(leaf))]
+        total = sum(jnp.sum(normal(i, *r.shape) * r) for i, r in enumerate(results))
+        return total, (y * (SEG[:, BEFORE:, None] != 0), new)
+
+    memory = jax.tree.map(lambda a: a if is_float(a) else None, state)
+    grads, (y, new) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, memory, x)
+    return {"y": y, "state": new, "gradient": dict(zip(("params", "state", "x"), grads, strict=True))}
 
 
-def test_bf16_stays_near_the_fp32_recurrence(mixer: Case):
-    """The reference has the same rounded parameters and inputs, so that only the computation is measured."""
-    params = mixer.cast(jnp.bfloat16)
-    x = [jnp.asarray(normal(i, len(ROWS), T, D), jnp.bfloat16) for i, T in ((1, BEFORE), (2, AFTER))]
-    (_, (y, state)), grads = forms_run(mixer, None)(params, *x)
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, *x))
-    (_, (y_ref, state_ref)), grads_ref = forms_run(mixer, "recurrent")(*wide)
-    assert y.dtype == jnp.bfloat16
-    assert_close("y", y, y_ref, TOLERANCE["bf16_long"])
-    assert_trees_close("state", state, state_ref, TOLERANCE["bf16_long"])
-    assert_trees_close("gradient", grads, grads_ref, TOLERANCE["bf16_long"])
+def test_forms_agree(mixer: Case):
+    """Output, final state and all gradients equal those of the recurrence, which is the definition, in fp64."""
+    with jax.enable_x64(True):
+        inputs = forms_inputs(mixer)
+        want = forms_run(mixer, "recurrent", *inputs)
+    narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if a.dtype == np.float64 else a, inputs)
+    for impl in ("chunked", None):
+        for name, value in forms_run(mixer, impl, *narrow).items():
+            assert_trees_close(f"{impl} fp32 {name}", value, want[name], TOLERANCE["fp32_op"])
+    params, state, x = narrow
+    dtypes = mixer.init(1, 1, jnp.bfloat16)
+    state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, dtypes)
+    got = forms_run(mixer, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
+    assert got["y"].dtype == jnp.bfloat16
+    for name, value in got.items():
+        assert_trees_close(f"bf16 {name}", value, want[name], TOLERANCE["bf16_long"])
 
 
 def test_long_rows_in_bf16(mixer: Case):
@@ -258,11 +264,13 @@ def test_extremes_stay_finite(mixer: Case, dtype: jnp.dtype):
 
     def loss(params, x):
         y, state = mixer(params, x, state=mixer.init(len(rows), AFTER, dtype))
-        return sum(jnp.sum(r.astype(jnp.float32)) for r in (y, *floats(state))), (y, state)
+        return sum(jnp.sum(r.astype(jnp.float32)) for r in jax.tree.leaves((y, state)) if is_float(r)), (y, state)
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     for scale, x in ((1.0, batch), (30.0, jnp.clip(batch, -10, 10))):
-        params = {name: scale * p for name, p in mixer.cast(dtype).items()}
+        # decays are exponentials of fp32 parameters: a shift by 7 is what a factor of 1000 is to the others
+        shift = 7.0 if scale > 1 else 0.0
+        params = {n: scale * p if n in mixer.cast_names else p + shift for n, p in mixer.cast(dtype).items()}
         for path, leaf in jax.tree_util.tree_flatten_with_path(run(params, x))[0]:
             finite = np.isfinite(np.asarray(leaf, np.float32))
             assert finite.all(), f"{tree.path_name(path)} not finite at {np.argwhere(~finite)[0]}, parameters x{scale}"
@@ -285,7 +293,7 @@ def test_state_is_what_the_table_says(mixer: Case, dtype: jnp.dtype):
     for tokens in (1, 6):
         x = jax.ShapeDtypeStruct((3, tokens, D), dtype)
         y, new = jax.eval_shape(lambda p, x, s: mixer(p, x, state=s), mixer.cast(dtype), x, state)
-        assert y.dtype == dtype and y.shape == x.shape
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
         assert new == state, f"a call of {tokens} tokens returns another structure"
 
 
@@ -314,4 +322,4 @@ def test_taps_see_and_replace_the_heads(mixer: Case):
         assert_equal("tapped output", y, want)
         assert_equal("output under an identity tap", bare, plain)
         assert np.any(np.asarray(y != plain)), "the tap has no effect"
-    assert [s[:2] for s in seen] == [(2, 1), (2, 6)] and all(len(s) == 4 for s in seen)
+    assert [(*s[:2], len(s)) for s in seen] == [(2, 1, 4), (2, 6, 4)]

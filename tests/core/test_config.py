@@ -79,7 +79,10 @@ def test_a_free_form_section_can_be_given_whole():
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("model.patern", r"model\.patern = 'x': unknown key; did you mean 'model\.pattern'\? allowed: blocks, d_model, "),
+        (
+            "model.patern",
+            r"model\.patern = 'x': unknown key; did you mean 'model\.pattern'\? allowed: blocks, d_model, ",
+        ),
         ("lr", r"lr = 'x': unknown key; did you mean 'optim\.lr'\? allowed: data, "),
         ("modle.pattern", r"modle\.pattern = 'x': unknown key; did you mean 'model\.pattern'\?"),
         ("train.steps.more", r"train\.steps\.more = 'x': train\.steps is a single value and has no keys"),

@@ -80,6 +80,10 @@ def finished(config: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.P
 
 def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequence[str]) -> list[str]:
     """The arguments every command needs, then `extra`; an extra flag replaces one of the same name."""
-    needed = {"train": {"config": config, "workdir": workdir}, "cost": {"config": config}, "sample": {"workdir": workdir}}
+    needed = {
+        "train": {"config": config, "workdir": workdir},
+        "cost": {"config": config},
+        "sample": {"workdir": workdir},
+    }
     given = {arg.lstrip("-").partition("=")[0] for arg in extra}
     return [*(f"--{k}={v}" for k, v in needed[command].items() if k not in given), *extra]

@@ -135,9 +135,21 @@ def test_bf16_operands_keep_fp32_softmax(form: str) -> None:
     do, dlse = cotangents(case)
     do = np.asarray(jnp.asarray(do, jnp.bfloat16), np.float64)
     actual = evaluate(case, arrays, ids, do, dlse, impl=form, **FORMS[form])
-    assert actual["o"].dtype == jnp.bfloat16 and actual["lse"].dtype == jnp.float32
+    assert (actual["o"].dtype, actual["lse"].dtype) == (jnp.bfloat16, jnp.float32)
     for what, value in oracle(case, arrays, ids, do, dlse).items():
         assert_close(what, actual[what], value, TOLERANCE["bf16_gradient" if what[0] == "d" else "bf16_output"])
+
+
+def test_bf16_gradients_of_many_blocks_add_up_in_fp32() -> None:
+    """64 blocks contribute to the gradient of a key; summed in bf16 they would miss the tolerance."""
+    case = Case(1, 256, 2, 1, 16, 16)
+    arrays, _ = inputs(case, jnp.bfloat16)
+    do = np.asarray(jnp.asarray(cotangents(case)[0], jnp.bfloat16), np.float64)
+    dlse = np.zeros((case.B, case.T, case.H))
+    actual = evaluate(case, arrays, None, do, dlse, impl="chunked", chunk_size=4)
+    blockless = evaluate(case, arrays, None, do, dlse, impl="xla")
+    for what in ("dq", "dk", "dv"):
+        assert_close(what, actual[what], blockless[what], TOLERANCE["bf16_output"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -161,7 +173,7 @@ def test_the_future_leaves_the_past_bit_equal(name: str, form: str) -> None:
     assert not np.allclose(after[:, t:], before[:, t:])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["xla", "chunked"])
 def test_a_window_as_long_as_the_row_is_causal_attention(form: str) -> None:
     arrays, _ = inputs(CASES["causal"])
     T, f = CASES["causal"].T, functools.partial(attention, **arrays, impl=form, **FORMS[form])
@@ -213,7 +225,7 @@ def test_keys_of_a_cache_may_stand_anywhere(form: str) -> None:
     assert_close("o", o, full[:, t:], TOLERANCE["fp32_op"])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["xla", "chunked"])
 def test_merging_two_key_ranges_is_attention_to_all(form: str) -> None:
     """The second range is invisible to the first queries: their lse of -inf must not reach a gradient."""
     case, half = CASES["causal"], 14

@@ -52,7 +52,7 @@ def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B T S"]
     mask = distance >= 0
     if rules.window is not None:
         mask &= (distance < rules.window) | (keys.positions < rules.sink_tokens)[:, None, :]
-    if queries.segment_ids is not None:
+    if queries.segment_ids is not None and keys.segment_ids is not None:
         mask &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
         mask &= (keys.segment_ids != 0)[:, None, :]
     return mask
@@ -91,16 +91,18 @@ def chunked(
     T, S, w = queries.q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
     near = S if w is None or rules.sink_tokens or queries.bias is not None or not rules.aligned else C + w - 1
-    if near >= S:
-        return _by_blocks(jax.checkpoint(lambda start, rows: attend(rows, keys, sinks, rules)), queries, C)
-    keys = Keys(*(x if x is None else _pad(x, w - 1, -T % C) for x in keys))
-    unreal = (jnp.arange(keys.k.shape[1]) < w - 1) | (jnp.arange(keys.k.shape[1]) >= w - 1 + S)
-    keys = keys._replace(positions=jnp.where(unreal, FUTURE, keys.positions))
+    if near < S:
+        keys = _with_margins(keys, near - C, -T % C)
+    k_dtype, v_dtype = keys.k.dtype, keys.v.dtype
+    keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
     def block(start: Array, rows: Queries) -> tuple[Array, Array]:
-        nearest = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
-        return attend(rows, nearest, sinks, rules)
+        own = keys
+        if near < S:
+            own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
+        own = own._replace(k=own.k.astype(k_dtype), v=own.v.astype(v_dtype))
+        return attend(rows, own, sinks, rules)
 
     return _by_blocks(block, queries, C)
 
@@ -135,6 +137,14 @@ def _by_blocks(f: Callable[[Array, Queries], tuple], queries: Queries, C: int) -
 
     blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, queries)))
     return jax.tree.map(join, blocks)
+
+
+def _with_margins(keys: Keys, before: int, after: int) -> Keys:
+    """The keys between margins that no query sees."""
+    index = jnp.arange(before + keys.k.shape[1] + after)
+    real = (index >= before) & (index < before + keys.k.shape[1])
+    keys = jax.tree.map(lambda x: _pad(x, before, after), keys)
+    return keys._replace(positions=jnp.where(real, keys.positions, FUTURE))
 
 
 def _pad(x: Array, before: int, after: int) -> Array:

@@ -1,0 +1,100 @@
+"""Ops on a real GPU against their definition: `JAX_PLATFORMS=cuda python -m pytest -m gpu tests/gpu`."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrax.core.typing import Array
+from hydrax.nn.norm import l2_norm
+from hydrax.ops.delta import delta_rule
+from hydrax.ops.linear import linear_attention
+from hydrax.ops.softmax import attention
+from tests.tolerances import TOLERANCE, assert_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+B, T, H, K, V = 2, 1025, 4, 64, 128
+DECAYS = {"none": None, "scalar": (B, T, H), "vector": (B, T, H, K)}
+SEGMENTS = np.repeat([[1, 2, 3, 4]], B, 0).repeat([500, 1, 11, T - 512], axis=1)
+
+
+def _linear(decay: str, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    g = None if DECAYS[decay] is None else g
+    return linear_attention(q, k, v, g, segment_ids=jnp.asarray(SEGMENTS), impl=impl)[0]
+
+
+def _delta(decay: str, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    g = None if DECAYS[decay] is None else g
+    return delta_rule(q, l2_norm(k), v, beta, g, segment_ids=jnp.asarray(SEGMENTS), impl=impl)[0]
+
+
+def _attention(window: int | None, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    segments = None if impl == "cudnn" else jnp.asarray(SEGMENTS)
+    return attention(q, k, v[..., :K], window=window, segment_ids=segments, impl=impl)
+
+
+OPS: dict[str, tuple[Callable, str]] = {
+    **{f"linear-{d}": (functools.partial(_linear, d), d) for d in DECAYS},
+    **{f"delta-{d}": (functools.partial(_delta, d), d) for d in DECAYS},
+    "attention": (functools.partial(_attention, None), "none"),
+    "attention-window": (functools.partial(_attention, 100), "none"),
+}
+
+
+def _inputs(decay: str, dtype: jnp.dtype) -> tuple[Array, ...]:
+    rng = np.random.default_rng(0)
+    shape = DECAYS[decay] or (B, T, H)
+    q, k = (jnp.asarray(rng.normal(size=(B, T, H, K)), dtype) for _ in range(2))
+    v = jnp.asarray(rng.normal(size=(B, T, H, V)), dtype)
+    g = jnp.asarray(-rng.exponential(size=shape), jnp.float32)
+    return q, k, v, g, jnp.asarray(rng.uniform(size=(B, T, H)), jnp.float32)
+
+
+def _outputs_and_gradients(f: Callable, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    def loss(*inputs: Array) -> tuple[Array, Array]:
+        o = f(*inputs)
+        return jnp.sum(o.astype(jnp.float32) * jnp.cos(jnp.arange(o.size)).reshape(o.shape)), o
+
+    gradients, o = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*inputs)
+    return o, *gradients
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fp32_equals_definition(op: str) -> None:
+    f, decay = OPS[op]
+    inputs = _inputs(decay, jnp.float32)
+    expected = _outputs_and_gradients(functools.partial(f, "recurrent"), inputs)
+    actual = _outputs_and_gradients(functools.partial(f, "chunked"), inputs)
+    for name, a, e in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), actual, expected, strict=True):
+        assert_close(f"{op} {name}", a, e, TOLERANCE["fp32_op"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bf16_equals_fp32_definition(op: str) -> None:
+    f, decay = OPS[op]
+    inputs = _inputs(decay, jnp.bfloat16)
+    exact = tuple(x.astype(jnp.float32) for x in inputs)
+    expected = _outputs_and_gradients(functools.partial(f, "recurrent"), exact)
+    actual = _outputs_and_gradients(functools.partial(f, "chunked"), inputs)
+    limits = ("bf16_output", *("bf16_gradient",) * 3, *("bf16_gate_gradient",) * 2)
+    for name, limit, a, e in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), limits, actual, expected, strict=True):
+        assert_close(f"{op} {name}", a, e, TOLERANCE[limit])
+
+
+def test_cudnn_equals_definition() -> None:
+    exact = tuple(x.astype(jnp.float32) for x in _inputs("none", jnp.bfloat16))
+    whole = functools.partial(attention, impl="xla")
+    for window in (None, 100):
+        expected = _outputs_and_gradients(lambda q, k, v, g, b: whole(q, k, v[..., :K], window=window), exact)  # noqa: B023
+        actual = _outputs_and_gradients(
+            functools.partial(_attention, window, "cudnn"), _inputs("none", jnp.bfloat16)
+        )
+        for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=False):
+            assert_close(f"cudnn {name}", a, e, TOLERANCE["bf16_output" if name == "o" else "bf16_gradient"])

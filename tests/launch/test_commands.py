@@ -1,0 +1,80 @@
+"""The commands do what their help says."""
+
+import json
+import re
+
+import pytest
+
+from hydrax import mixers
+from launch.help import comments
+from tests.launch.conftest import MAINS, command_line, run
+
+
+def test_training_fills_the_run_folder(finished):
+    assert {p.name for p in finished.iterdir()} >= {
+        "config.json",
+        "layers.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "sample.txt",
+        "summary.json",
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 < summary["val_bits_per_byte"] < 9
+    assert summary["parameters"] > 0
+
+
+def test_overrides_reach_the_run(config, tmp_path):
+    extra = ["--config.train.steps=1", "--config.model.mixers.gla.heads", "1", "--config.sample.tokens=0"]
+    outcome = run("train", *command_line("train", config, tmp_path / "run", extra))
+    assert outcome.code == 0, outcome.err
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["train"]["steps"] == 1
+    assert saved["model"]["mixers"]["gla"] == {"heads": 1}
+    assert not (tmp_path / "run" / "sample.txt").exists()
+    # A finished run is known again although the options of its mixers came as text.
+    again = run("train", *command_line("train", config, tmp_path / "run", extra))
+    assert (again.code, again.err) == (0, "")
+    assert "already complete" in again.out
+
+
+def test_sampling_is_repeatable_and_continues_the_prompt(finished):
+    args = [f"--workdir={finished}", "--prompt=a hybrid", "--tokens=5"]
+    first, second, other = run("sample", *args), run("sample", *args), run("sample", *args, "--seed=1")
+    assert first.code == 0, first.err
+    assert first.out == second.out != other.out
+    assert first.out.startswith("a hybrid")
+
+
+def test_an_empty_prompt_starts_a_document(finished):
+    assert run("sample", f"--workdir={finished}", "--tokens=3").code == 0
+
+
+def test_cost_prints_sums_that_agree(config):
+    outcome = run("cost", f"--config={config}", "--config.model.pattern=2*(gla,attn)", "--seq_len=100", "--batch=2")
+    assert outcome.code == 0, outcome.err
+    rows = [re.split("[│┃]", line)[1:-1] for line in outcome.out.splitlines() if line.startswith("│")]
+    parameters = {kind.strip(): int(count.strip().replace(",", "") or 0) for _, kind, count, *_ in rows}
+    assert (
+        parameters["gla"] + parameters["attn"] + parameters["embedding, logits"] + 16 == parameters["forward"]
+    )  # final norm
+
+
+@pytest.mark.parametrize("command", MAINS)
+def test_help(command):
+    outcome = run(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"python -m launch.{command} --" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+    if command != "sample":
+        assert re.search(r"model\.d_model +256 +width D of the residual stream; an integer >= 1", outcome.out)
+        assert re.search(r"optim\.name +adamw +.*one of adamw, muon", outcome.out)
+        for name in mixers.names():
+            assert f"  {name}: {mixers.row(name).about}" in outcome.out
+
+
+def test_comments_are_read_with_those_of_base_classes():
+    found = comments(mixers.get("swa").Config)
+    assert found["window"] == "visible keys, the query's own included"
+    assert found["kv_heads"] == "a divisor of heads; heads if None"
