@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from configs import common
 from hydrax.core.build import ConfigError
 
-# layers, d_model, key/value heads of attention, rows per step, peak rate
+# layers, d_model, key/value heads of attention, rows per step, of these at a time, peak rate
 VARIANTS = {
-    "100m": (12, 768, 2, 64, 1e-3),
-    "340m": (24, 1024, 2, 128, 6e-4),
-    "1b3": (24, 2048, 4, 256, 4e-4),
+    "100m": (12, 768, 2, 64, 8, 1e-3),
+    "340m": (24, 1024, 2, 128, 8, 6e-4),
+    "1b3": (24, 2048, 4, 256, 32, 4e-4),
 }
 HEAD = 128  # width of a head, what the kernels are made for
 
@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = common.parse_arg(arg, variant="100m", ratio=3, tokens=2.5)
     if args.variant not in VARIANTS:
         raise ConfigError("variant", args.variant, f"expected one of {', '.join(VARIANTS)}")
-    layers, width, kv_heads, rows, rate = VARIANTS[args.variant]
+    layers, width, kv_heads, rows, at_once, rate = VARIANTS[args.variant]
 
     config = common.base()
     config.model.d_model = width
@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seq_len = 2048
     config.train.dtype = "bfloat16"
     config.train.batch_size = rows
+    config.train.accumulate = rows // at_once
     config.train.steps = math.ceil(args.tokens * 1e9 / (rows * config.data.seq_len))
     config.train.remat = "none" if args.variant == "100m" else "mixer"
     config.train.eval_every = config.train.save_every = 1000

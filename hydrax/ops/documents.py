@@ -1,5 +1,6 @@
 """Documents packed in one row: `segment_ids` int32 [B,T], one contiguous run per document, 0 = right padding."""
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core.typing import Array, Bool, Int
@@ -17,7 +18,7 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     start = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     first = jnp.where(start, index, 0)
-    return index - jnp.maximum.accumulate(first, axis=1)
+    return index - jax.lax.cummax(first, axis=1)
 
 
 def chunk_masks(seg: Int[Array, "B N C"]) -> tuple[Array, Array, Array, Array]:

@@ -65,12 +65,17 @@ class Case:
         return self.merge(self.params).init_state(batch, max_len, dtype)
 
 
+def tiny(name: str) -> dict[str, Any]:
+    """The options of the table, with chunks short enough that tests cross their edges."""
+    fields = {f.name for f in dataclasses.fields(mixers.get(name).Config)}
+    return {**mixers.row(name).tiny, **({"chunk_size": CHUNK} if "chunk_size" in fields else {})}
+
+
 @functools.cache
 def case(name: str) -> Case:
     """The tiny mixer of that name; norms, biases and gates are moved off their initial ones and zeros."""
     row, cls = mixers.row(name), mixers.get(name)
-    fields = {f.name for f in dataclasses.fields(cls.Config)}
-    cfg = build(cls.Config, {**row.tiny, **({"chunk_size": CHUNK} if "chunk_size" in fields else {})}).fill(D)
+    cfg = build(cls.Config, tiny(name)).fill(D)
 
     def split(seed: int) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(cls(D, cfg, rngs=nnx.Rngs(seed)))

@@ -88,13 +88,17 @@ def test_bf16_equals_fp32_definition(op: str) -> None:
         assert_close(f"{op} {name}", a, e, TOLERANCE[limit])
 
 
-def test_cudnn_equals_definition() -> None:
-    exact = tuple(x.astype(jnp.float32) for x in _inputs("none", jnp.bfloat16))
-    whole = functools.partial(attention, impl="xla")
-    for window in (None, 100):
-        expected = _outputs_and_gradients(lambda q, k, v, g, b: whole(q, k, v[..., :K], window=window), exact)  # noqa: B023
-        actual = _outputs_and_gradients(
-            functools.partial(_attention, window, "cudnn"), _inputs("none", jnp.bfloat16)
-        )
-        for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=False):
-            assert_close(f"cudnn {name}", a, e, TOLERANCE["bf16_output" if name == "o" else "bf16_gradient"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_equals_definition(window: int | None, packed: bool) -> None:
+    inputs = tuple(x[:, :1024] for x in _inputs("none", jnp.bfloat16))
+    exact = tuple(x.astype(jnp.float32) for x in inputs)
+    segments = jnp.asarray(SEGMENTS[:, :1024]).at[:, 1000:].set(0) if packed else None
+
+    def form(impl: str) -> Callable:
+        return lambda q, k, v, *_: attention(q, k, v[..., :K], window=window, segment_ids=segments, impl=impl)
+
+    expected = _outputs_and_gradients(form("xla"), exact)
+    actual = _outputs_and_gradients(form("cudnn"), inputs)
+    for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=False):
+        assert_close(f"cudnn {name}", a, e, TOLERANCE["bf16_output" if name == "o" else "bf16_gradient"])

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from hydrax.nn import kv_cache
+from hydrax.ops import documents
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 T, SLOTS = 11, {"full": 16, "ring": 4, "ring_sinks": 5}
 KINDS = {"full": {}, "ring": {"window": 4}, "ring_sinks": {"window": 3, "sink_tokens": 2}}
 
-# One document; three documents; one document and padding; padding alone.
-IDS = jnp.asarray([[1] * 11, [1] * 3 + [2] * 2 + [5] * 6, [3] * 7 + [0] * 4, [0] * 11], jnp.int32)
-PLACES = jnp.asarray([[*range(11)], [*range(3), *range(2), *range(6)], [*range(7), *range(4)], [*range(11)]], jnp.int32)
+# One document; three documents; one document and padding; padding alone; a long document before a short last one.
+IDS = jnp.asarray([[1] * 11, [1] * 3 + [2] * 2 + [5] * 6, [3] * 7 + [0] * 4, [0] * 11, [1] * 5 + [2] * 4 + [4] * 2])
+PLACES = documents.document_positions(IDS)
 
 
 def marked(shape: tuple[int, int]) -> jax.Array:
@@ -41,11 +42,17 @@ def content(cache: dict, row: int) -> dict[int, int]:
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
-        ("full", [{p: p for p in range(11)}, {p: p for p in range(6)}, {p: p for p in range(7)}, {}]),
-        ("ring", [{0: 8, 1: 9, 2: 10, 3: 7}, {0: 4, 1: 5, 2: 2, 3: 3}, {0: 4, 1: 5, 2: 6, 3: 3}, {}]),
+        ("full", [{p: p for p in range(11)}, {p: p for p in range(6)}, {p: p for p in range(7)}, {}, {0: 0, 1: 1}]),
+        ("ring", [{0: 8, 1: 9, 2: 10, 3: 7}, {0: 4, 1: 5, 2: 2, 3: 3}, {0: 4, 1: 5, 2: 6, 3: 3}, {}, {0: 0, 1: 1}]),
         (
             "ring_sinks",
-            [{0: 0, 1: 1, 2: 8, 3: 9, 4: 10}, {0: 0, 1: 1, 2: 5, 3: 3, 4: 4}, {0: 0, 1: 1, 2: 5, 3: 6, 4: 4}, {}],
+            [
+                {0: 0, 1: 1, 2: 8, 3: 9, 4: 10},
+                {0: 0, 1: 1, 2: 5, 3: 3, 4: 4},
+                {0: 0, 1: 1, 2: 5, 3: 6, 4: 4},
+                {},
+                {0: 0, 1: 1},
+            ],
         ),
     ],
 )

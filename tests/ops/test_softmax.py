@@ -104,7 +104,7 @@ def evaluate(case: Case, arrays: dict, ids: jax.Array | None, do: np.ndarray, dl
         return out, pullback(cotangent)[0]
 
     (o, lse), gradients = run(arrays, ids, (jnp.asarray(do, arrays["v"].dtype), jnp.asarray(dlse, jnp.float32)))
-    return {"o": o, "lse": lse} | {f"d{name}": g for name, g in gradients.items()}
+    return jax.device_get({"o": o, "lse": lse} | {f"d{name}": g for name, g in gradients.items()})
 
 
 @functools.cache

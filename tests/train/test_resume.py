@@ -37,7 +37,6 @@ class Attempt:
             "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is what takes time
         }
         command = [sys.executable, "-c", MAIN, str(workdir), json.dumps(folder.as_dict(cfg))]
         self.workdir = workdir

@@ -38,12 +38,7 @@ def train_step(accumulate=1, dtype="float32", **mesh):
     schedule = make_schedule(CONFIG, 10)
     step = make_train_step(plan, tx, schedule, dtype=jnp.dtype(dtype), accumulate=accumulate, z_loss=1e-2)
     place = shardings(abstract_state(plan, tx, mesh))
-    jitted = jax.jit(
-        step,
-        in_shardings=(place, batch_sharding(mesh)),
-        out_shardings=(place, None),
-        compiler_options={"xla_backend_optimization_level": 0},  # run once or twice: compiling is what takes time
-    )
+    jitted = jax.jit(step, in_shardings=(place, batch_sharding(mesh)), out_shardings=(place, None))
 
     def run(state, batch):
         with jax.set_mesh(mesh):

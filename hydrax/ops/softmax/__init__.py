@@ -20,6 +20,9 @@ from hydrax.ops.softmax import forms
 
 FORMS = {"recurrent": forms.recurrent, "xla": forms.attend, "chunked": forms.chunked, "cudnn": forms.cudnn}
 
+DENSE = 4096
+"""Tokens up to which cuDNN is given documents as a dense mask."""
+
 LONG = 2048
 """Keys from which scores are formed by blocks of queries."""
 
@@ -126,13 +129,17 @@ def _cudnn_refusal(
     queries: forms.Queries, keys: forms.Keys, sinks: Array | None, rules: forms.Rules, return_lse: bool
 ) -> str | None:
     """Why cuDNN cannot serve these inputs, or None."""
-    (K, V), dtypes = (keys.k.shape[-1], keys.v.shape[-1]), {x.dtype for x in (queries.q, keys.k, keys.v)}
+    T, K, V = queries.q.shape[1], keys.k.shape[-1], keys.v.shape[-1]
+    dtypes = {x.dtype for x in (queries.q, keys.k, keys.v)}
     reasons = {
         "runs on NVIDIA GPUs only": jax.default_backend() != "gpu",
         "needs q, k and v all bfloat16 or all float16": dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}),
         "needs V = K": V != K,
         "needs K <= 128 and a multiple of 8": K > 128 or K % 8 != 0,
-        "has no documents (segment_ids)": queries.segment_ids is not None,
+        "needs an even number of tokens": T % 2 != 0,
+        f"takes documents (segment_ids) in rows of up to {DENSE} tokens, a multiple of 128": (
+            queries.segment_ids is not None and (T > DENSE or T % 128 != 0)
+        ),
         "serves self-attention only, without a cache": not rules.aligned,
         "has no softcap": rules.softcap is not None,
         "has no sinks": sinks is not None,

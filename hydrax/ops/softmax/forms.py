@@ -108,18 +108,24 @@ def chunked(
 
 
 def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, None]:
-    """cuDNN's fused kernels. Always causal: with a left window alone they would see the future."""
-    q = queries.q
+    """cuDNN's fused kernels. Always causal: with a left window alone they would see the future.
+
+    Documents become a dense mask [B,1,T,T]. Padding may see padding in it, since a row without any key would have no
+    defined gradient; its output is cleared instead.
+    """
+    q, seg = queries.q, queries.segment_ids
     o = jax.nn.dot_product_attention(
         q.reshape(*q.shape[:2], -1, q.shape[-1]),
         keys.k,
         keys.v,
+        mask=None if seg is None else seg[:, None, :, None] == seg[:, None, None, :],
         scale=rules.scale,
         is_causal=True,
         local_window_size=None if rules.window is None else (rules.window - 1, 0),
         implementation="cudnn",
     )
-    return o.reshape(*q.shape[:-1], -1), None
+    o = o.reshape(*q.shape[:-1], -1)
+    return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
 
 
 def _by_blocks(f: Callable[[Array, Queries], tuple], queries: Queries, C: int) -> tuple[Array, Array]:

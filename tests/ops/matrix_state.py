@@ -1,0 +1,167 @@
+"""Problems for the ops with a matrix state: inputs, awkward documents, the recurrence in numpy fp64, all gradients."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydrax.ops.linear.cases import Case
+from tests.tolerances import TOLERANCE, assert_close, assert_equal
+
+Inputs = dict[str, np.ndarray]
+
+
+def _choice(*values: float) -> Callable[[tuple], np.ndarray]:
+    return lambda shape: np.random.default_rng(3).choice(values, size=shape)
+
+
+SATURATED = {
+    "0": _choice(0.0),
+    "-5": _choice(-5.0),
+    "-50": _choice(-50.0),
+    "-1e4": _choice(-1e4),
+    "mixed": _choice(0.0, -5.0, -50.0, -1e4),
+    "rare": _choice(-1e4, *[-0.05] * 9),  # small decays after large ones: sums over a chunk must keep their digits
+}
+"""Log-decays of a given shape by name."""
+
+
+def inputs(case: Case, *, beta: bool) -> Inputs:
+    """Random arguments of the op by name, in fp64; keys have norm 1, betas lie in (0, 2)."""
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, case.B, case.T, case.H, case.K))
+    x = {"q": q, "k": k / np.linalg.norm(k, axis=-1, keepdims=True)}
+    x["v"] = rng.normal(size=(case.B, case.T, case.Hv, case.V))
+    if beta:
+        x["beta"] = rng.uniform(0, 2, size=(case.B, case.T, case.Hv))
+    shapes = {
+        "constant": (case.Hv,),
+        "scalar": (case.B, case.T, case.Hv),
+        "vector": (case.B, case.T, case.H, case.K),
+    }
+    if case.decay in shapes:
+        x["log_decay"] = -np.logaddexp(0, rng.normal(size=shapes[case.decay]))
+    return x | {"initial_state": rng.normal(size=(case.B, case.Hv, case.K, case.V))}
+
+
+def documents(B: int, T: int) -> np.ndarray:
+    """Row 0: documents of one token, edges beside and on multiples of 16, padding. The others: one edge, at 31."""
+    t = np.arange(T)
+    ids = np.stack([np.searchsorted([1, 2, 16, 17, 48], t, side="right"), *[3 + (t >= 31)] * (B - 1)])
+    ids[0, max(T - 5, 1) :] = -1
+    return (ids + 1).astype(np.int32)
+
+
+def oracle(x: Inputs, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Output and final state, token by token, queries and keys repeated for their value heads."""
+    B, T, Hv, V = x["v"].shape
+    q, k = (np.repeat(x[name], Hv // x[name].shape[2], axis=2) for name in "qk")
+    K = q.shape[-1]
+    g = x.get("log_decay", np.zeros(Hv))
+    if g.ndim == 4:
+        g = np.repeat(g, Hv // g.shape[2], axis=2)
+    g = np.broadcast_to(g if g.ndim == 4 else g[..., None], q.shape)
+    o, states = np.zeros((B, T, Hv, V)), x["initial_state"].copy()
+    for b in range(B):
+        S = states[b]
+        for t in range(T):
+            if ids[b, t] == 0:
+                break
+            if t and ids[b, t] != ids[b, t - 1]:
+                S = np.zeros_like(S)
+            S = np.exp(g[b, t])[..., None] * S
+            u = x["v"][b, t]
+            if "beta" in x:
+                u = x["beta"][b, t][:, None] * (u - np.einsum("hk,hkv->hv", k[b, t], S))
+            S = S + k[b, t][..., None] * u[:, None]
+            o[b, t] = np.einsum("hk,hkv->hv", q[b, t], S) / np.sqrt(K)
+        states[b] = S
+    return {"o": o, "state": states}
+
+
+@functools.cache
+def evaluator(op: Callable, **how: object) -> Callable[[Inputs, np.ndarray], dict[str, np.ndarray]]:
+    """(inputs, ids) -> o, state and d<input> for random cotangents, compiled once per shape."""
+
+    @jax.jit
+    def run(x: dict, ids: jax.Array, do: jax.Array, dS: jax.Array) -> tuple:
+        (o, S), pullback = jax.vjp(lambda x: op(**x, segment_ids=ids, **how), x)
+        return o, S, pullback((do.astype(o.dtype), dS.astype(S.dtype)))[0]
+
+    def evaluate(x: Inputs, ids: np.ndarray) -> dict[str, np.ndarray]:
+        o, S, gradients = run(x, ids, *cotangents(x))
+        return {"o": o, "state": S} | {f"d{name}": dx for name, dx in gradients.items()}
+
+    return evaluate
+
+
+def cotangents(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    # Representable in bf16, so that every precision is given the same problem.
+    return tuple(
+        np.asarray(jnp.asarray(rng.normal(size=x[name].shape), jnp.bfloat16), np.float64)
+        for name in ("v", "initial_state")
+    )
+
+
+def in_jax(x: Inputs) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(a, jnp.float32) for name, a in x.items()}
+
+
+def in_fp32(evaluate: Callable, x: Inputs, ids: np.ndarray) -> dict[str, np.ndarray]:
+    return evaluate(in_jax(x), ids)
+
+
+def in_fp64(op: Callable, x: Inputs, ids: np.ndarray, impl: str = "recurrent") -> dict[str, np.ndarray]:
+    """The recurrence, of which the numpy loop confirms the outputs and finite differences the gradients."""
+    with jax.enable_x64():
+        return jax.tree.map(np.asarray, evaluator(op, impl=impl)({n: a.astype(np.float64) for n, a in x.items()}, ids))
+
+
+def assert_matches(actual: dict, expected: dict, tolerance: float = TOLERANCE["fp32_op"]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(name, actual[name], value, tolerance)
+
+
+def bf16_tolerance(what: str) -> float:
+    kind = {
+        "o": "bf16_output",
+        "state": "bf16_output",
+        "dbeta": "bf16_gate_gradient",
+        "dlog_decay": "bf16_gate_gradient",
+    }
+    return TOLERANCE[kind.get(what, "bf16_gradient")]
+
+
+def assert_bit_causal(op: Callable, x: Inputs, ids: np.ndarray, **how: object) -> None:
+    """Outputs before token t stay bit-equal when everything from t on changes, and something after it does change."""
+    run = jax.jit(lambda x: op(**x, segment_ids=jnp.asarray(ids), **how)[0])
+    x = in_jax(x)
+    before = run(x)
+    for t in (1, 15, 16, 31, 45):
+        late = np.arange(ids.shape[1]) >= t
+        changed = {
+            n: jnp.where(late.reshape(-1, *[1] * (a.ndim - 2)), 3 * a, a) for n, a in x.items() if n != "initial_state"
+        }
+        after = run(changed | {"initial_state": x["initial_state"]})
+        assert_equal(f"o before token {t}", after[:, :t], before[:, :t])
+        assert not np.array_equal(after[:, t:], before[:, t:])
+
+
+def directional_derivatives(x: Inputs, ids: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
+    """For every input a direction, and the central difference of <cotangents, oracle> along it."""
+    do, dS = cotangents(x)
+    rng = np.random.default_rng(2)
+
+    def loss(name: str, a: np.ndarray) -> float:
+        result = oracle(x | {name: a}, ids)
+        return float((do * result["o"]).sum() + (dS * result["state"]).sum())
+
+    found = {}
+    for name, a in x.items():
+        d = rng.normal(size=a.shape) * 1e-5
+        found[f"d{name}"] = d, (loss(name, a + d) - loss(name, a - d)) / 2
+    return found
