@@ -30,7 +30,7 @@ test: .venv
 	$(PYTEST) -m "$(EVERYWHERE) and not slow"
 
 test-fast: .venv
-	$(PYTEST) -m "$(EVERYWHERE) and not slow and fast"
+	$(PYTEST) -m "$(EVERYWHERE) and not slow and not thorough"
 
 test-all: .venv
 	$(PYTEST) -m "$(EVERYWHERE)"

@@ -15,7 +15,7 @@ from hydrax.core.build import ConfigError
 
 # layers, d_model, key/value heads of attention, rows per step, of these at a time, peak rate
 VARIANTS = {
-    "100m": (12, 768, 2, 64, 8, 1e-3),
+    "100m": (12, 768, 2, 64, 16, 1e-3),
     "340m": (24, 1024, 2, 128, 8, 6e-4),
     "1b3": (24, 2048, 4, 256, 32, 4e-4),
 }
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.batch_size = rows
     config.train.accumulate = rows // at_once
     config.train.steps = math.ceil(args.tokens * 1e9 / (rows * config.data.seq_len))
-    config.train.remat = "none" if args.variant == "100m" else "mixer"
+    config.train.remat = "mixer"
     config.train.eval_every = config.train.save_every = 1000
     config.optim.lr = rate
     config.optim.warmup = 1000

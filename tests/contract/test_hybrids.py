@@ -21,7 +21,7 @@ FFNS = ["none", "swiglu", "geglu", "mlp", "relu2"]
 
 
 def random_hybrid(seed: int) -> ModelConfig:
-    """A pattern of 3 to 6 layers, repeated or not, over three mixers, one of them as a block with options of its own."""
+    """A pattern of 4 or 5 layers, repeated or not, over three mixers, one of them in a block of its own."""
     rng = np.random.default_rng(seed)
     first, second, third = (str(name) for name in rng.permutation(mixers.names())[:3])
     patterns = [
@@ -51,17 +51,17 @@ def random_hybrid(seed: int) -> ModelConfig:
 class Hybrid:
     cfg: ModelConfig
     plan: lm.Blueprint
-    params: dict[str, jax.Array]
+    initial: dict[str, jax.Array]
+    params: dict[str, jax.Array]  # none of them zero
 
 
 @functools.cache
 def hybrid(seed: int) -> Hybrid:
-    """The hybrid with parameters of which none is zero."""
     cfg = random_hybrid(seed)
     plan, rng = lm.blueprint(cfg), np.random.default_rng(seed)
-    params = jax.jit(plan.init)(jax.random.key(seed))
-    params = {k: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for k, x in params.items()}
-    return Hybrid(cfg, plan, params)
+    initial = jax.jit(plan.init)(jax.random.key(seed))
+    params = {k: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for k, x in initial.items()}
+    return Hybrid(cfg, plan, initial, params)
 
 
 def label(seed: int) -> str:
@@ -144,13 +144,13 @@ def spread(pieces: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-@EVERY_HYBRID
+@pytest.mark.parametrize("seed", [3, 4, 7, 8], ids=label)  # all mixers and layouts; unrolled programs are large
 def test_scanned_layers_equal_unrolled_ones(seed: int):
     """The same key gives the same parameters and logits, however the layers are grouped."""
     h = hybrid(seed)
     unrolled = lm.blueprint(h.cfg, scan=False)
-    key, tokens, seg = jax.random.key(3), tokens_of(4, 2, T), np.stack([segments(LENGTHS, T), segments((20,), T)])
-    params, apart = jax.jit(lambda k: (h.plan.init(k), unrolled.init(k)))(key)
+    tokens, seg = tokens_of(4, 2, T), np.stack([segments(LENGTHS, T), segments((20,), T)])
+    params, apart = h.initial, jax.jit(unrolled.init)(jax.random.key(seed))
     want = {k: v for k, v in params.items() if not k.startswith("periods/")}
     for g_index, g in enumerate(group(resolve(h.cfg))):
         for i in range(len(g.period)):

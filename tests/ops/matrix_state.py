@@ -17,13 +17,21 @@ def _choice(*values: float) -> Callable[[tuple], np.ndarray]:
     return lambda shape: np.random.default_rng(3).choice(values, size=shape)
 
 
+def _bursts(shape: tuple) -> np.ndarray:
+    """24 of 32 tokens forget everything: sums over a chunk must keep the digits of the small decays after them."""
+    t = np.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))
+    return np.where(t % 32 < 24, -50.0, -0.0512345) + np.zeros(shape)
+
+
 SATURATED = {
     "0": _choice(0.0),
     "-5": _choice(-5.0),
+    "-10": _choice(-10.0),  # gradients of 5e-5, in which the rounding of terms of size 1 that cancel would show
     "-50": _choice(-50.0),
     "-1e4": _choice(-1e4),
     "mixed": _choice(0.0, -5.0, -50.0, -1e4),
-    "rare": _choice(-1e4, *[-0.05] * 9),  # small decays after large ones: sums over a chunk must keep their digits
+    "rare": _choice(-1e4, *[-0.05] * 9),
+    "bursts": _bursts,
 }
 """Log-decays of a given shape by name."""
 
@@ -126,6 +134,21 @@ def assert_matches(actual: dict, expected: dict, tolerance: float = TOLERANCE["f
         assert_close(name, actual[name], value, tolerance)
 
 
+def summaries(summarize: Callable, x: Inputs, ids: np.ndarray, split: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(M, U) of the tokens before `split`, of those after, entered from before, and of all."""
+    x = {n: a for n, a in in_jax(x).items() if n not in ("q", "initial_state")}
+    run = jax.jit(summarize)
+    found = []
+    for tokens in (np.s_[:split], np.s_[split:], np.s_[:]):
+        part = {n: a if a.ndim == 1 else a[:, tokens] for n, a in x.items()}
+        M, U = run(**part, segment_ids=ids[:, tokens])
+        found.append((np.asarray(M), np.asarray(U)))
+    continues = ids[:, split] == ids[:, split - 1]  # else the second part starts from zero
+    M, U = found[1]
+    found[1] = np.where(continues.reshape(-1, *[1] * (M.ndim - 1)), M, 0), U
+    return found
+
+
 def bf16_tolerance(what: str) -> float:
     kind = {
         "o": "bf16_output",
@@ -141,7 +164,7 @@ def assert_bit_causal(op: Callable, x: Inputs, ids: np.ndarray, **how: object) -
     run = jax.jit(lambda x: op(**x, segment_ids=jnp.asarray(ids), **how)[0])
     x = in_jax(x)
     before = run(x)
-    for t in (1, 15, 16, 31, 45):
+    for t in (1, 15, 16, 20, 31, 36, 45):
         late = np.arange(ids.shape[1]) >= t
         changed = {
             n: jnp.where(late.reshape(-1, *[1] * (a.ndim - 2)), 3 * a, a) for n, a in x.items() if n != "initial_state"

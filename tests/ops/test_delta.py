@@ -87,30 +87,21 @@ def test_the_past_does_not_depend_on_the_future(name: str) -> None:
 
 def test_a_row_of_padding_keeps_its_state() -> None:
     x, ids = problem("scalar")
-    o, S = delta_rule(**ms.in_jax(x), segment_ids=jnp.asarray(0 * ids), **CHUNKED)
-    assert_equal("o", o, np.zeros_like(o))
-    assert_equal("state", S, x["initial_state"].astype(np.float32))
+    actual = ms.in_fp32(ms.evaluator(delta_rule, **CHUNKED), x, 0 * ids)
+    assert_equal("o", actual["o"], np.zeros_like(x["v"]))
+    assert_equal("state", actual["state"], x["initial_state"].astype(np.float32))
 
 
-@pytest.mark.parametrize("name", ["none", "scalar_grouped", "vector_grouped"])
+@pytest.mark.parametrize("name", ["scalar_grouped", "vector"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_summaries_compose_to_the_whole(name: str, packed: bool) -> None:
     x, ids = problem(name)
-    x, ids = ms.in_jax(x), ids if packed else np.ones_like(ids)
-    rest = {n: a for n, a in x.items() if n not in ("q", "initial_state")}
-    half = ids.shape[1] // 2
-
-    def summary(tokens: slice) -> tuple:
-        return jax.jit(summarize)(**{n: a[:, tokens] for n, a in rest.items()}, segment_ids=ids[:, tokens])
-
-    (Ma, Ua), (Mb, Ub) = summary(np.s_[:half]), summary(np.s_[half:])
-    inside = (ids[:, half] == ids[:, half - 1])[:, None, None, None]  # else the second half starts from zero
-    Mb = np.where(inside, Mb, 0)
-    M, U = summary(np.s_[:])
+    ids = ids if packed else np.ones_like(ids)
+    (Ma, Ua), (Mb, Ub), (M, U) = ms.summaries(summarize, x, ids, 32)
     assert_close("M", Mb @ Ma, M, TOLERANCE["fp32_op"])
     assert_close("U", Mb @ Ua + Ub, U, TOLERANCE["fp32_op"])
-    _, S = delta_rule(**x, segment_ids=jnp.asarray(ids), **CHUNKED)
-    assert_close("state", M @ x["initial_state"] + U, S, TOLERANCE["fp32_op"])
+    state = ms.in_fp32(ms.evaluator(delta_rule, **CHUNKED), x, ids)["state"]
+    assert_close("state", M @ x["initial_state"] + U, state, TOLERANCE["fp32_op"])
 
 
 @pytest.mark.parametrize("C", [1, 7, 32, 48])
