@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Data: the source of Python's standard library. Hardware: 4 CPU cores. Time: a few minutes.
-Expected: the validation bits per byte fall well below those of the 2-gram baseline printed beside them.
+Data: the source of Python's standard library. 2.3M parameters, 2.5M tokens. Hardware: 4 CPU cores.
+Time and expected number: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -30,8 +30,8 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.data.tokenizer import open_tokenizer
     from hydrax.models.cost import cost
 
-    vocabulary = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size
-    model = dataclasses.replace(cfg.model, vocab_size=vocabulary)
+    tokens = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size
+    model = dataclasses.replace(cfg.model, vocab_size=tokens)
     Console(width=max(100, Console().width)).print(table(cost(model, seq_len=FLAGS.seq_len, batch=FLAGS.batch)))
 
 

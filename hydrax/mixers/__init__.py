@@ -71,7 +71,9 @@ TABLE: dict[str, Row] = {
 def _visible(n: int, window: int, sink_tokens: int) -> float:
     """Mean number of visible keys in a document of n tokens."""
     w = min(n, window)
-    return w - w * (w - 1) / (2 * n) + sink_tokens * max(0, n - window) / n
+    beyond = n - w  # queries that have keys outside their window; the first of them see fewer sink tokens than all
+    few = min(beyond, sink_tokens)
+    return w - w * (w - 1) / (2 * n) + (few * (few + 1) / 2 + (beyond - few) * sink_tokens) / n
 
 
 def names() -> list[str]:

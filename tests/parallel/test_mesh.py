@@ -1,0 +1,148 @@
+"""The mesh decides where numbers lie and never which: parameters, losses and checkpoints are the same on all meshes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from hydrax import mixers
+from hydrax.core.build import ConfigError, build
+from hydrax.models import lm
+from hydrax.models.spec import ModelConfig
+from hydrax.parallel import rules
+from hydrax.parallel.mesh import AXES, MeshConfig, make_mesh
+from hydrax.train.checkpoint import Checkpoints
+from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
+from hydrax.train.state import State, abstract_state, new_state, shardings
+from hydrax.train.step import make_train_step
+from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
+from tests.train import tiny
+
+STEPS, ROWS, TOKENS = 20, 8, 24
+MODEL = {
+    "d_model": 32,
+    "pattern": "2*(gdn,attn),mamba2,gla",
+    "vocab_size": tiny.VOCABULARY,
+    "ffn_dim": 32,
+    "mixers": {name: mixers.row(name).tiny for name in mixers.names()},
+}
+PLAN = lm.blueprint(build(ModelConfig, MODEL))
+OPTIM = build(OptimConfig, {"lr": 3e-3, "warmup": 2})
+TX = make_optimizer(OPTIM, STEPS, PLAN.meta)
+MESHES = pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp8", "fsdp4-tensor2"])
+
+
+@functools.cache
+def mesh(**sizes: int) -> Mesh:
+    """A mesh of these sizes over all devices, or over the first one."""
+    if sizes:
+        return make_mesh(build(MeshConfig, sizes))
+    return jax.make_mesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
+
+
+@functools.cache
+def initial(**sizes: int) -> State:
+    return new_state(PLAN, TX, 0, mesh(**sizes))
+
+
+def losses(state: State, first: int, last: int, **sizes: int) -> tuple[State, list[float]]:
+    """The losses of steps [first, last) from a state on a mesh, and the state after them."""
+    on, place = mesh(**sizes), shardings(abstract_state(PLAN, TX, mesh(**sizes)))
+    step = jax.jit(
+        make_train_step(PLAN, TX, make_schedule(OPTIM, STEPS)),
+        in_shardings=(place, rules.batch_sharding(on)),
+        out_shardings=(place, None),
+    )
+    seen = []
+    with jax.set_mesh(on):
+        for i in range(first, last):
+            state, metrics = step(state, tiny.batch(ROWS, TOKENS, seed=i % 4))
+            seen.append(float(metrics["loss"]))
+    return state, seen
+
+
+@functools.cache
+def single_device() -> list[float]:
+    return losses(initial(), 0, STEPS)[1]
+
+
+@MESHES
+def test_parameters_do_not_depend_on_the_mesh(sizes: dict[str, int]):
+    """Bit by bit, although every device makes only its part."""
+    state = initial(**sizes)
+    parts = {k: x.size // x.addressable_shards[0].data.size for k, x in state["params"].items()}
+    assert parts["embed/weight"] == 8
+    assert parts["periods/0/blocks/0/mixer/q/kernel"] == 8
+    assert_trees_close("initial", jax.device_get(state), jax.device_get(initial()), 0.0)
+
+
+@MESHES
+def test_training_runs_the_same_on_every_mesh_and_continues_on_one_device(sizes: dict[str, int], tmp_path):
+    """20 losses on 8 devices, on 1, and on 1 from a checkpoint that 8 devices saved half-way."""
+    want = single_device()
+    assert want[-1] < want[0] - 0.1  # training moves them far more than the tolerance
+    state, before = losses(initial(**sizes), 0, STEPS // 2, **sizes)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(STEPS // 2, state, {}, {})
+        _, after = losses(state, STEPS // 2, STEPS, **sizes)
+        saved = checkpoints.restore(abstract_state(PLAN, TX, mesh()))
+    for i, (loss, expected) in enumerate(zip([*before, *after], want, strict=True)):
+        assert_close(f"loss of step {i}", loss, expected, TOLERANCE["fp32_op"])
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(saved.state))
+    assert_trees_close("restored", jax.device_get(saved.state), jax.device_get(state), 0.0)
+    _, continued = losses(saved.state, STEPS // 2, STEPS)
+    assert_close("continued", continued, want[STEPS // 2 :], TOLERANCE["fp32_op"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "expected"),
+    [
+        (("vocab", "embed"), (128, 32), {"fsdp": 8}, (None, ("fsdp",))),
+        (("vocab", "embed"), (128, 32), {"fsdp": 4, "tensor": 2}, (("tensor",), ("fsdp",))),
+        (("embed", "heads", "head_dim"), (32, 4, 8), {"fsdp": 2, "tensor": 4}, (("fsdp",), ("tensor",), None)),
+        (("embed", "heads", "head_dim"), (32, 3, 8), {"fsdp": 4, "tensor": 2}, (("fsdp",), None, None)),  # 3 heads
+        (("embed", "embed"), (32, 32), {"fsdp": 8}, (("fsdp",), None)),  # an axis of the mesh serves once
+        (("embed",), (32,), {"fsdp": 2, "context": 4}, (("fsdp", "context"),)),
+        (("embed",), (6,), {"fsdp": 2, "context": 4}, (("fsdp",),)),  # the first row does not divide it
+        (("embed",), (7,), {"fsdp": 8}, (None,)),
+        (("batch", "seq", "act_embed"), (8, 16, 32), {"fsdp": 4, "context": 2}, (("fsdp",), ("context",), None)),
+        (("layers", "norm"), (4, 32), {"fsdp": 8}, (None, None)),
+    ],
+)
+def test_rules(axes: tuple, shape: tuple, sizes: dict[str, int], expected: tuple):
+    assert rules.partition(axes, shape, mesh(**sizes)) == PartitionSpec(*expected)
+
+
+def test_every_axis_of_a_parameter_is_known():
+    """A misspelt logical axis would be replicated in silence."""
+    unsharded = {"layers", "head_dim", "state_k", "state_v", "conv", "rank", "norm"}
+    known = unsharded | {axis for axis, _ in rules.RULES}
+    plans = [PLAN, *(lm.blueprint(build(ModelConfig, {**MODEL, "pattern": name})) for name in mixers.names())]
+    assert {axis for plan in plans for meta in plan.meta.values() for axis in meta.axes} <= known
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [({}, (1, 8, 1, 1, 1)), ({"fsdp": 2, "tensor": -1}, (1, 2, 1, 1, 4)), ({"replica": 2}, (2, 4, 1, 1, 1))],
+)
+def test_sizes(sizes: dict[str, int], expected: tuple[int, ...]):
+    assert build(MeshConfig, sizes).sizes(8) == expected
+    assert rules.batch_shards(make_mesh(build(MeshConfig, sizes))) == np.prod(expected[:2])
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"tensor": 16}, {"fsdp": 4}, {"replica": -1}])
+def test_sizes_that_do_not_fit_the_devices(sizes: dict[str, int]):
+    with pytest.raises(ConfigError, match=r"mesh = .*: expected sizes whose product is the 8 devices, at most one -1"):
+        build(MeshConfig, sizes).sizes(8)
+
+
+def test_a_size_is_positive_or_minus_one():
+    with pytest.raises(ConfigError, match=r"fsdp = 0: expected an integer >= 1, or -1"):
+        build(MeshConfig, {"fsdp": 0})
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    x = jax.numpy.ones((2, 3))
+    assert rules.constrain(x, ("batch", "seq")) is x
