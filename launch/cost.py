@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from absl import flags
+from rich.console import Console
 from rich.table import Table
 
 from launch import cli
@@ -25,32 +26,29 @@ flags.DEFINE_integer("batch", 1, "sequences decoded together", lower_bound=1, fl
 def main(overrides: cli.Overrides) -> None:
     cfg = cli.run_config(FLAGS.config, overrides)
 
-    from rich.console import Console
-
     from hydrax.data.tokenizer import open_tokenizer
     from hydrax.models.cost import cost
 
-    tokens = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size
-    model = dataclasses.replace(cfg.model, vocab_size=tokens)
+    vocabulary = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size
+    model = dataclasses.replace(cfg.model, vocab_size=vocabulary)
     Console(width=max(100, Console().width)).print(table(cost(model, seq_len=FLAGS.seq_len, batch=FLAGS.batch)))
 
 
 def table(cost: "Cost") -> Table:
     """A row per kind of layer, with the sums over its layers."""
-    title = f"{cost.seq_len:,} tokens, {cost.batch} sequence{'s' * (cost.batch > 1)}"
+    title = f"{cost.batch} x {cost.seq_len:,} tokens"
     result = Table("layers", "of", "parameters", "FLOPs/token", "state bytes", "KV bytes", title=title)
     for column in result.columns[2:]:
         column.justify = "right"
     for block in dict.fromkeys(layer.block for layer in cost.layers):
         layers = [layer for layer in cost.layers if layer.block == block]
-        sums = (sum(getattr(layer, n) for layer in layers) for n in ("parameters", "flops", "state_bytes", "kv_bytes"))
-        parameters, flops, state, kv = sums
-        result.add_row(str(len(layers)), block, *_cells(parameters, flops, state * cost.batch, kv * cost.batch))
-    result.add_row("", "embedding, logits", f"{cost.embedding_parameters:,}", "", "", "")
-    result.add_section()
-    totals = (cost.parameters, cost.flops_per_token, cost.state_bytes, cost.kv_bytes)
-    result.add_row(str(len(cost.layers)), "forward", *_cells(*totals))
-    result.add_row("", "training step", "", f"{cost.train_flops_per_token:,.0f}", "", "")
+        columns = {"parameters": 1, "flops": 1, "state_bytes": cost.batch, "kv_bytes": cost.batch}
+        sums = (times * sum(getattr(layer, name) for layer in layers) for name, times in columns.items())
+        result.add_row(str(len(layers)), block, *_cells(*sums))
+    result.add_row("", "embedding, logits", f"{cost.embedding_parameters:,}", "", "", "", end_section=True)
+    totals = _cells(cost.parameters, cost.flops_per_token, cost.state_bytes, cost.kv_bytes)
+    result.add_row(str(len(cost.layers)), "forward", *totals)
+    result.add_row("", "training step", "", *_cells(cost.train_flops_per_token), "", "")
     return result
 
 

@@ -7,11 +7,13 @@ attention over the mean number of visible keys of a document of `seq_len` tokens
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from hydrax import mixers
 from hydrax.core.build import ConfigError
 from hydrax.models.lm import blueprint
-from hydrax.models.spec import LayerSpec, ModelConfig, group, resolve
+from hydrax.models.spec import LayerSpec, ModelConfig, group, model_config, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Cost:
         return 3 * self.flops_per_token
 
 
-def cost(cfg: ModelConfig, *, seq_len: int, batch: int = 1, itemsize: int = 2) -> Cost:
+def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, itemsize: int = 2) -> Cost:
     """The cost of a model at a sequence length.
 
     Args:
-      cfg: the model.
+      cfg: the model; a dict or ConfigDict of `ModelConfig` fields will do.
       seq_len: tokens of a document, which softmax attention and its cache depend on.
       batch: sequences decoded together.
       itemsize: bytes per cached element that is not an fp32 state (2 = bf16).
@@ -60,6 +62,7 @@ def cost(cfg: ModelConfig, *, seq_len: int, batch: int = 1, itemsize: int = 2) -
     for key, value in (("seq_len", seq_len), ("batch", batch)):
         if value < 1:
             raise ConfigError(key, value, "expected an integer >= 1")
+    cfg = model_config(cfg)
     plan = blueprint(cfg)
     sizes = {path: math.prod(s.shape) for path, s in plan.shapes.items()}
     matrices = {path: sizes[path] for path, meta in plan.meta.items() if meta.matrix is not None}

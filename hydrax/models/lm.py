@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax import mixers
-from hydrax.core.build import ConfigError, build as build_config
+from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.models.cache import Cache, advance, context
-from hydrax.models.spec import BYTE_VOCABULARY, Group, ModelConfig, group, resolve
+from hydrax.models.spec import BYTE_VOCABULARY, Group, ModelConfig, group, model_config, resolve
 from hydrax.models.stack import REMAT, init_group, run_group
 from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import RMSNorm
@@ -166,7 +166,7 @@ def build(cfg: ModelConfig | Mapping[str, Any], seed: int = 0) -> LM:
     Raises:
       ConfigError: anything wrong in the config.
     """
-    plan = blueprint(cfg if isinstance(cfg, ModelConfig) else build_config(ModelConfig, cfg, "model"))
+    plan = blueprint(model_config(cfg))
     return plan.merge(jax.jit(plan.init)(jax.random.key(seed)))
 
 

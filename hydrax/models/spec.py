@@ -45,6 +45,11 @@ class ModelConfig:
         resolve(self)  # a config that exists can be built
 
 
+def model_config(cfg: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from itself or from a mapping of its fields (dict, ConfigDict)."""
+    return cfg if isinstance(cfg, ModelConfig) else build(ModelConfig, dict(cfg), "model")
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """A named block: a mixer with options of its own, and optionally another FFN."""
