@@ -45,7 +45,8 @@ lint: .venv
 types: .venv
 	$(BIN)/mypy
 
-# Third-party references need torch, so they get an environment of their own.
+# Third-party references need torch, so they get an environment of their own. PIP_EXTRA_INDEX_URL can name PyTorch's
+# CPU index where the default index has only builds for GPUs.
 oracles: .venv-oracles/.complete
 	$(TESTS) .venv-oracles/bin/python -m pytest -q -m oracle tests/oracles
 
@@ -53,7 +54,6 @@ oracles: .venv-oracles/.complete
 	rm -rf .venv-oracles
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/python -m pip install --quiet -r requirements.lock
-	.venv-oracles/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
 	.venv-oracles/bin/python -m pip install --quiet -e ".[oracles]"
 	@touch $@
 

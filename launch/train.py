@@ -26,8 +26,7 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.train.loop import train
 
     check_settings(cfg.sample.temperature, cfg.sample.top_p, "sample")  # not after hours of training
-    baselines = {"trigram": ngram.bits_per_byte} if cfg.data.tokenizer == "byte" else {}
-    train(cfg, FLAGS.workdir, baselines=baselines, finish=write_sample)
+    train(cfg, FLAGS.workdir, baselines={"trigram": ngram.bits_per_byte}, finish=write_sample)
 
 
 if __name__ == "__main__":

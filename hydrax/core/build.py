@@ -65,7 +65,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     built = {key: convert(fields[key], value, _join(path, key)) for key, value in values.items()}
     # A section that is not given still passes through `build`, so that its own defaults are checked alike.
     for key, hint in fields.items():
-        if key not in built and dataclasses.is_dataclass(hint):
+        if key not in built and isinstance(hint, type) and dataclasses.is_dataclass(hint):
             built[key] = build(hint, {}, _join(path, key))
     try:
         return cls(**built)
@@ -88,8 +88,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if value is None or (isinstance(value, Raw) and value.lower() in ("none", "null")):
             return None
         return convert(next(a for a in args if a is not type(None)), value, key)
-    if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, key)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, key)
     if origin is Literal:
         value = str(value) if isinstance(value, Raw) else value
         if value not in args:

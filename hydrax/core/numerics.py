@@ -10,7 +10,7 @@ MIN_LOG_DECAY = -50.0
 
 
 def einsum(spec: str, *operands: Array) -> Array:
-    """`jnp.einsum` with an fp32 result. fp32 operands are multiplied in full fp32 (never TF32); bf16 ones as they are."""
+    """`jnp.einsum` with an fp32 result. fp32 operands are multiplied in full fp32 (never TF32), bf16 ones as is."""
     dtype = jnp.result_type(*operands)
     precision = jax.lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else None
     operands = tuple(x.astype(dtype) for x in operands)

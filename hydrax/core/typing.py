@@ -9,11 +9,13 @@ Letters, everywhere in hydrax (einsums use them in lower case):
     L  layers                   F  inner width of an FFN
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-PyTree = object
+PyTree = Any
 """Any nesting of dicts, lists, tuples and dataclasses with arrays at the leaves."""
 
 ArrayLike = jax.Array | np.ndarray

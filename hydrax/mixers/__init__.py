@@ -23,8 +23,10 @@ TABLE: dict[str, Row] = {
         paper="2412.06464",
         transition="full",
         tiny={"heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True},
-        state_bytes=lambda c, n, b: 4 * c.value_heads * c.key_dim * c.value_dim
-        + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim),
+        state_bytes=lambda c, n, b: (
+            4 * c.value_heads * c.key_dim * c.value_dim
+            + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim)
+        ),
         flops=lambda c, n: 6 * c.value_heads * c.key_dim * c.value_dim,
     ),
     "gla": Row(
@@ -51,8 +53,10 @@ TABLE: dict[str, Row] = {
         paper="2405.21060",
         transition="scalar",
         tiny={"heads": 1, "value_heads": 4, "key_dim": 8, "value_dim": 16},
-        state_bytes=lambda c, n, b: 4 * c.value_heads * c.key_dim * c.value_dim
-        + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim),
+        state_bytes=lambda c, n, b: (
+            4 * c.value_heads * c.key_dim * c.value_dim
+            + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim)
+        ),
         flops=lambda c, n: 4 * c.value_heads * c.key_dim * c.value_dim,
     ),
     "swa": Row(
@@ -61,8 +65,7 @@ TABLE: dict[str, Row] = {
         paper="2309.17453",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},
-        state_bytes=lambda c, n, b: min(n, c.window + c.sink_tokens)
-        * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
+        state_bytes=lambda c, n, b: min(n, c.window + c.sink_tokens) * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * _visible(n, c.window, c.sink_tokens),
     ),
 }

@@ -74,6 +74,10 @@ class Mixer(nnx.Module):
 
     Config: ClassVar[type[MixerConfig]]
 
+    def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
+        """`cfg` is a filled `Config`."""
+        raise NotImplementedError
+
     def mix(self, x: Float[Array, "B T D"], ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         """Heads z [B,T,H,V] and the state after the last real token of each row (given `state`, of its structure)."""
         raise NotImplementedError

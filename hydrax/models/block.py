@@ -31,6 +31,6 @@ class Block(nnx.Module):
         with jax.named_scope(self.name):
             y, state = self.mixer(self.mixer_norm(x), ctx, state)
             x = x + checkpoint_name(y, "mixer_out")
-            if self.ffn is not None:
+            if self.ffn is not None and self.ffn_norm is not None:
                 x = x + checkpoint_name(self.ffn(self.ffn_norm(x)), "ffn_out")
             return x, state

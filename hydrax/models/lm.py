@@ -116,7 +116,7 @@ class ParamMeta:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """A model without its arrays. Parameters are a flat dict from path to array, e.g. `periods/0/blocks/1/mixer/q/kernel`."""
+    """A model without its arrays. Parameters are a flat dict: `periods/0/blocks/1/mixer/q/kernel` -> array."""
 
     cfg: ModelConfig
     graph: nnx.GraphDef

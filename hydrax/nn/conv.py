@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.typing import Array
-from hydrax.nn.param import param
+from hydrax.nn.param import Init, param
 from hydrax.ops.conv import short_conv
 
 
@@ -51,5 +51,5 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, self.width - 1, *self.shape), dtype)
 
 
-def _uniform(bound: float) -> jax.nn.initializers.Initializer:
+def _uniform(bound: float) -> Init:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array
-from hydrax.nn.param import param
+from hydrax.nn.param import Init, param
 
 DT_RANGE = (1e-3, 1e-1)
 """Step sizes at initialisation are log-uniform in this range."""
@@ -34,7 +34,7 @@ class StepDecay(nnx.Module):
         return -A * dt, dt
 
 
-def _log_uniform_rates(low: float, high: float) -> jax.nn.initializers.Initializer:
+def _log_uniform_rates(low: float, high: float) -> Init:
     return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
 

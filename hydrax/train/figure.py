@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hydrax.train.metrics import Record
 
@@ -21,16 +22,17 @@ def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: p
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.4, label="training")
     if validation:
-        style = {"marker": "o", "markersize": 4.5, "linewidth": 1.6, "color": VALIDATION}
+        style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.6, "color": VALIDATION}
         axes.plot(*zip(*validation, strict=True), label="validation", **style)
         step, value = validation[-1]
-        at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        at: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{value:.3f}", (step, value), color=VALIDATION, annotation_clip=False, **at)
     for name, value in baselines.items():
         axes.axhline(value, color=BASELINE, linewidth=1.1, linestyle=(0, (5, 3)))
         # Written over the line at the right edge, where the curves have long fallen below the baselines.
-        place = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 9}
-        axes.annotate(f"{name}  {value:.3f}", (1, value), xycoords=("axes fraction", "data"), color=BASELINE, **place)
+        place: dict[str, Any] = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        text = f"{name}  {value:.3f}"
+        axes.annotate(text, (1, value), xycoords=("axes fraction", "data"), color=BASELINE, fontsize=9, **place)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte", color=INK)
     axes.set_xlim(left=0)

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.data.loader import Data, open_data
+from hydrax.data.pack import Batch
 from hydrax.models import cost, lm
 from hydrax.parallel.mesh import make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards
@@ -30,8 +30,8 @@ from hydrax.train.progress import Clock, Progress, mfu
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
 
-Batches = Iterable[Mapping[str, np.ndarray]]
-Baseline = Callable[[Data, Batches], float]
+Batches = Iterable[Batch]
+Baseline = Callable[[Data, Batches], float | None]
 Finish = Callable[[lm.LM, Data, RunConfig, pathlib.Path], None]
 Summary = dict[str, Any]
 
@@ -48,7 +48,7 @@ def train(
     Args:
       cfg: the run.
       workdir: its folder.
-      baselines: name -> f(data, validation batches), bits per byte that summary and figure compare with.
+      baselines: name -> f(data, validation batches), bits per byte that summary and figure compare with, or None.
       finish: called with the trained model before the summary is written, e.g. to sample from it.
 
     Raises:
@@ -88,7 +88,7 @@ class Run:
         self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat)
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
-        self.spec = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
+        self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
         self.compile_seconds = 0.0
         dtype = _compute_dtype(cfg.train.dtype)
         place, rows = shardings(self.abstract), batch_sharding(mesh)
@@ -113,10 +113,10 @@ class Run:
         self.compile_seconds = time.perf_counter() - began
         return compiled
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
         """The global batch on the devices, each holding its rows."""
         rows = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_callback(x.shape, rows, lambda i, x=x: x[i]) for k, x in batch.items()}
+        return {k: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for k, x in batch.items()}
 
     def val_batches(self) -> Batches:
         """The validation rows, in batches of one microbatch."""
@@ -138,14 +138,16 @@ class Recorder:
 
     def __init__(self, run: Run, done: int):
         cfg = run.cfg
-        self._run, self._pending, self._bad, self._last = run, None, 0, done
+        self._run, self._bad, self._last = run, 0, done
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
         earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if jax.process_index() == 0 else []
         self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
         self.progress = Progress(cfg.train.steps, done)
         self._writers: list[metrics.Writer] = []
         if jax.process_index() == 0:
-            extras = {"tensorboard": cfg.train.tensorboard, "wandb": cfg.train.wandb}
-            self._writers = metrics.open_writers(run.workdir, done, config=run.spec["config"], **extras)
+            self._writers = metrics.open_writers(
+                run.workdir, done, tensorboard=cfg.train.tensorboard, wandb=cfg.train.wandb, config=run.spec["config"]
+            )
         self._flops = cost.cost(cfg.model, seq_len=cfg.data.seq_len).train_flops_per_token
 
     def __enter__(self) -> "Recorder":
@@ -274,7 +276,8 @@ def _due(step: int, every: int, last: int) -> bool:
 def _finish(run: Run, state: State, baselines: Mapping[str, Baseline], finish: Finish | None) -> Summary:
     """Baselines, figure, `finish`, summary.json: what is left when all steps are done."""
     records = metrics.read(run.workdir / "metrics.jsonl")
-    compared = {name: float(f(run.data, run.val_batches())) for name, f in baselines.items()}
+    measured = {name: f(run.data, run.val_batches()) for name, f in baselines.items()}
+    compared = {name: float(bits) for name, bits in measured.items() if bits is not None}
     summary = _summary(run, int(state["step"]), int(state["skipped"]), records, compared)
     model = run.plan.merge(state["params"])
     if finish is not None:

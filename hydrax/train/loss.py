@@ -16,7 +16,7 @@ class Sums(NamedTuple):
 
     nll: Float[Array, ""]  # Σ w (lse - z_target), nats
     z: Float[Array, ""]  # z_loss · Σ w lse²
-    count: Float[Array, ""]  # Σ w
+    tokens: Float[Array, ""]  # Σ w
 
 
 def chunked_cross_entropy(

@@ -36,7 +36,7 @@ def make_train_step(
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         grads, sums, bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
-        count = jnp.maximum(sums.count, 1.0)
+        count = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         norm, loss = optax.tree.norm(grads), sums.nll / count
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -50,7 +50,7 @@ def make_train_step(
             "bits_per_byte": sums.nll / (math.log(2) * jnp.maximum(bytes_, 1.0)),
             "grad_norm": norm,
             "lr": schedule(state["step"] - state["skipped"]),  # updates made so far
-            "tokens": sums.count,
+            "tokens": sums.tokens,
             "skipped": skipped,
         }
         metrics = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
@@ -64,7 +64,7 @@ def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callab
 
     def step(params: dict[str, Array], batch: Batch) -> Metrics:
         sums = _sums(plan, plan.cast(params, dtype), batch, 0.0)
-        return {"nll": sums.nll, "tokens": sums.count, "bytes": jnp.sum(batch["bytes"])}
+        return {"nll": sums.nll, "tokens": sums.tokens, "bytes": jnp.sum(batch["bytes"])}
 
     return step
 

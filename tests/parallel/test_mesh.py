@@ -29,7 +29,9 @@ MODEL = {
     "mixers": {name: mixers.row(name).tiny for name in mixers.names()},
 }
 PLAN = lm.blueprint(build(ModelConfig, MODEL))
-OPTIM = build(OptimConfig, {"lr": 3e-3, "warmup": 2})
+# Outputs of recurrent mixers are normalised, where they are small rounding grows; Adam makes full steps of it. A
+# low rate and an eps above rounding keep twenty steps comparable.
+OPTIM = build(OptimConfig, {"lr": 1e-4, "warmup": 2, "eps": 1e-6})
 TX = make_optimizer(OPTIM, STEPS, PLAN.meta)
 MESHES = pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp8", "fsdp4-tensor2"])
 
@@ -47,18 +49,20 @@ def initial(**sizes: int) -> State:
     return new_state(PLAN, TX, 0, mesh(**sizes))
 
 
+@functools.cache
+def train_step(**sizes: int):
+    place = shardings(abstract_state(PLAN, TX, mesh(**sizes)))
+    step = make_train_step(PLAN, TX, make_schedule(OPTIM, STEPS))
+    rows = rules.batch_sharding(mesh(**sizes))
+    return jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None))
+
+
 def losses(state: State, first: int, last: int, **sizes: int) -> tuple[State, list[float]]:
     """The losses of steps [first, last) from a state on a mesh, and the state after them."""
-    on, place = mesh(**sizes), shardings(abstract_state(PLAN, TX, mesh(**sizes)))
-    step = jax.jit(
-        make_train_step(PLAN, TX, make_schedule(OPTIM, STEPS)),
-        in_shardings=(place, rules.batch_sharding(on)),
-        out_shardings=(place, None),
-    )
     seen = []
-    with jax.set_mesh(on):
+    with jax.set_mesh(mesh(**sizes)):
         for i in range(first, last):
-            state, metrics = step(state, tiny.batch(ROWS, TOKENS, seed=i % 4))
+            state, metrics = train_step(**sizes)(state, tiny.batch(ROWS, TOKENS, seed=i % 4))
             seen.append(float(metrics["loss"]))
     return state, seen
 
@@ -79,10 +83,21 @@ def test_parameters_do_not_depend_on_the_mesh(sizes: dict[str, int]):
 
 
 @MESHES
+def test_gradients_do_not_depend_on_the_mesh(sizes: dict[str, int]):
+    """The first moment of Adam after one step is the clipped gradient, but for a factor."""
+    state, _ = losses(initial(**sizes), 0, 1, **sizes)
+    want, _ = losses(initial(), 0, 1)
+    moments = [jax.device_get(s["opt_state"][1].mu) for s in (state, want)]
+    assert all(np.any(x) for x in moments[1].values())
+    assert_trees_close("gradient", *moments, TOLERANCE["fp32_model"])
+
+
+@MESHES
 def test_training_runs_the_same_on_every_mesh_and_continues_on_one_device(sizes: dict[str, int], tmp_path):
     """20 losses on 8 devices, on 1, and on 1 from a checkpoint that 8 devices saved half-way."""
     want = single_device()
-    assert want[-1] < want[0] - 0.1  # training moves them far more than the tolerance
+    early, late = np.mean(want[:4]), np.mean(want[-4:])  # the same four batches
+    assert late < early * (1 - 20 * TOLERANCE["fp32_op"])
     state, before = losses(initial(**sizes), 0, STEPS // 2, **sizes)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(STEPS // 2, state, {}, {})

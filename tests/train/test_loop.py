@@ -21,7 +21,10 @@ def run(tmp_path_factory):
     """(config, folder, summary, what `finish` was given) of a complete run on 8 devices."""
     base, given = tmp_path_factory.mktemp("loop"), []
     cfg = tiny.config(tiny.text(base / "text"))
-    baselines = {"rows": lambda data, batches: float(sum(b["weights"].any(1).sum() for b in batches))}
+    baselines = {
+        "rows": lambda data, batches: float(sum(b["weights"].any(1).sum() for b in batches)),
+        "inapplicable": lambda data, batches: None,
+    }
     summary = loop.train(cfg, base / "run", baselines=baselines, finish=lambda *args: given.extend(args))
     return cfg, base / "run", summary, given
 
@@ -47,6 +50,7 @@ def test_the_folder_tells_the_whole_story(run):
     ]  # fmt: skip
     assert summary["tokens"] == 4 * cfg.train.batch_size * cfg.data.seq_len
     assert 6 < summary["val_bits_per_byte"] < 9
+    assert summary["baselines"].keys() == {"rows"}
     assert summary["baselines"]["rows"] <= cfg.train.eval_rows
     assert summary["data_sha256"]
 

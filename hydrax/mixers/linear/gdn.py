@@ -1,6 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464):  S_t = e^g_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,   o_t = K^-½ S_tᵀ q_t."""
 
 import dataclasses
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class GatedDeltaNet(Mixer):
     """q, k, v = silu(conv(W x)), q and k of norm 1, β = σ(W_b x), g = -A softplus(W_a x + b_dt);
     y = W_o (RMSNorm_V(o) ⊙ silu(W_g x))."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -62,7 +63,7 @@ class GatedDeltaNet(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("memory", "q", "k", "v")) if state is None else state
-        facts = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
         q, q_tail = self.q_conv(self.q(x), past["q"], **facts)
         k, k_tail = self.k_conv(self.k(x), past["k"], **facts)
         v, v_tail = self.v_conv(self.v(x), past["v"], **facts)

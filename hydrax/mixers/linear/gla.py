@@ -1,6 +1,7 @@
 """Gated linear attention (arXiv 2312.06635):  S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ,   o_t = K^-1/2 S_tᵀ q_t."""
 
 import dataclasses
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Config(MixerConfig):
 class GLA(Mixer):
     """g = log σ(W₂W₁x + b) / 16 per key channel;  y = W_o (RMSNorm_V(o) ⊙ silu(W_g x))."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

@@ -1,7 +1,7 @@
 """Lightning attention (arXiv 2405.17381):  S_t = exp(g) S_{t-1} + k_t v_tᵀ,   o_t = S_tᵀ q_t,   with constant g."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Config(MixerConfig):
 class Lightning(Mixer):
     """g_h = -s_h (1 - l/(L-1) + 1e-5) for layer l of L, ALiBi slopes s;  y = W_o (RMSNorm_HV(o) ⊙ σ(W_g x))."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

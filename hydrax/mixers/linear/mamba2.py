@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Config(MixerConfig):
 class Mamba2(Mixer):
     """x, b, c = silu(conv(W u) + bias), Δ = softplus(W_Δ u + b_dt);  y = W_o RMSNorm_group(o ⊙ silu(W_z u))."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -63,7 +64,7 @@ class Mamba2(Mixer):
 
     def mix(self, u: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("memory", "c", "b", "x")) if state is None else state
-        facts = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
         c, c_tail = self.c_conv(self.c(u), past["c"], **facts)
         b, b_tail = self.b_conv(self.b(u), past["b"], **facts)
         x, x_tail = self.x_conv(self.x(u), past["x"], **facts)

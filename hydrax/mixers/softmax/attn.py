@@ -1,6 +1,7 @@
 """Softmax attention (arXiv 1706.03762, grouped heads 2305.13245):  o_t = Σ_{s<=t} softmax_s(K^-1/2 q_t·k_s) v_s."""
 
 import dataclasses
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +22,7 @@ class Config(AttentionConfig, MixerConfig):
 class Attention(Mixer):
     """y = W_o (attention(q, k, v) ⊙ σ(W_g x)); the state holds the keys and values of the whole document."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

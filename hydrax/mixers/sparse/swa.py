@@ -5,6 +5,7 @@ What lies outside the window may stay visible through the first tokens of the do
 """
 
 import dataclasses
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Config(AttentionConfig, MixerConfig):
 class SlidingWindowAttention(Mixer):
     """y = W_o (attention(q, k, v) ⊙ σ(W_g x)); the state is a ring of `window` keys and values and the sink tokens."""
 
-    Config = Config
+    Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

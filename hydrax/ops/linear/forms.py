@@ -67,7 +67,8 @@ def decay_sums(g: Array) -> Sums:
 
 def between(G: Sequence[Array], i: tuple, j: tuple) -> Array:
     """G[i] - G[j], the log-decay from token j to token i."""
-    return sum(x[i] - x[j] for x in G)
+    coarse, fine = G
+    return (coarse[i] - coarse[j]) + (fine[i] - fine[j])
 
 
 def past_decay(exponent: Array) -> Array:
@@ -128,8 +129,8 @@ def decayed_scores(q: Array, k: Array, G: Sums) -> Array:
 
 @jax.checkpoint  # its [C, 16, K] products would otherwise be stored for the backward pass
 def _direct_scores(q: Array, k: Array, G: Sums) -> Array:
-    q, k, *G = (jnp.moveaxis(fp32(x), 2, -1) for x in (q, k, *G))  # [B,N,H,K,C]
-    E = past_decay(between(G, np.s_[..., :, None], np.s_[..., None, :]))
+    q, k, *sums = (jnp.moveaxis(fp32(x), 2, -1) for x in (q, k, *G))  # [B,N,H,K,C]
+    E = past_decay(between(sums, np.s_[..., :, None], np.s_[..., None, :]))
     return (q[..., :, None] * k[..., None, :] * E).sum(3)
 
 
