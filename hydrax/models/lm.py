@@ -25,9 +25,9 @@ class LM(nnx.Module):
     Computation runs in the dtype of the embedding table (see `Blueprint.cast`); logits are fp32.
     """
 
-    def __init__(self, cfg: ModelConfig, *, remat: str = "none", scan: bool = True, key: Array):
+    def __init__(self, cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True, key: Array):
         layers = resolve(cfg)
-        self.cfg, self.remat, self.depth = cfg, remat, len(layers)
+        self.cfg, self.remat, self.unroll, self.depth = cfg, remat, unroll, len(layers)
         self.groups = group(layers) if scan else [Group(i, (layer,), 1) for i, layer in enumerate(layers)]
         self.vocabulary = cfg.vocab_size or BYTE_VOCABULARY
         rngs = nnx.Rngs(params=jax.random.fold_in(key, self.depth))
@@ -99,7 +99,8 @@ class LM(nnx.Module):
         x = constrain(self.embed(tokens), ("batch", "seq", "act_embed"))
         new = []
         for i, (g, period) in enumerate(zip(self.groups, self.periods, strict=True)):
-            x, states = run_group(g, period, x, ctx, None if layers is None else layers[i], remat=self.remat)
+            given = None if layers is None else layers[i]
+            x, states = run_group(g, period, x, ctx, given, remat=self.remat, unroll=self.unroll)
             new.append(states)
         return self.norm(x), new
 
@@ -148,13 +149,19 @@ class Blueprint:
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
-def blueprint(cfg: ModelConfig, *, remat: str = "none", scan: bool = True) -> Blueprint:
-    """The blueprint of a model. `scan=False` gives every layer parameters of its own, for inspection."""
+def blueprint(cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True) -> Blueprint:
+    """The blueprint of a model.
+
+    Args:
+      remat: what the backward pass recomputes, a key of `stack.REMAT`.
+      unroll: repeated periods per iteration of the layer scan; more compile time, fewer copies.
+      scan: False gives every layer parameters of its own, for inspection.
+    """
     if remat not in REMAT:
         raise ConfigError("train.remat", remat, f"expected one of {', '.join(REMAT)}")
 
     def make(key: Array) -> LM:
-        return LM(cfg, remat=remat, scan=scan, key=key)
+        return LM(cfg, remat=remat, unroll=unroll, scan=scan, key=key)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     return Blueprint(cfg, graph, {_path(p): v for p, v in nnx.to_flat_state(state)}, make)

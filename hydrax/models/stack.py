@@ -68,8 +68,12 @@ def run_group(
     states: list[PyTree] | None,
     *,
     remat: str,
+    unroll: int,
 ) -> tuple[Float[Array, "B T D"], list[PyTree] | None]:
-    """All layers of a group. `states` holds, per layer of the period, a state stacked over the repeats."""
+    """All layers of a group, `unroll` periods per iteration of the scan.
+
+    `states` holds, per layer of the period, a state stacked over the repeats.
+    """
     graph, params = nnx.split(period)
 
     def repeat(x: Array, xs: tuple) -> tuple[Array, list[PyTree] | None]:
@@ -82,6 +86,7 @@ def run_group(
         return constrain(x, ("batch", "seq", "act_embed")), None if states is None else new
 
     if REMAT[remat] is not None:
-        # inside a scan common subexpressions cannot be merged across the barrier: prevent_cse would only cost time
-        repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(repeat, x, (params, states, jnp.arange(group.repeats)))
+        # In a loop of its own a period cannot be merged with its recomputation, and the barrier would only cost time.
+        repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=unroll > 1)
+    xs = (params, states, jnp.arange(group.repeats))
+    return jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))

@@ -298,6 +298,7 @@ def test_a_named_form_that_cannot_serve_says_why() -> None:
         ({"case": "window_bias"}, "bias"),
         ({"return_lse": True}, "lse"),
         ({"keys": 20}, "cache"),
+        ({"case": "causal"}, "even number of tokens"),
     ],
 )
 def test_cudnn_refuses_what_it_would_compute_wrongly(

@@ -136,7 +136,6 @@ def _cudnn_refusal(
         "needs q, k and v all bfloat16 or all float16": dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}),
         "needs V = K": V != K,
         "needs K <= 128 and a multiple of 8": K > 128 or K % 8 != 0,
-        "needs an even number of tokens": T % 2 != 0,
         f"takes documents (segment_ids) in rows of up to {DENSE} tokens, a multiple of 128": (
             queries.segment_ids is not None and (T > DENSE or T % 128 != 0)
         ),
@@ -146,5 +145,6 @@ def _cudnn_refusal(
         "has no sink_tokens": rules.sink_tokens > 0,
         "writes a dense gradient for a bias": queries.bias is not None,
         "gives no differentiable lse": return_lse,
+        "needs an even number of tokens": T % 2 != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
