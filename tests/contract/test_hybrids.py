@@ -28,7 +28,7 @@ def random_hybrid(seed: int) -> ModelConfig:
         f"2*({first},{second})",
         f"{first},2*special,{second}",
         f"2*({first},special),{third}",
-        f"fill(({first},{second},special),5)",
+        f"fill(({first},special),5)",
         f"select([0,3],special,{first})",
     ]
     pattern = patterns[seed % len(patterns)]
@@ -144,7 +144,7 @@ def spread(pieces: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("seed", [3, 4, 7, 8], ids=label)  # all mixers and layouts; unrolled programs are large
+@pytest.mark.parametrize("seed", [0, 3, 4, 7], ids=label)  # every mixer in a period that repeats
 def test_scanned_layers_equal_unrolled_ones(seed: int):
     """The same key gives the same parameters and logits, however the layers are grouped."""
     h = hybrid(seed)

@@ -43,9 +43,11 @@ def forms_inputs(mixer: Case):
 
 
 def forms_run(mixer: Case, impl: str | None, params, state, x):
-    """Output and final state of a call that continues the state, and all gradients for several cotangents of both.
+    """A function of the differentiable inputs, and these inputs: parameters, float leaves of the state, x.
 
-    Gradients of a bias are sums over tokens that nearly cancel for an unlucky cotangent; stacked, they do not.
+    It gives output and final state of a call that continues the state, gradients for several cotangents of both
+    (those of a bias are sums over tokens that nearly cancel for an unlucky one), and the scalar that belongs to the
+    first cotangent.
     """
     positions, starts = inside(SEG)
     facts = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
@@ -54,33 +56,46 @@ def forms_run(mixer: Case, impl: str | None, params, state, x):
     def run(params, memory, x):
         given = [memory.get(i, leaf) for i, leaf in enumerate(leaves)]
         y, new = mixer(params, x, SEG[:, BEFORE:], state=jax.tree.unflatten(structure, given), **facts)
-        return [y, *(leaf for leaf in jax.tree.leaves(new) if is_float(leaf))], (y * real, new)
+        return [y * real, *(leaf for leaf in jax.tree.leaves(new) if is_float(leaf))], (y * real, new)
 
     @jax.jit
     def all_results(params, memory, x):
         results, pullback, (y, new) = jax.vjp(run, params, memory, x, has_aux=True)
         cotangents = [normal(i, COTANGENTS, *r.shape).astype(r.dtype) for i, r in enumerate(results)]
-        return y, new, jax.vmap(pullback)(cotangents)
+        total = sum(jnp.sum(w[0] * r) for w, r in zip(cotangents, results, strict=True))
+        return total, {"y": y, "state": new, "gradient": jax.vmap(pullback)(cotangents)}
 
     real = (SEG[:, BEFORE:, None] != 0).astype(x.dtype)
-    memory = {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}
-    y, new, grads = all_results(params, memory, x)
-    return {"y": y, "state": new, "gradient": dict(zip(("params", "state", "x"), grads, strict=True))}
+    return all_results, (params, {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}, x)
+
+
+def slope(run, inputs) -> tuple[float, float]:
+    """The derivative of the scalar along a random direction: by a central difference, and by the gradients."""
+    direction = jax.tree.map(lambda a: jnp.asarray(normal(a.size, *a.shape), a.dtype), inputs)
+    step = 1e-6
+
+    def moved(by: float) -> float:
+        return run(*jax.tree.map(lambda a, d: a + by * d, inputs, direction))[0]
+
+    products = jax.tree.map(lambda g, d: jnp.sum(g[0] * d), run(*inputs)[1]["gradient"], direction)
+    return (moved(step) - moved(-step)) / (2 * step), sum(jax.tree.leaves(products))
 
 
 def test_forms_agree(mixer: Case):
     """Output, final state and all gradients equal those of the recurrence, which is the definition, in fp64."""
     with jax.enable_x64(True):
         inputs = forms_inputs(mixer)
-        want = forms_run(mixer, "recurrent", *inputs)
-    narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if a.dtype == np.float64 else a, inputs)
+        run, given = forms_run(mixer, "recurrent", *inputs)
+        want = run(*given)[1]
+        assert_close("gradient of the recurrence", *slope(run, given), TOLERANCE["fp32_op"])
+    params, state, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if is_float(a) else a, inputs)
     for impl in ("chunked", None):
-        for name, value in forms_run(mixer, impl, *narrow).items():
+        run, given = forms_run(mixer, impl, params, state, x)
+        for name, value in run(*given)[1].items():
             assert_trees_close(f"{impl} fp32 {name}", value, want[name], TOLERANCE["fp32_op"])
-    params, state, x = narrow
-    dtypes = mixer.init(1, 1, jnp.bfloat16)
-    state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, dtypes)
-    got = forms_run(mixer, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
+    state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, mixer.init(1, 1, jnp.bfloat16))
+    run, given = forms_run(mixer, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
+    got = run(*given)[1]
     assert got["y"].dtype == jnp.bfloat16
     for name, value in got.items():
         assert_trees_close(f"bf16 {name}", value, want[name], TOLERANCE["bf16_long"])
