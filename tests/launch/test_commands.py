@@ -39,6 +39,25 @@ def test_overrides_reach_the_run(config, tmp_path):
     assert "already complete" in again.out
 
 
+@pytest.mark.slow  # ten layers of six kinds take minutes to compile
+def test_any_mixture_trains_samples_and_reports_cost(config, tmp_path):
+    options = {name: mixers.row(name).tiny for name in mixers.names()}
+    hybrid = [
+        "--config.model.pattern=2*(2*mamba2,swa),gla,attn,gdn,lightning",
+        f"--config.model.mixers={options}",
+        "--config.model.ffn_dim=32",
+        "--config.optim.name=muon",
+    ]
+    trained = run("train", *command_line("train", config, tmp_path / "run", hybrid))
+    assert trained.code == 0, trained.err
+    layers = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert [layer["mixer"] for layer in layers] == ["mamba2", "mamba2", "swa"] * 2 + ["gla", "attn", "gdn", "lightning"]
+    sampled = run("sample", f"--workdir={tmp_path / 'run'}", "--prompt=a hybrid", "--tokens=5")
+    assert sampled.code == 0 and sampled.out.startswith("a hybrid"), sampled.err
+    reported = run("cost", *command_line("cost", config, tmp_path, hybrid))
+    assert reported.code == 0 and all(name in reported.out for name in mixers.names()), reported.err
+
+
 def test_sampling_is_repeatable_and_continues_the_prompt(finished):
     args = [f"--workdir={finished}", "--prompt=a hybrid", "--tokens=5"]
     first, second, other = run("sample", *args), run("sample", *args), run("sample", *args, "--seed=1")
