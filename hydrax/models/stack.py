@@ -86,7 +86,7 @@ def run_group(
         return constrain(x, ("batch", "seq", "act_embed")), None if states is None else new
 
     if REMAT[remat] is not None:
-        # In a loop of its own a period cannot be merged with its recomputation, and the barrier would only cost time.
-        repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=unroll > 1)
+        # A real loop keeps a period apart from its recomputation; straight-line code needs a barrier, or both merge.
+        repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=unroll >= group.repeats)
     xs = (params, states, jnp.arange(group.repeats))
     return jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))

@@ -16,6 +16,8 @@ from hydrax.models.spec import ModelConfig, group, resolve
 from tests.contract.cases import CHUNK, D, normal, segments, tiny
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
+pytestmark = pytest.mark.thorough
+
 VOCABULARY = 67
 FFNS = ["none", "swiglu", "geglu", "mlp", "relu2"]
 

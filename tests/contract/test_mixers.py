@@ -10,6 +10,8 @@ from hydrax.core import tree
 from tests.contract.cases import CHUNK, Case, D, case, inside, is_float, normal, segments
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
+pytestmark = pytest.mark.thorough
+
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
 BOTH = pytest.mark.parametrize("lengths", [None, (1, 8, 1, 6, 5)], ids=["whole", "packed"])
 

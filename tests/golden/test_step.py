@@ -14,12 +14,12 @@ from tests.train import tiny
 
 GOLDEN = {
     "adamw": [
-        {"loss": 3.92307, "bits_per_byte": 2.8299, "grad_norm": 12.0887, "lr": 0.0005},
-        {"loss": 3.89049, "bits_per_byte": 2.80639, "grad_norm": 19.4665, "lr": 0.001},
+        {"loss": 3.88567, "bits_per_byte": 2.80292, "grad_norm": 10.6458, "lr": 0.0005},
+        {"loss": 3.93393, "bits_per_byte": 2.83773, "grad_norm": 10.4563, "lr": 0.001},
     ],
     "muon": [
-        {"loss": 3.92307, "bits_per_byte": 2.8299, "grad_norm": 12.0887, "lr": 0.0005},
-        {"loss": 3.88602, "bits_per_byte": 2.80317, "grad_norm": 19.8698, "lr": 0.001},
+        {"loss": 3.94169, "bits_per_byte": 2.84333, "grad_norm": 6.13203, "lr": 0.0005},
+        {"loss": 3.91536, "bits_per_byte": 2.82433, "grad_norm": 7.92649, "lr": 0.001},
     ],
 }
 
@@ -29,11 +29,13 @@ If you did, say so in CHANGELOG.md (runs will not be comparable) and replace the
     {name!r}: {metrics},"""
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_first_steps(optimizer: str):
+@pytest.mark.parametrize(
+    ("optimizer", "pattern"), [("adamw", "gdn,attn,mamba2,gla,lightning,swa"), ("muon", "2*(gla,attn)")]
+)
+def test_first_steps(optimizer: str, pattern: str):
     cfg = {
         "d_model": 32,
-        "pattern": "2*(gdn,attn),mamba2,gla,lightning,swa",
+        "pattern": pattern,
         "vocab_size": tiny.VOCABULARY,
         "ffn_dim": 32,
         "mixers": {name: mixers.row(name).tiny for name in mixers.names()},

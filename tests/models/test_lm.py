@@ -157,6 +157,14 @@ def test_remat_presets_keep_more_in_this_order():
     assert kept == sorted(set(kept))
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolling_the_layer_scan_changes_nothing(remat: str):
+    """Also where the periods are no multiple of `unroll`."""
+    plan, params = start(pattern="3*(gla,attn)")
+    unrolled = lm.blueprint(plan.cfg, remat=remat, unroll=2)
+    assert_trees_close("gradient", gradients(unrolled, params), gradients(plan, params), TOLERANCE["fp32_op"])
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ConfigError, match=r"train\.remat = 'some': expected one of none, full, mixer, dots"):
         lm.blueprint(config(), remat="some")

@@ -15,6 +15,8 @@ import pytest
 from hydrax.train import folder
 from tests.train import tiny
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 40
 
 MAIN = """
