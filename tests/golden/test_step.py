@@ -12,6 +12,8 @@ from hydrax.train.state import init_state
 from hydrax.train.step import make_train_step
 from tests.train import tiny
 
+pytestmark = pytest.mark.thorough
+
 GOLDEN = {
     "adamw": [
         {"loss": 3.88567, "bits_per_byte": 2.80292, "grad_norm": 10.6458, "lr": 0.0005},

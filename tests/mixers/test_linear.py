@@ -11,6 +11,8 @@ from hydrax.mixers.linear import gdn, lightning, mamba2
 from hydrax.nn.decay import DT_RANGE, StepDecay
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
+pytestmark = pytest.mark.thorough
+
 
 def test_slopes_follow_the_alibi_rule() -> None:
     assert_equal("8 heads", lightning.slopes(8), [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256])

@@ -15,6 +15,8 @@ from hydrax.models.spec import ModelConfig
 from hydrax.models.stack import REMAT
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
+pytestmark = pytest.mark.thorough
+
 MODEL = {
     "d_model": 16,
     "pattern": "2*(gla,attn)",

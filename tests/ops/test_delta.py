@@ -12,6 +12,8 @@ from hydrax.ops.linear.cases import Case
 from tests.ops import matrix_state as ms
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
+pytestmark = pytest.mark.thorough
+
 CHUNKED = {"impl": "chunked", "chunk_size": 32}
 REFLECTION = 64**2 * 2.0**-24
 """Tolerance for identical keys with beta = 2 and no decay: a chunk of C tokens is a system of condition ~C², and the

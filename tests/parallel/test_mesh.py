@@ -20,6 +20,8 @@ from hydrax.train.step import make_train_step
 from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
 from tests.train import tiny
 
+pytestmark = pytest.mark.thorough
+
 STEPS, ROWS, TOKENS = 20, 8, 24
 MODEL = {
     "d_model": 32,
