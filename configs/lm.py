@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/lm.py:100m --workdir=runs/lm_100m --config.data.path=/data/text
 
-Variants 100m, 340m, 1b3 (parameters without embeddings). Hardware: one H100 for 100m and 340m, eight for 1b3.
+Variants 100m, 340m, 1b3: 88M, 318M and 1.27B parameters without embeddings. 100m has been run, on one H100
+(docs/results/lm_100m_h100.json, 100 steps); the others have not.
 Ablations in one line: `--config.model.pattern="3*(3*gla,attn)"`, `--config.model.pattern="12*gdn"`.
 """
 

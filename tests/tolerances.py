@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from hydrax.core.tree import path_name
 from hydrax.core.typing import ArrayLike, PyTree
 
 TOLERANCE = {
@@ -48,7 +47,7 @@ def assert_trees_close(name: str, actual: PyTree, expected: PyTree, tolerance: f
     a, e = jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree_util.tree_flatten_with_path(expected)[0]
     assert [p for p, _ in a] == [p for p, _ in e], f"{name}: the trees differ in structure"
     for (path, x), (_, y) in zip(a, e, strict=True):
-        assert_close(f"{name} {path_name(path)}", x, y, tolerance, floor=floor)
+        assert_close(f"{name} {jax.tree_util.keystr(path)}", x, y, tolerance, floor=floor)
 
 
 def assert_equal(name: str, actual: ArrayLike, expected: ArrayLike) -> None:

@@ -1,4 +1,4 @@
-"""Numerical habits used everywhere: fp32 accumulation, and how far two tensors are apart."""
+"""Numerical habits used everywhere: fp32 accumulation, bounded log-decays."""
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,3 @@ def fp32(x: Array) -> Array:
 def clamp_decay(g: Array) -> Array:
     """g, at least `MIN_LOG_DECAY`; exact gradient 1 above it and 0 below."""
     return jnp.where(g < MIN_LOG_DECAY, MIN_LOG_DECAY, g)
-
-
-def relative_rms(x: Array, reference: Array) -> Array:
-    """rms(x - reference) / rms(reference), in fp32; the measure all tolerances refer to."""
-    x, reference = fp32(x), fp32(reference)
-    return jnp.sqrt(jnp.mean((x - reference) ** 2)) / jnp.maximum(jnp.sqrt(jnp.mean(reference**2)), 1e-30)

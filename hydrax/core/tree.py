@@ -6,11 +6,6 @@ import jax.numpy as jnp
 from hydrax.core.typing import PyTree
 
 
-def path_name(path: tuple) -> str:
-    """`layers/0/mixer/q/kernel` for a key path of `jax.tree_util`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
-
-
 def count(tree: PyTree) -> int:
     """Number of elements in all leaves."""
     return sum(x.size for x in jax.tree.leaves(tree))

@@ -299,7 +299,9 @@ def test_extremes_stay_finite(mixer: Case, dtype: jnp.dtype):
         params = {n: scale * p if n in mixer.cast_names else p + shift for n, p in mixer.cast(dtype).items()}
         for path, leaf in jax.tree_util.tree_flatten_with_path(run(params, x))[0]:
             finite = np.isfinite(np.asarray(leaf, np.float32))
-            assert finite.all(), f"{tree.path_name(path)} not finite at {np.argwhere(~finite)[0]}, parameters x{scale}"
+            assert finite.all(), (
+                f"{jax.tree_util.keystr(path)} not finite at {np.argwhere(~finite)[0]}, parameters x{scale}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------- (g) state, (j) taps
