@@ -58,7 +58,10 @@ def _mixers() -> Iterator[str]:
         row = mixers.row(name)
         yield ""
         yield f"  {name}: {row.about} (arXiv {row.paper})"
-        yield from _fields(mixers.get(name).Config, "  ")
+        config = mixers.get(name).Config
+        if config.PRESETS:
+            yield _entry("  preset", None, f"published options by name; one of {', '.join(config.PRESETS)}")
+        yield from _fields(config, "  ")
 
 
 def _fields(cls: Any, prefix: str) -> Iterator[str]:

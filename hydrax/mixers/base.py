@@ -23,6 +23,7 @@ class Context:
       segment_ids: int32 [B,T], documents; 0 = right padding. None: one document per row, no padding.
       starts: bool [B], token 0 does not continue the document of the given state. None: it does.
       layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
+      lower_bounds: by width W, [layers,W] fp32 in [0,1): how little the gates of each layer may forget.
       impl: passed to the ops.
       taps: functions applied to named intermediate arrays (interpretability, interventions).
     """
@@ -32,6 +33,7 @@ class Context:
     starts: Bool[Array, "B"] | None = None
     layer_index: int | Array = 0
     depth: int = 1
+    lower_bounds: Mapping[int, Array] = dataclasses.field(default_factory=dict)
     impl: str | None = None
     taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
 
@@ -48,13 +50,25 @@ class Context:
         """The same context seen from another layer."""
         return dataclasses.replace(self, layer_index=layer_index)
 
+    def lower_bound(self, width: int) -> Float[Array, "W"]:
+        """The lower bound of this layer's gates; 0 outside of a model."""
+        if width not in self.lower_bounds:
+            return jnp.zeros((width,), jnp.float32)
+        return self.lower_bounds[width][self.layer_index]
+
     def tap(self, name: str, z: Array) -> Array:
         """`z`, after the tap of that name if one is set."""
         return self.taps[name](z) if name in self.taps else z
 
 
 class MixerConfig:
-    """Base of every mixer's frozen `Config`."""
+    """Base of every mixer's frozen `Config`.
+
+    `PRESETS` are published choices of options by name; a user's `preset=<name>` stands for them, and every option
+    given beside it wins.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def fill(self, d_model: int) -> Self:
         """The config with every None that depends on the model width filled in.
@@ -116,6 +130,7 @@ class Row:
       tiny: options for tests at d_model 32.
       state_bytes: (filled config, max_len, bytes per element of the compute dtype) -> bytes of one row's state.
       flops: (filled config, document length) -> forward FLOPs per token of the mixing itself, without projections.
+      lower_bound: (filled config) -> width of the gates whose lower bounds the model learns; None: it has none.
     """
 
     path: str
@@ -125,6 +140,7 @@ class Row:
     tiny: Mapping[str, Any]
     state_bytes: Callable[[Any, int, int], int]
     flops: Callable[[Any, int], float]
+    lower_bound: Callable[[Any], int] | None = None
 
 
 def per_head(d_model: int, heads: int) -> int:

@@ -92,9 +92,8 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
 
 def _layer(spec: LayerSpec, parameters: int, weights: int, seq_len: int, itemsize: int) -> LayerCost:
     row = mixers.row(spec.mixer)
-    held = row.state_bytes(spec.options, seq_len, itemsize)
-    # softmax attention keeps keys and values; every other transition kind keeps a state of fixed size
-    growing = row.transition == "lse"
+    one, two, held = (row.state_bytes(spec.options, n, itemsize) for n in (1, 2, seq_len))
+    growing = one != two  # keys and values of every token, at least up to a window, not a state of fixed size
     return LayerCost(
         block=spec.block,
         mixer=spec.mixer,

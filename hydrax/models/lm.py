@@ -14,8 +14,9 @@ from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.models.cache import Cache, advance, context
 from hydrax.models.spec import BYTE_VOCABULARY, Group, ModelConfig, group, model_config, resolve
 from hydrax.models.stack import REMAT, init_group, run_group
+from hydrax.nn.bounds import LowerBounds
 from hydrax.nn.embed import Embedding
-from hydrax.nn.norm import RMSNorm
+from hydrax.nn.norm import NORMS
 from hydrax.parallel.rules import constrain
 
 
@@ -33,9 +34,11 @@ class LM(nnx.Module):
         rngs = nnx.Rngs(params=jax.random.fold_in(key, self.depth))
         self.embed = Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
         self.head = None if cfg.tie else Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
-        self.norm = RMSNorm(cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
+        self.norm = NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
+        widths = dict.fromkeys(w(s.options) for s in layers if (w := mixers.row(s.mixer).lower_bound) is not None)
+        self.bounds = nnx.List([LowerBounds(self.depth, width, rngs=rngs) for width in widths])
         self.periods = nnx.List(
-            [init_group(g, cfg.d_model, depth=self.depth, norm_eps=cfg.norm_eps, key=key) for g in self.groups]
+            [init_group(g, cfg, depth=self.depth, key=key) for g in self.groups]
         )
 
     def __call__(
@@ -95,8 +98,8 @@ class LM(nnx.Module):
         return logits[:, 0], cache
 
     def _run(self, tokens: Array, ctx: mixers.Context, layers: list | None) -> tuple[Array, list]:
-        ctx = dataclasses.replace(ctx, depth=self.depth)
-        x = constrain(self.embed(tokens), ("batch", "seq", "act_embed"))
+        ctx = dataclasses.replace(ctx, depth=self.depth, lower_bounds={b.width: b() for b in self.bounds})
+        x = constrain(self.embed(tokens) * self.cfg.embed_scale, ("batch", "seq", "act_embed"))
         new = []
         for i, (g, period) in enumerate(zip(self.groups, self.periods, strict=True)):
             given = None if layers is None else layers[i]

@@ -37,7 +37,9 @@ class ModelConfig:
     mixers: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> options of that mixer
     ffn: FFN = "swiglu"  # channel mixing after each mixer
     ffn_dim: Positive | None = None  # its inner width; 8D/3 (gated) or 4D rounded up to 256 if None
-    norm_eps: PositiveFloat = 1e-6  # of the RMS norms of the blocks
+    norm: Literal["rmsnorm", "srmsnorm"] = "rmsnorm"  # norms of the blocks, with a learned weight or without
+    norm_eps: PositiveFloat = 1e-6  # of these norms
+    embed_scale: PositiveFloat = 1.0  # factor on the embeddings
     tie: bool = True  # the embedding table also gives the logits
     logit_softcap: PositiveFloat | None = None  # c of c·tanh(z/c) on the logits
 
@@ -223,7 +225,14 @@ def _block(name: str, values: Mapping[str, Any], cfg: ModelConfig) -> LayerSpec:
 def _options(name: str, values: Mapping[str, Any], d_model: int, path: str) -> mixers.MixerConfig:
     if name not in mixers.TABLE:
         raise ConfigError(path, dict(_mapping(values, path)), f"expected one of {', '.join(mixers.names())}")
-    options = build(mixers.get(name).Config, values, path)
+    config, values = mixers.get(name).Config, dict(_mapping(values, path))
+    if "preset" in values:
+        preset = values.pop("preset")
+        if preset not in config.PRESETS:
+            allowed = f"expected one of {', '.join(config.PRESETS)}" if config.PRESETS else f"{name} has no presets"
+            raise ConfigError(f"{path}.preset", preset, allowed)
+        values = {**config.PRESETS[preset], **values}
+    options = build(config, values, path)
     try:
         return options.fill(d_model)
     except ConfigError as error:

@@ -10,7 +10,7 @@ from flax import nnx
 from hydrax import mixers
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.models.block import Block
-from hydrax.models.spec import Group
+from hydrax.models.spec import Group, ModelConfig
 from hydrax.parallel.rules import constrain
 
 _policies = jax.checkpoint_policies
@@ -31,7 +31,7 @@ class Period(nnx.Module):
         self.blocks = nnx.List(blocks)
 
 
-def init_group(group: Group, d_model: int, *, depth: int, norm_eps: float, key: Array) -> Period:
+def init_group(group: Group, cfg: ModelConfig, *, depth: int, key: Array) -> Period:
     """A `Period` whose parameters have a leading axis of `group.repeats`.
 
     Layer i draws from `fold_in(key, i)`, so the values do not depend on how the layers are grouped.
@@ -41,13 +41,7 @@ def init_group(group: Group, d_model: int, *, depth: int, norm_eps: float, key: 
     def repeat(r: Array) -> PyTree:
         first = group.start + r * len(group.period)
         blocks = [
-            Block(
-                d_model,
-                spec,
-                depth=depth,
-                norm_eps=norm_eps,
-                rngs=nnx.Rngs(params=jax.random.fold_in(key, first + i)),
-            )
+            Block(cfg, spec, depth=depth, rngs=nnx.Rngs(params=jax.random.fold_in(key, first + i)))
             for i, spec in enumerate(group.period)
         ]
         graph, state = nnx.split(Period(blocks))

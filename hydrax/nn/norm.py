@@ -1,4 +1,6 @@
-"""Root-mean-square and L2 normalisation, statistics in fp32."""
+"""Root-mean-square, L2 and sum normalisation, statistics in fp32."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +24,32 @@ def l2_norm(x: Array, *, eps: float = 1e-6) -> Array:
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1."""
+def sum_norm(x: Array, *, eps: float = 1e-6) -> Array:
+    """x / (Σ x + eps) over the last axis, for x >= 0, in the dtype of x."""
+    y = fp32(x)
+    return (y / (jnp.sum(y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
-    def __init__(self, shape: int | tuple[int, ...], *, axes: tuple[str, ...], rngs: nnx.Rngs, eps: float = 1e-6):
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1, if `affine`."""
+
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        *,
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        eps: float = 1e-6,
+        affine: bool = True,
+    ):
         self.shape = (shape,) if isinstance(shape, int) else shape
         self.eps = eps
-        self.weight = param(rngs, jax.nn.initializers.ones, self.shape, axes)
+        self.weight = param(rngs, jax.nn.initializers.ones, self.shape, axes) if affine else None
 
     def __call__(self, x: Array) -> Array:
-        return rms_norm(x, self.weight[...], axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
+        weight = None if self.weight is None else self.weight[...]
+        return rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "srmsnorm": functools.partial(RMSNorm, affine=False)}
+"""What a model may set its blocks' norms to: with a learned weight or without."""

@@ -21,13 +21,17 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(first, axis=1)
 
 
-def chunk_masks(seg: Int[Array, "B N C"]) -> tuple[Array, Array, Array, Array]:
+def ids_before(seg: Int[Array, "B N C"]) -> Int[Array, "B N"]:
+    """The id of the token before each chunk. What comes before the row belongs to the document of token 0."""
+    return jnp.concatenate([seg[:, :1, 0], seg[:, :-1, -1]], axis=1)
+
+
+def chunk_masks(seg: Int[Array, "B N C"], before: Int[Array, "B N"]) -> tuple[Array, Array, Array, Array]:
     """How the tokens of each chunk relate, for forms that carry one state from chunk to chunk.
 
     Returns `same` [B,N,C,C] (both in one document), `enters` [B,N,C] (in the document of the incoming state),
     `leaves` [B,N,C] (in the document of the outgoing state), `keep` [B,N] (incoming state survives the chunk).
     """
     last = seg[:, :, -1]
-    before = jnp.concatenate([seg[:, :1, 0], last[:, :-1]], axis=1)  # an initial state belongs to token 0's document
     same = seg[..., :, None] == seg[..., None, :]
     return same, seg == before[..., None], seg == last[..., None], before == last

@@ -14,6 +14,7 @@ from hydrax.core import tree
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array
 from hydrax.ops import documents
+from hydrax.ops.spans import split_chunks
 
 
 def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
@@ -56,13 +57,6 @@ def at_padding(segment_ids: Array | None, *inputs: Array) -> tuple[Array | None,
     return seg, valid, tuple(tree.where(valid, x, jnp.zeros_like(x)) for x in inputs)
 
 
-def split_chunks(x: Array, C: int) -> Array:
-    """[B,T,...] -> [B,N,C,...], the tail filled with zeros (ids with their last value): both leave the state alone."""
-    pad = [(0, 0), (0, -x.shape[1] % C)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad, mode="edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant")
-    return x.reshape(x.shape[0], -1, C, *x.shape[2:])
-
-
 def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S: Array) -> tuple[Array, Array]:
     """`o_t, S_t = step(*inputs_t, S_{t-1})` over the tokens, in fp32, from zeros wherever the document changes."""
     inputs = tuple(fp32(x) for x in inputs)
@@ -76,3 +70,46 @@ def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S:
 
     S, o = jax.lax.scan(token, S, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (same, *inputs)))
     return jnp.moveaxis(o, 0, 1), S
+
+
+def in_chunks(seg: Array | None, q: Array, C: int) -> tuple[Array, Array]:
+    """What `documents.chunk_masks` needs of q [B,T,...] cut into chunks: ids [B,N,C], and those before each chunk."""
+    seg = split_chunks(jnp.zeros(q.shape[:2], jnp.int32) if seg is None else seg, C)
+    return seg, documents.ids_before(seg)
+
+
+def causal(scores: Array, same: Array, *, own: bool = True) -> Array:
+    """scores [B,N,H,R,C,C] of pairs j <= i (j < i without `own`) of one document, zero elsewhere."""
+    pairs = jnp.tril(jnp.ones(scores.shape[-2:], bool), 0 if own else -1)
+    return jnp.where((same & pairs)[:, :, None, None], scores, 0)
+
+
+def carry(updates: Array, decays: Array, S: Array, *, reverse: bool = False) -> tuple[Array, Array]:
+    """S ← decay · S + update from chunk to chunk: the S that each chunk finds [B,N,H,R,K,V], and the last one.
+
+    Reversed, the same recurrence carries the cotangent of S.
+    """
+
+    def chunk(S: Array, x: tuple) -> tuple[Array, Array]:
+        update, decay = x
+        return decay[..., None] * S + update, S
+
+    S, found = jax.lax.scan(chunk, S, chunks_first((updates, decays)), reverse=reverse)
+    return jnp.moveaxis(found, 0, 1), S
+
+
+def chunks_first(x: tuple) -> tuple:
+    """[B,N,...] -> [N,B,...], for a scan over chunks."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), x)
+
+
+def pull(pullback: Callable, cotangents: tuple, outputs: tuple) -> tuple:
+    """`pullback` of cotangents that are summed over the axes along which its outputs were broadcast."""
+
+    return pullback(jax.tree.map(lambda x, like: summed(x, like).astype(like.dtype), cotangents, outputs))
+
+
+def summed(x: Array, like: Array) -> Array:
+    """x summed over the axes that `like` lacks on the left, or has with length 1."""
+    x = x.sum(tuple(range(x.ndim - like.ndim)))
+    return x.sum(tuple(i for i, n in enumerate(like.shape) if n == 1), keepdims=True)

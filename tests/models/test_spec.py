@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from hydrax import mixers
 from hydrax.core.build import ConfigError, build
 from hydrax.mixers import get
 from hydrax.models.spec import MAX_LAYERS, ModelConfig, expand, group, resolve
@@ -48,7 +49,7 @@ def test_patterns(pattern: str, depth: int | None, letters: str):
         ({"pattern": ""}, "pattern = ''"),
         ({"pattern": "0*gdn"}, "pattern = '0*gdn': cannot read"),
         ({"pattern": "gdn*2"}, "cannot read 'gdn * 2'"),
-        ({"pattern": "2*attn,gdm"}, "'gdm' is neither a mixer nor a block; allowed: attn, gdn"),
+        ({"pattern": "2*attn,gdm"}, f"'gdm' is neither a mixer nor a block; allowed: {', '.join(mixers.names())}"),
         ({"pattern": "every(3,gdn,attn)"}, "a helper without a count needs num_layers"),
         ({"pattern": "every(3,gdn)", "num_layers": 4}, "expected every(r, lin, full, phase=r)"),
         ({"pattern": "select([4],attn,gdn)", "num_layers": 4}, "layer 4 does not exist among 4 layers"),
@@ -56,9 +57,17 @@ def test_patterns(pattern: str, depth: int | None, letters: str):
         ({"pattern": "9999*9999*gdn"}, "cannot read"),
         ({"pattern": "9999*(9999*gdn)"}, f"more than {MAX_LAYERS} layers"),
         ({"pattern": "__import__('os')"}, "cannot read"),
-        ({"pattern": "x", "blocks": {"x": {"mixer": "gdm"}}}, "blocks.x.mixer = 'gdm': expected one of attn, gdn"),
+        (
+            {"pattern": "x", "blocks": {"x": {"mixer": "gdm"}}},
+            f"blocks.x.mixer = 'gdm': expected one of {', '.join(mixers.names())}",
+        ),
         ({"pattern": "x", "blocks": {"x": {"mixer": "gla", "options": {"head": 2}}}}, "blocks.x.options.head = 2"),
         ({"pattern": "gla", "mixers": {"gla": {"heads": 5}}}, "mixers.gla.heads = 5: expected a divisor of d_model"),
+        ({"pattern": "gla", "mixers": {"gla": {"preset": "x"}}}, "mixers.gla.preset = 'x': gla has no presets"),
+        (
+            {"pattern": "gla", "mixers": {"gdn": {"preset": "x"}}},
+            "mixers.gdn.preset = 'x': expected one of olmo, qwen3next",
+        ),
         ({"pattern": "gla", "mixers": {"attn": {"heads": "4"}}}, "mixers.attn.heads = '4': expected an integer"),
     ],
 )

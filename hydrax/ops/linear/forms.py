@@ -8,8 +8,9 @@ import numpy as np
 
 from hydrax.core.numerics import clamp_decay, einsum, fp32
 from hydrax.core.typing import Array
-from hydrax.ops import documents
-from hydrax.ops.layout import scan_tokens, split_chunks
+from hydrax.ops import documents, layout
+from hydrax.ops.layout import scan_tokens
+from hydrax.ops.spans import join_chunks, over_spans, split_chunks
 
 Sums = tuple[Array, Array]
 """In-chunk cumulative log-decay [B,N,C,...] in two terms, see `decay_sums`."""
@@ -32,27 +33,57 @@ def chunked(
     q: Array, k: Array, v: Array, g: Array, seg: Array | None, S: Array, *, chunk_size: int = 64
 ) -> tuple[Array, Array]:
     """Attention inside chunks of C tokens, a recurrence over the chunk states (arXiv 2312.06635 §4)."""
-    B, T = q.shape[:2]
-    seg = jnp.zeros((B, T), jnp.int32) if seg is None else seg
+    T = q.shape[1]
     C = min(chunk_size, -(-T // SUB_BLOCK) * SUB_BLOCK)
-    q, k, v, g, seg = (split_chunks(x, C) for x in (q, k, v, g, seg))
-    same, enters, leaves, keep = documents.chunk_masks(seg)
-    g = clamp_decay(g)
+    x = tuple(split_chunks(a, C) for a in (q, k, v, clamp_decay(g)))
+    o, S = over_spans(_forward, _backward, x, layout.in_chunks(seg, q, C), S)
+    return join_chunks(o, T), S
+
+
+def _forward(x: tuple, ids: tuple, S: Array) -> tuple[Array, Array, tuple]:
+    """A span of chunks: outputs, and the state after it."""
+    q, k, v, g = x
+    same, enters, leaves, keep = documents.chunk_masks(*ids)
     scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
-    scores = jnp.where((same & jnp.tril(jnp.ones((C, C), bool)))[:, :, None, None], scores, 0)
-    intra = einsum("bnhrij,bnjhrv->bnihrv", jnp.broadcast_to(scores, _wide(scores, v)).astype(v.dtype), v)
-    writes = leaves[..., None, None, None] * v_out * v
-    updates = einsum("bnchk,bnchrv->bnhrkv", k_out.astype(v.dtype), writes.astype(v.dtype))
+    A = jnp.broadcast_to(layout.causal(scores, same), _wide(scores, v))
+    updates = einsum("bnchk,bnchrv->bnhrkv", k_out.astype(v.dtype), (_each(leaves) * v_out * v).astype(v.dtype))
+    found, S = layout.carry(updates, keep[..., None, None, None] * jnp.exp(g.sum(2)), S)
+    o = einsum("bnhrij,bnjhrv->bnihrv", A.astype(v.dtype), v)
+    o += _each(enters) * o_in * einsum("bnchk,bnhrkv->bnchrv", q_in.astype(v.dtype), found.astype(v.dtype))
+    return o, S, ()
+
+
+def _backward(x: tuple, ids: tuple, S: Array, saved: tuple, do: Array, dS: Array) -> tuple[tuple, Array]:
+    """The vector-Jacobian product of `_forward`; the states are computed again, their cotangents run backwards."""
+    q, k, v, g = x
+    same, enters, leaves, keep = documents.chunk_masks(*ids)
+    pieces, pullback = jax.vjp(decayed, q, k, g)
+    scores, q_in, k_out, o_in, v_out = pieces
+    A = jnp.broadcast_to(layout.causal(scores, same), _wide(scores, v)).astype(v.dtype)
+    reads, writes = (_each(enters) * o_in * do).astype(v.dtype), (_each(leaves) * v_out * v).astype(v.dtype)
     decays = keep[..., None, None, None] * jnp.exp(g.sum(2))
+    q_low, k_low, do_low = q_in.astype(v.dtype), k_out.astype(v.dtype), do.astype(v.dtype)
 
-    def chunk(S: Array, x: tuple) -> tuple[Array, Array]:
-        update, decay = x
-        return decay[..., None] * S + update, S
+    found, _ = layout.carry(einsum("bnchk,bnchrv->bnhrkv", k_low, writes), decays, S)
+    dafter, dS = layout.carry(einsum("bnchk,bnchrv->bnhrkv", q_low, reads), decays, dS, reverse=True)
+    ddecays = (found * dafter).sum(-1) * decays
+    found, dafter = found.astype(v.dtype), dafter.astype(v.dtype)
+    dwrites = einsum("bnchk,bnhrkv->bnchrv", k_low, dafter)
+    dv = einsum("bnhrij,bnihrv->bnjhrv", A, do_low) + _each(leaves) * v_out * dwrites
+    dpieces = (
+        layout.causal(einsum("bnihrv,bnjhrv->bnhrij", do_low, v), same),
+        einsum("bnchrv,bnhrkv->bnchk", reads, found),
+        einsum("bnchrv,bnhrkv->bnchk", writes, dafter),
+        _each(enters) * do * einsum("bnchk,bnhrkv->bnchrv", q_low, found),
+        _each(leaves) * v * dwrites,
+    )
+    dq, dk, dg = layout.pull(pullback, dpieces, pieces)
+    return (dq, dk, dv.astype(v.dtype), dg + layout.summed(ddecays, g[:, :, 0])[:, :, None]), dS
 
-    S, incoming = jax.lax.scan(chunk, S, (jnp.moveaxis(updates, 1, 0), jnp.moveaxis(decays, 1, 0)))
-    inter = einsum("bnchk,nbhrkv->bnchrv", q_in.astype(v.dtype), incoming.astype(v.dtype))
-    o = intra + enters[..., None, None, None] * o_in * inter
-    return o.reshape(B, -1, *o.shape[3:])[:, :T], S
+
+def _each(mask: Array) -> Array:
+    """[B,N,C] -> [B,N,C,1,1,1], beside heads and values."""
+    return mask[..., None, None, None]
 
 
 def decay_sums(g: Array) -> Sums:
