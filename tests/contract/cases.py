@@ -18,6 +18,10 @@ from hydrax.mixers import Context, Mixer, MixerConfig, Row
 D = 32
 CHUNK = 16
 LAYER = {"layer_index": 1, "depth": 3}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lightning": [{"slope_rule": "uniform", "scale": 0.25}],
+}
+"""Options, beside those of the table, that take another path through a mixer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,26 +60,37 @@ class Case:
         state: PyTree | None = None,
         **facts: Any,
     ) -> tuple[Array, PyTree]:
+        facts |= {"lower_bounds": self.lower_bounds}
         ctx = Context.of(x, None if seg is None else jnp.asarray(seg), **LAYER, **facts)
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=jnp.asarray(positions))
         return self.merge(params)(x, ctx, state)
 
+    @property
+    def lower_bounds(self) -> dict[int, Array]:
+        """What a model would tell the mixer: bounds that rise from 0 in the first layer."""
+        if self.row.lower_bound is None:
+            return {}
+        width = self.row.lower_bound(self.cfg)
+        rise = np.random.default_rng(1).uniform(0, 1 / LAYER["depth"], (LAYER["depth"], width))
+        return {width: jnp.asarray(np.cumsum(rise, 0) - rise[0], jnp.float32)}
+
     def init(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> PyTree:
         return self.merge(self.params).init_state(batch, max_len, dtype)
 
 
-def tiny(name: str) -> dict[str, Any]:
+def tiny(name: str, chunk_size: int = CHUNK) -> dict[str, Any]:
     """The options of the table, with chunks short enough that tests cross their edges."""
     fields = {f.name for f in dataclasses.fields(mixers.get(name).Config)}
-    return {**mixers.row(name).tiny, **({"chunk_size": CHUNK} if "chunk_size" in fields else {})}
+    return {**mixers.row(name).tiny, **({"chunk_size": chunk_size} if "chunk_size" in fields else {})}
 
 
 @functools.cache
-def case(name: str) -> Case:
+def case(name: str, variant: int | None = None, chunk_size: int = CHUNK) -> Case:
     """The tiny mixer of that name; norms, biases and gates are moved off their initial ones and zeros."""
     row, cls = mixers.row(name), mixers.get(name)
-    cfg = build(cls.Config, tiny(name)).fill(D)
+    options = tiny(name, chunk_size) | ({} if variant is None else VARIANTS[name][variant])
+    cfg = build(cls.Config, options).fill(D)
 
     def split(seed: int) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(cls(D, cfg, rngs=nnx.Rngs(seed)))

@@ -1,5 +1,7 @@
 """The contract: what every row of `hydrax.mixers.TABLE` must satisfy. To register a mixer is to pass this file."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from hydrax import mixers
 from hydrax.core import tree
-from tests.contract.cases import CHUNK, Case, D, case, inside, is_float, normal, segments
+from tests.contract.cases import CHUNK, VARIANTS, Case, D, case, inside, is_float, normal, segments
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 pytestmark = pytest.mark.thorough
@@ -17,57 +19,78 @@ BOTH = pytest.mark.parametrize("lengths", [None, (1, 8, 1, 6, 5)], ids=["whole",
 
 
 @pytest.fixture(params=mixers.names())
-def mixer(request) -> Case:
-    return case(request.param)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def mixer(name: str) -> Case:
+    return case(name)
+
+
+@pytest.fixture(params=[(n, i) for n in mixers.names() for i in (None, *range(len(VARIANTS.get(n, ()))))], ids=str)
+def variant(request) -> Case:
+    """A mixer with the options of the table, or with others that take another path through it."""
+    return case(*request.param)
 
 
 # ---------------------------------------------------------------------------------------------- (a) forms agree
 
 BEFORE, AFTER = 7, 37
-ROWS = [
-    (BEFORE + AFTER,),  # one document, continued by the second call
-    (1, BEFORE - 1, 1, CHUNK - 1, 1, CHUNK - 1, 5),  # boundaries at the call, chunk edges, single tokens
-    (BEFORE + CHUNK, CHUNK, 1),  # a continued document that ends at a chunk edge, then padding
-]
 COTANGENTS = 8
-SEG = np.stack([segments(lengths, BEFORE + AFTER) for lengths in ROWS])
 
 
-def forms_inputs(mixer: Case):
+def awkward(before: int, after: int, chunk: int) -> np.ndarray:
+    """Rows of `before` + `after` tokens, cut after `before` into two calls."""
+    rows = [
+        (before + after,),  # one document, continued by the second call
+        (1, before - 1, *edges(after, chunk)),  # boundaries at the call, chunk edges, single tokens
+        (before + min(after, chunk), max(after - chunk - 4, 0)),  # a continued document to a chunk edge, padding
+    ]
+    return np.stack([segments([n for n in lengths if n], before + after) for lengths in rows])
+
+
+def edges(tokens: int, chunk: int) -> list[int]:
+    """Lengths of documents: single tokens that start a chunk, and what is left of that chunk."""
+    lengths = [1, chunk - 1] * -(-tokens // chunk)
+    return np.diff(np.minimum(np.cumsum([0, *lengths]), tokens)).tolist()
+
+
+def forms_inputs(mixer: Case, seg: np.ndarray):
     """Parameters, the state after a first call, and x of the second; in fp64, but exact in bf16."""
-    rounded = [jnp.asarray(normal(i, len(ROWS), n, D), jnp.bfloat16) for i, n in ((1, BEFORE), (2, AFTER))]
+    B, T = seg.shape
+    rounded = [jnp.asarray(normal(i, B, n, D), jnp.bfloat16) for i, n in ((1, BEFORE), (2, T - BEFORE))]
     params, before, x = jax.tree.map(lambda a: a.astype(jnp.float32), (mixer.cast(jnp.bfloat16), *rounded))
-    state = mixer.init(len(ROWS), BEFORE + AFTER)
-    _, state = jax.jit(mixer)(params, before, SEG[:, :BEFORE], state=state)
+    _, state = jax.jit(mixer)(params, before, seg[:, :BEFORE], state=mixer.init(B, T))
     memory, convert = jax.tree.map(is_float, state), lambda a: a.astype(jnp.bfloat16).astype(jnp.float64)
     state = jax.tree.map(lambda a, f: convert(a) if f else a, state, memory)
     return jax.tree.map(convert, params), state, convert(x)
 
 
-def forms_run(mixer: Case, impl: str | None, params, state, x):
+def forms_run(mixer: Case, seg: np.ndarray, impl: str | None, params, state, x, count: int = COTANGENTS):
     """A function of the differentiable inputs, and these inputs: parameters, float leaves of the state, x.
 
     It gives output and final state of a call that continues the state, gradients for several cotangents of both
     (those of a bias are sums over tokens that nearly cancel for an unlucky one), and the scalar that belongs to the
     first cotangent.
     """
-    positions, starts = inside(SEG)
+    positions, starts = inside(seg)
     facts = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
     leaves, structure = jax.tree.flatten(state)
 
     def run(params, memory, x):
         given = [memory.get(i, leaf) for i, leaf in enumerate(leaves)]
-        y, new = mixer(params, x, SEG[:, BEFORE:], state=jax.tree.unflatten(structure, given), **facts)
+        y, new = mixer(params, x, seg[:, BEFORE:], state=jax.tree.unflatten(structure, given), **facts)
         return [y * real, *(leaf for leaf in jax.tree.leaves(new) if is_float(leaf))], (y * real, new)
 
     @jax.jit
     def all_results(params, memory, x):
         results, pullback, (y, new) = jax.vjp(run, params, memory, x, has_aux=True)
-        cotangents = [normal(i, COTANGENTS, *r.shape).astype(r.dtype) for i, r in enumerate(results)]
+        cotangents = [normal(i, count, *r.shape).astype(r.dtype) for i, r in enumerate(results)]
         total = sum(jnp.sum(w[0] * r) for w, r in zip(cotangents, results, strict=True))
         return total, {"y": y, "state": new, "gradient": jax.vmap(pullback)(cotangents)}
 
-    real = (SEG[:, BEFORE:, None] != 0).astype(x.dtype)
+    real = (seg[:, BEFORE:, None] != 0).astype(x.dtype)
     return all_results, (params, {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}, x)
 
 
@@ -83,24 +106,83 @@ def slope(run, inputs) -> tuple[float, float]:
     return (moved(step) - moved(-step)) / (2 * step), sum(jax.tree.leaves(products))
 
 
-def test_forms_agree(mixer: Case):
+def test_forms_agree(variant: Case):
     """Output, final state and all gradients equal those of the recurrence, which is the definition, in fp64."""
+    mixer, seg = variant, awkward(BEFORE, AFTER, CHUNK)
     with jax.enable_x64(True):
-        inputs = forms_inputs(mixer)
-        run, given = forms_run(mixer, "recurrent", *inputs)
+        inputs = forms_inputs(mixer, seg)
+        run, given = forms_run(mixer, seg, "recurrent", *inputs)
         want = run(*given)[1]
         assert_close("gradient of the recurrence", *slope(run, given), TOLERANCE["fp32_op"])
     params, state, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if is_float(a) else a, inputs)
     for impl in ("chunked", None):
-        run, given = forms_run(mixer, impl, params, state, x)
+        run, given = forms_run(mixer, seg, impl, params, state, x)
         for name, value in run(*given)[1].items():
             assert_trees_close(f"{impl} fp32 {name}", value, want[name], TOLERANCE["fp32_op"])
     state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, mixer.init(1, 1, jnp.bfloat16))
-    run, given = forms_run(mixer, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
+    run, given = forms_run(mixer, seg, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
     got = run(*given)[1]
     assert got["y"].dtype == jnp.bfloat16
     for name, value in got.items():
         assert_trees_close(f"bf16 {name}", value, want[name], TOLERANCE["bf16_long"])
+
+
+LENGTHS = (1, 63, 64, 65, 257)
+
+
+def test_every_length(name: str):
+    """Chunks of the default size, documents at their edges: output, state and gradients equal the fp64 recurrence."""
+    mixer, longest = case(name, chunk_size=64), max(LENGTHS)
+    rows = [awkward(BEFORE, n, 64) for n in LENGTHS]
+    padded = np.stack([np.pad(seg, ((0, 0), (0, BEFORE + longest - seg.shape[1]))) for seg in rows])
+    weights = normal(20, len(rows[0]), longest, D)
+
+    def run(params, memory, x, seg, positions, starts, impl=None):
+        facts = {"positions": positions[:, BEFORE:], "starts": starts[:, BEFORE], "impl": impl}
+
+        def call(params, memory, x):
+            given = jax.tree.unflatten(structure, [memory.get(i, leaf) for i, leaf in enumerate(leaves)])
+            y, new = mixer(params, x, seg[:, BEFORE:], state=given, **facts)
+            return [y * (seg[:, BEFORE:, None] != 0), *filter(is_float, jax.tree.leaves(new))]
+
+        results, pullback = jax.vjp(call, params, memory, x)
+        states = [normal(i, *r.shape).astype(r.dtype) for i, r in enumerate(results[1:])]
+        dparams, dmemory, dx = pullback([weights[:, : x.shape[1]].astype(x.dtype), *states])
+        return {"tokens": (results[0], dx), "rest": (results[1:], dparams, dmemory)}
+
+    with jax.enable_x64(True):
+        params, state, x = forms_inputs(mixer, padded[-1])
+        leaves, structure = jax.tree.flatten(state)
+        memory = {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}
+        reference = jax.jit(jax.vmap(functools.partial(run, impl="recurrent"), in_axes=(None, None, None, 0, 0, 0)))
+        inner = (np.stack(a) for a in zip(*map(inside, padded), strict=True))
+        want = jax.tree.map(np.asarray, reference(params, memory, x, padded, *inner))
+    params, memory, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, memory, x))
+    for i, (n, seg) in enumerate(zip(LENGTHS, rows, strict=True)):
+        got = jax.jit(run)(params, memory, x[:, :n], seg, *inside(seg))
+        expected = {
+            "tokens": tuple(a[i][:, :n] for a in want["tokens"]),
+            "rest": jax.tree.map(lambda a, i=i: a[i], want["rest"]),
+        }
+        assert_trees_close(f"{n} tokens", got, expected, TOLERANCE["fp32_op"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [16, 32, 128, 256])
+def test_the_chunk_size_does_not_change_results(name: str, chunk_size: int):
+    """Outputs, states and gradients with another chunk size are those of chunks of 64 tokens."""
+    seg = awkward(BEFORE, 300, 64)
+    inputs = None
+    for size in (64, chunk_size):
+        mixer = case(name, chunk_size=size)
+        if inputs is None:
+            with jax.enable_x64(True):
+                inputs = forms_inputs(mixer, seg)
+        params, state, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if is_float(a) else a, inputs)
+        run, given = forms_run(mixer, seg, None, params, state, x, count=2)
+        result = run(*given)[1]
+        want = result if size == 64 else want
+    assert_trees_close(f"chunks of {chunk_size}", result, want, TOLERANCE["fp32_op"])
 
 
 def test_long_rows_in_bf16(mixer: Case):
@@ -316,8 +398,8 @@ def test_state_is_what_the_table_says(mixer: Case, dtype: jnp.dtype):
         assert tree.nbytes(state) == want, f"max_len {max_len}: {state}"
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(mixer.init(3, T, dtype)))
     state = jax.eval_shape(lambda: mixer.init(3, T, dtype))
-    if mixer.row.transition != "lse":
-        assert state["memory"].dtype == jnp.float32
+    if "memory" in state:  # what is carried over the whole document
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["memory"]))
     for tokens in (1, 6):
         x = jax.ShapeDtypeStruct((3, tokens, D), dtype)
         y, new = jax.eval_shape(lambda p, x, s: mixer(p, x, state=s), mixer.cast(dtype), x, state)

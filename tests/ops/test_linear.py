@@ -35,9 +35,10 @@ def test_gradients_match_finite_differences(name: str, impl: str) -> None:
         assert_close(what, (actual[what] * direction).sum(), value, 1e-7)
 
 
-@pytest.mark.parametrize(("decay", "chunk_size"), [("scalar", 16), ("scalar", 48), ("scalar", 128), ("vector", 64)])
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("chunk_size", [16, 32, 48, 64, 128, 256])
 def test_results_do_not_depend_on_the_chunk_size(decay: str, chunk_size: int) -> None:
-    case = Case(2, 150, 1, 2, 8, 8, decay)
+    case = Case(2, 300, 1, 2, 8, 8, decay)
     x, ids = ms.inputs(case, beta=False), ms.documents(case.B, case.T)
     actual = ms.in_fp32(ms.evaluator(linear_attention, impl="chunked", chunk_size=chunk_size), x, ids)
     ms.assert_matches(actual, ms.in_fp64(linear_attention, x, ids))

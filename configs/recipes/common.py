@@ -1,0 +1,55 @@
+"""What the recipes of linear language models share: one training setup, and the widths of each mixer."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Options by mixer; those that depend on the width of the model are left to the mixers' own defaults.
+OPTIONS = {
+    "attn": {1024: {"heads": 16}, 2048: {"heads": 32}},
+    "deltanet": {1024: {"heads": 8}, 2048: {"heads": 16}},
+    "gdn": {1024: {"heads": 3, "key_dim": 256}, 2048: {"heads": 6, "key_dim": 256}},  # keys of 0.75 d_model
+    "gla": {1024: {"heads": 4}, 2048: {"heads": 4}},
+    "hgrn": {1024: {}, 2048: {}},
+    "hgrn2": {1024: {"heads": 8}, 2048: {"heads": 16}},
+    "lightning": {1024: {"heads": 8}, 2048: {"heads": 16}},
+    "mamba2": {1024: {"key_dim": 128, "value_dim": 64}, 2048: {"key_dim": 128, "value_dim": 64}},
+    "retention": {1024: {"heads": 4}, 2048: {"heads": 8}},
+}
+# Retention is twice as wide as the others, Mamba-2 stands alone: their feed-forward networks make up for it.
+FFN = {"retention": {1024: 1536, 2048: 2816}}
+DEFAULT_FFN = {1024: 2816, 2048: 5632}
+
+
+def language_model(mixer: str, *, layers: int = 24, width: int = 1024) -> ConfigDict:
+    """`layers` layers of one mixer and SwiGLU, trained as the linear models of flame are at 340M.
+
+    AdamW at 1e-3 (3e-4 for a width of 2048), epsilon 1e-15, 1024 steps of warmup, cosine to a tenth; 0.5M tokens per
+    step, rows of 4096, 10.7B tokens.
+    """
+    config = common.base()
+    config.model.d_model = width
+    config.model.pattern = f"{layers}*{mixer}"
+    config.model.mixers[mixer] = OPTIONS[mixer][width]
+    config.model.ffn_dim = FFN.get(mixer, DEFAULT_FFN)[width]
+    config.model.vocab_size = 32_000
+    config.model.tie = False
+    config.data.seq_len = 4096
+    config.train.batch_size = 128
+    config.train.accumulate = 2
+    config.train.steps = 20_480
+    config.train.dtype = "bfloat16"
+    config.train.remat = "mixer"
+    config.train.eval_every = config.train.save_every = 1024
+    config.optim.lr = 1e-3 if width == 1024 else 3e-4
+    config.optim.eps = 1e-15
+    config.optim.warmup = 1024
+    config.optim.z_loss = 0.0
+    return config
+
+
+def steps(tokens: float, config: ConfigDict) -> int:
+    """Steps that see so many tokens."""
+    return math.ceil(tokens / (config.train.batch_size * config.data.seq_len))
