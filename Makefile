@@ -45,16 +45,17 @@ lint: .venv
 types: .venv
 	$(BIN)/mypy
 
-# Third-party references need torch, so they get an environment of their own. PIP_EXTRA_INDEX_URL can name PyTorch's
-# CPU index where the default index has only builds for GPUs.
+# Third-party references need torch, so they get an environment of their own. On Linux, PyPI's torch brings gigabytes of
+# CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make oracles takes the build without it.
 oracles: .venv-oracles/.complete
-	$(TESTS) .venv-oracles/bin/python -m pytest -q -m oracle tests/oracles
+	$(TESTS) .venv-oracles/bin/python -m pytest -n $(CORES) -q -m oracle tests/oracles
 
 .venv-oracles/.complete: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "hydrax needs Python 3.11 or newer; tried $(PYTHONS). Set PYTHON=..." >&2; exit 1; }
 	rm -rf .venv-oracles
 	$(PYTHON) -m venv .venv-oracles
-	.venv-oracles/bin/python -m pip install --quiet -r requirements.lock
-	.venv-oracles/bin/python -m pip install --quiet -e ".[oracles]"
+	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[oracles]"
 	@touch $@
 
 lock:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 # Options by mixer; those that depend on the width of the model are left to the mixers' own defaults.
-OPTIONS = {
+OPTIONS: dict[str, dict[int, dict]] = {
     "attn": {1024: {"heads": 16}, 2048: {"heads": 32}},
     "deltanet": {1024: {"heads": 8}, 2048: {"heads": 16}},
     "gdn": {1024: {"heads": 3, "key_dim": 256}, 2048: {"heads": 6, "key_dim": 256}},  # keys of 0.75 d_model

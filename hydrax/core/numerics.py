@@ -12,6 +12,8 @@ MIN_LOG_DECAY = -50.0
 def einsum(spec: str, *operands: Array) -> Array:
     """`jnp.einsum` with an fp32 result. fp32 operands are multiplied in full fp32 (never TF32), bf16 ones as is."""
     dtype = jnp.result_type(*operands)
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        dtype = jnp.dtype(jnp.float32)  # the same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs
     precision = jax.lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else None
     operands = tuple(x.astype(dtype) for x in operands)
     accumulate = jnp.promote_types(dtype, jnp.float32)

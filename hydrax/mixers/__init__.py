@@ -1,6 +1,7 @@
 """The table of mixers: to register one is to add its row, and to pass `tests/contract`."""
 
 import functools
+import math
 from typing import cast
 
 from hydrax.core.build import ConfigError
@@ -8,6 +9,15 @@ from hydrax.core.registry import load
 from hydrax.mixers.base import Context, Mixer, MixerConfig, Row
 
 TABLE: dict[str, Row] = {
+    "abc": Row(
+        path="hydrax.mixers.linear.abc:ABC",
+        about="slots that hold running averages of keys and values, read by a softmax",
+        paper="2110.02488",
+        transition="lse",
+        tiny={"heads": 2, "slots": 8, "key_dim": 8, "value_dim": 16, "feature": "silu"},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim + 1),
+        flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
+    ),
     "attn": Row(
         path="hydrax.mixers.softmax.attn:Attention",
         about="causal softmax attention, grouped queries",
@@ -16,6 +26,26 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
         state_bytes=lambda c, n, b: n * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "deltanet": Row(
+        path="hydrax.mixers.linear.deltanet:DeltaNet",
+        about="delta rule without decay",
+        paper="2406.06484",
+        transition="full",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True, "out_gate": "silu"},
+        state_bytes=lambda c, n, b: (
+            4 * c.heads * c.key_dim * c.value_dim + b * (c.conv_width - 1) * c.heads * (2 * c.key_dim + c.value_dim)
+        ),
+        flops=lambda c, n: 6 * c.heads * c.key_dim * c.value_dim,
+    ),
+    "gated_conv": Row(
+        path="hydrax.mixers.average.gated_conv:GatedConv",
+        about="gated short convolution without a recurrence",
+        paper="2405.07992",
+        transition="none",
+        tiny={"inner_dim": 48, "conv_width": 5, "conv_activation": "silu"},
+        state_bytes=lambda c, n, b: b * (c.conv_width - 1) * c.inner_dim,
+        flops=lambda c, n: 2 * c.conv_width * c.inner_dim,
     ),
     "gdn": Row(
         path="hydrax.mixers.linear.gdn:GatedDeltaNet",
@@ -38,14 +68,72 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
         flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
     ),
+    "gsa": Row(
+        path="hydrax.mixers.linear.gsa:GSA",
+        about="slots that forget by a gate, read by a softmax",
+        paper="2409.07146",
+        transition="diag",
+        tiny={"heads": 2, "slots": 8, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
+        flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
+    ),
+    "hgrn": Row(
+        path="hydrax.mixers.linear.hgrn:HGRN",
+        about="gated recurrence per channel, forget gates bounded by depth",
+        paper="2311.04823",
+        transition="diag",
+        tiny={"value_dim": 24},
+        state_bytes=lambda c, n, b: 4 * c.value_dim * (2 if c.complex else 1),
+        flops=lambda c, n: c.value_dim * (13 if c.complex else 4),
+        lower_bound=lambda c: c.value_dim,
+    ),
+    "hgrn2": Row(
+        path="hydrax.mixers.linear.hgrn2:HGRN2",
+        about="gated linear attention whose keys are what its gates forget",
+        paper="2404.07904",
+        transition="diag",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+        lower_bound=lambda c: c.heads * c.key_dim,
+    ),
+    "kda": Row(
+        path="hydrax.mixers.linear.kda:KimiDeltaAttention",
+        about="gated delta rule, decay per key channel",
+        paper="2510.26692",
+        transition="full",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "gate_rank": 4, "allow_neg_eigval": True},
+        state_bytes=lambda c, n, b: (
+            4 * c.heads * c.key_dim * c.value_dim + b * (c.conv_width - 1) * c.heads * (2 * c.key_dim + c.value_dim)
+        ),
+        flops=lambda c, n: 6 * c.heads * c.key_dim * c.value_dim,
+    ),
     "lightning": Row(
         path="hydrax.mixers.linear.lightning:Lightning",
         about="linear attention with a constant decay per head and layer",
         paper="2405.17381",
         transition="scalar",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
-        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
-        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
+    "linear_attn": Row(
+        path="hydrax.mixers.linear.linear_attn:LinearAttention",
+        about="linear attention without decay, by a choice of feature maps",
+        paper="2006.16236",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "feature_map": "hedgehog"},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * (math.prod(c.state_shape) + c.heads * c.map_matrices * c.key_dim**2),
+    ),
+    "mamba": Row(
+        path="hydrax.mixers.linear.mamba:Mamba",
+        about="selective state space, decay per channel and state",
+        paper="2312.00752",
+        transition="diag",
+        tiny={"value_dim": 24, "key_dim": 4, "dt_rank": 3},
+        state_bytes=lambda c, n, b: c.value_dim * (4 * c.key_dim + b * (c.conv_width - 1)),
+        flops=lambda c, n: 4 * c.value_dim * c.key_dim,
     ),
     "mamba2": Row(
         path="hydrax.mixers.linear.mamba2:Mamba2",
@@ -58,6 +146,15 @@ TABLE: dict[str, Row] = {
             + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim)
         ),
         flops=lambda c, n: 4 * c.value_heads * c.key_dim * c.value_dim,
+    ),
+    "retention": Row(
+        path="hydrax.mixers.linear.retention:Retention",
+        about="linear attention with rotary positions and a constant decay per head",
+        paper="2307.08621",
+        transition="scalar",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
     ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",

@@ -25,7 +25,8 @@ class Context:
       layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
       lower_bounds: by width W, [layers,W] fp32 in [0,1): how little the gates of each layer may forget.
       impl: passed to the ops.
-      taps: functions applied to named intermediate arrays (interpretability, interventions).
+      taps: functions applied to named intermediate arrays (interpretability, interventions): "heads", z before the
+        output projection; "values" and "reads" of mixers that are linear in their values, see `Mixer`.
     """
 
     positions: Int[Array, "B T"]
@@ -84,6 +85,10 @@ class Mixer(nnx.Module):
 
     `mix` gives z [B,T,H,V], the heads before the output projection, so that fusions can combine heads of several
     mixers; `out` is that projection. A state of zeros is the state before the first token.
+
+    Where queries, keys and gates fix a linear map from values to what is read, `mix` taps both: "values" after their
+    convolution and activation, "reads" before skip, norm and gate. Both are [B,T,heads,V] if the channels of a head
+    share that map, [B,T,channels] if every channel has its own.
     """
 
     Config: ClassVar[type[MixerConfig]]

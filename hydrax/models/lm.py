@@ -37,9 +37,7 @@ class LM(nnx.Module):
         self.norm = NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
         widths = dict.fromkeys(w(s.options) for s in layers if (w := mixers.row(s.mixer).lower_bound) is not None)
         self.bounds = nnx.List([LowerBounds(self.depth, width, rngs=rngs) for width in widths])
-        self.periods = nnx.List(
-            [init_group(g, cfg, depth=self.depth, key=key) for g in self.groups]
-        )
+        self.periods = nnx.List([init_group(g, cfg, depth=self.depth, key=key) for g in self.groups])
 
     def __call__(
         self, tokens: Int[Array, "B T"], segment_ids: Array | None = None, positions: Array | None = None

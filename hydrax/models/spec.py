@@ -231,12 +231,22 @@ def _options(name: str, values: Mapping[str, Any], d_model: int, path: str) -> m
         if preset not in config.PRESETS:
             allowed = f"expected one of {', '.join(config.PRESETS)}" if config.PRESETS else f"{name} has no presets"
             raise ConfigError(f"{path}.preset", preset, allowed)
-        values = {**config.PRESETS[preset], **values}
+        values = _over(config.PRESETS[preset], values)
     options = build(config, values, path)
     try:
         return options.fill(d_model)
     except ConfigError as error:
         raise error.under(path) from None
+
+
+def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a preset under those that are given, section by section."""
+    nested = {
+        key: _over(preset[key], value)
+        for key, value in given.items()
+        if isinstance(value, Mapping) and isinstance(preset.get(key), Mapping)
+    }
+    return {**preset, **given, **nested}
 
 
 def _mapping(values: Any, path: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from hydrax.core.build import ConfigError, Positive, PositiveFloat
 from hydrax.core.typing import Array, Float, Int
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.nn.position import Rope, rope
+from hydrax.nn.position import Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,7 @@ class QKV(nnx.Module):
         q, k = self.q(x), self.k(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rope(y, positions, self.rope.theta, self.rope.fraction) for y in (q, k))
-        return q, k, self.v(x)
+        return self.rope.turn(q, positions), self.rope.turn(k, positions), self.v(x)
 
 
 class OutGate(nnx.Module):

@@ -1,6 +1,7 @@
 """A short depthwise causal convolution with its parameters."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from hydrax.ops.conv import short_conv
 class ShortConv(nnx.Module):
     """y_t = act(b + Σ_{i<W} w_i ⊙ x_{t-W+1+i}) for x [B,T,*shape]; its state is the last W - 1 inputs.
 
-    w and b are initialised uniformly in ±1/sqrt(W), the fan-in of a depthwise convolution.
+    w and b are initialised uniformly in ±1/sqrt(W), the fan-in of a depthwise convolution; with `init="normal"`, w as
+    N(0, 0.02²).
     """
 
     def __init__(
@@ -26,11 +28,13 @@ class ShortConv(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         activation: str | None = "silu",
+        init: Literal["uniform", "normal"] = "uniform",
     ):
         self.shape, self.width, self.activation = shape, width, activation
-        init = _uniform(1 / math.sqrt(width))
-        self.weight = param(rngs, init, (width, *shape), ("conv", *axes), cast=True)
-        self.bias = param(rngs, init, shape, axes, cast=True) if bias else None
+        uniform = _uniform(1 / math.sqrt(width))
+        weight = {"uniform": uniform, "normal": jax.nn.initializers.normal(0.02)}[init]
+        self.weight = param(rngs, weight, (width, *shape), ("conv", *axes), cast=True)
+        self.bias = param(rngs, uniform, shape, axes, cast=True) if bias else None
 
     def __call__(
         self, x: Array, state: Array | None = None, *, segment_ids: Array | None = None, impl: str | None = None

@@ -1,6 +1,7 @@
 """Root-mean-square, L2 and sum normalisation, statistics in fp32."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,5 +52,5 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
 
 
-NORMS = {"rmsnorm": RMSNorm, "srmsnorm": functools.partial(RMSNorm, affine=False)}
+NORMS: dict[str, Callable[..., RMSNorm]] = {"rmsnorm": RMSNorm, "srmsnorm": functools.partial(RMSNorm, affine=False)}
 """What a model may set its blocks' norms to: with a learned weight or without."""

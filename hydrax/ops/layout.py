@@ -24,7 +24,8 @@ def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
     if k.shape != q.shape or v.shape[:2] != (B, T) or Hv % H:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K] twice and [B,T,Hv,V], Hv = R·H")
     if g is None:
-        return jnp.zeros((B, T, H, 1, 1), fp32(q).dtype)
+        # behind a barrier: compilers would spend seconds on evaluating all that follows from zeros
+        return jax.lax.optimization_barrier(jnp.zeros((B, T, H, 1, 1), fp32(q).dtype))
     if g.shape == (Hv,):
         g = jnp.broadcast_to(g, (B, T, Hv))
     if g.shape == (B, T, Hv):

@@ -19,7 +19,17 @@ D = 32
 CHUNK = 16
 LAYER = {"layer_index": 1, "depth": 3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "lightning": [{"slope_rule": "uniform", "scale": 0.25}],
+    "abc": [{"feature": "silu", "norm_affine": False}],
+    "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
+    "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None}],
+    "gsa": [{"feature": "relu", "norm_affine": False}],
+    "hgrn": [{"complex": True}],
+    "kda": [{"safe_gate": True, "gate_bias": True}],
+    "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
+    "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
+    "mamba2": [{"heads": 2}],
+    # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
+    "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
 }
 """Options, beside those of the table, that take another path through a mixer."""
 

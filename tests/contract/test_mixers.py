@@ -97,7 +97,7 @@ def forms_run(mixer: Case, seg: np.ndarray, impl: str | None, params, state, x, 
 def slope(run, inputs) -> tuple[float, float]:
     """The derivative of the scalar along a random direction: by a central difference, and by the gradients."""
     direction = jax.tree.map(lambda a: jnp.asarray(normal(a.size, *a.shape), a.dtype), inputs)
-    step = 1e-6
+    step = 1e-7
 
     def moved(by: float) -> float:
         return run(*jax.tree.map(lambda a, d: a + by * d, inputs, direction))[0]

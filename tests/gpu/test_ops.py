@@ -12,6 +12,8 @@ from hydrax.core.typing import Array
 from hydrax.nn.norm import l2_norm
 from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
+from hydrax.ops.scan import linear_scan, selective_scan
+from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
 from tests.tolerances import TOLERANCE, assert_close
 
@@ -40,9 +42,28 @@ def _attention(window: int | None, impl: str, q: Array, k: Array, v: Array, g: A
     return attention(q, k, v[..., :K], window=window, segment_ids=segments, impl=impl)
 
 
+def _slots(decay: str, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    q, k = (x.astype(jnp.float32) / K**0.25 for x in (q, k))
+    q, k = q.astype(v.dtype), k.astype(v.dtype)
+    return slot_attention(q, k, v, -jnp.expm1(g), g, segment_ids=jnp.asarray(SEGMENTS), impl=impl)[0]
+
+
+def _scan(decay: str, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    return linear_scan(jnp.exp(g), q * k, segment_ids=jnp.asarray(SEGMENTS), impl=impl)[0]
+
+
+def _selective(decay: str, impl: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Array:
+    rates = -jnp.exp(jnp.linspace(0, 2, H * 16)).reshape(H, 16)
+    x, b, c = v[:, :, :, 0], k[:, :, 0, :16], q[:, :, 0, :16]
+    return selective_scan(x, beta, rates, b, c, segment_ids=jnp.asarray(SEGMENTS), impl=impl)[0]
+
+
 OPS: dict[str, tuple[Callable, str]] = {
     **{f"linear-{d}": (functools.partial(_linear, d), d) for d in DECAYS},
     **{f"delta-{d}": (functools.partial(_delta, d), d) for d in DECAYS},
+    "slots": (functools.partial(_slots, "vector"), "vector"),
+    "linear_scan": (functools.partial(_scan, "vector"), "vector"),
+    "selective_scan": (functools.partial(_selective, "scalar"), "scalar"),
     "attention": (functools.partial(_attention, None), "none"),
     "attention-window": (functools.partial(_attention, 100), "none"),
 }

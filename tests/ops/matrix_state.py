@@ -174,7 +174,9 @@ def assert_bit_causal(op: Callable, x: Inputs, ids: np.ndarray, **how: object) -
         assert not np.array_equal(after[:, t:], before[:, t:])
 
 
-def directional_derivatives(x: Inputs, ids: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
+def directional_derivatives(
+    x: Inputs, ids: np.ndarray, oracle: Callable = oracle
+) -> dict[str, tuple[np.ndarray, float]]:
     """For every input a direction, and the central difference of <cotangents, oracle> along it."""
     do, dS = cotangents(x)
     rng = np.random.default_rng(2)

@@ -1,1 +1,1 @@
-"""Mixers with an additive or delta-rule matrix state."""
+"""Mixers with a linear recurrence: an additive, delta-rule, slot or elementwise state."""

@@ -52,14 +52,14 @@ class GLA(Mixer):
         o, memory = linear_attention(
             self.q(x),
             self.k(x),
-            self.v(x),
+            ctx.tap("values", self.v(x)),
             g,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )
-        return self.norm(o) * jax.nn.silu(self.gate(x)), {"memory": memory}
+        return self.norm(ctx.tap("reads", o)) * jax.nn.silu(self.gate(x)), {"memory": memory}
 
     def out(self, z: Array) -> Array:
         return self.project(z)

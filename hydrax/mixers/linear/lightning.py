@@ -1,21 +1,26 @@
 """Lightning attention (arXiv 2405.17381):  S_t = exp(g) S_{t-1} + k_t v_tᵀ,   o_t = S_tᵀ q_t,   with constant g."""
 
 import dataclasses
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ConfigError, Positive, PositiveFloat
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
+from hydrax.nn.param import param
+from hydrax.nn.position import Rope, lrpe, lrpe_phases
 from hydrax.ops.linear import linear_attention
 
-ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
+ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+TNL = {"value_activation": "none", "norm_affine": False, "gate_activation": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +28,44 @@ class Config(MixerConfig):
     heads: Positive = 8
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; key_dim if None
-    activation: Literal["none", "silu"] = "silu"  # of q, k and v
+    activation: Literal["none", "silu"] = "silu"  # of q and k
+    value_activation: Literal["none", "silu"] = "silu"  # of v
+    qk_norm: Literal["none", "head"] = "none"  # RMSNorm of q and k over K, before the activation
+    position: Literal["none", "rope", "lrpe"] = "none"  # of q and k, after it; lrpe is learned and doubles K
+    rope: Rope = dataclasses.field(default_factory=Rope)  # where position = rope
     slope_rule: Literal["layerwise", "uniform"] = "layerwise"  # decay falling to 0 in the last layer, or equal in all
-    scale: PositiveFloat = 1.0  # factor on the output
+    scale: PositiveFloat | None = 1.0  # factor on the output; K^-½ if None
+    norm_affine: bool = True  # a learned weight in the output norm
+    gate_activation: Literal["none", "sigmoid"] = "sigmoid"  # of the output gate
     chunk_size: Positive | None = None  # tokens per chunk of the training form
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "minimax": {},  # the defaults
+        "sala": {
+            "activation": "none",
+            "value_activation": "none",
+            "qk_norm": "head",
+            "position": "rope",
+            "slope_rule": "uniform",
+            "scale": None,
+        },
+        "tnl": TNL,
+        "tnl_first": {**TNL, "position": "lrpe"},  # the first layer of TNL
+    }
+
+    def __post_init__(self) -> None:
+        if self.position != "rope" and self.rope != Rope():
+            raise ConfigError("rope", self.rope, f"needs position = rope, and position is {self.position}")
 
     def fill(self, d_model: int) -> "Config":
         width = self.key_dim or per_head(d_model, self.heads)
-        return dataclasses.replace(self, key_dim=width, value_dim=self.value_dim or width)
+        scale = width**-0.5 if self.scale is None else self.scale
+        return dataclasses.replace(self, key_dim=width, value_dim=self.value_dim or width, scale=scale)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Heads, channels of a key, values."""
+        return self.heads, self.key_dim * (2 if self.position == "lrpe" else 1), self.value_dim
 
 
 class Lightning(Mixer):
@@ -45,30 +80,41 @@ class Lightning(Mixer):
         self.k = Linear(d_model, (H, K), axes=("embed", "heads", "state_k"), rngs=rngs)
         self.v = Linear(d_model, (H, V), axes=("embed", "heads", "state_v"), rngs=rngs)
         self.gate = Linear(d_model, (H, V), axes=("embed", "heads", "state_v"), rngs=rngs)
-        self.norm = RMSNorm((H, V), axes=("heads", "state_v"), rngs=rngs)
+        self.norm = RMSNorm((H, V), axes=("heads", "state_v"), affine=cfg.norm_affine, rngs=rngs)
         self.project = Linear((H, V), d_model, axes=("heads", "state_v", "embed"), residual=True, rngs=rngs)
+        normed = cfg.qk_norm == "head"
+        self.q_norm, self.k_norm = (RMSNorm(K, axes=("state_k",), rngs=rngs) if normed else None for _ in range(2))
+        learned = cfg.position == "lrpe"
+        self.phases = param(rngs, lrpe_phases, (H, K), ("heads", "state_k")) if learned else None
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        act = ACTIVATIONS[self.cfg.activation]
+        cfg = self.cfg
         o, memory = linear_attention(
-            act(self.q(x)),
-            act(self.k(x)),
-            act(self.v(x)),
-            log_decay(self.cfg.heads, self.cfg.slope_rule, ctx.layer_index, ctx.depth),
-            scale=self.cfg.scale,
+            self._placed(self.q(x), self.q_norm, ctx),
+            self._placed(self.k(x), self.k_norm, ctx),
+            ctx.tap("values", ACTIVATIONS[cfg.value_activation](self.v(x))),
+            log_decay(cfg.heads, cfg.slope_rule, ctx.layer_index, ctx.depth),
+            scale=cfg.scale,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
             impl=ctx.impl,
-            chunk_size=self.cfg.chunk_size,
+            chunk_size=cfg.chunk_size,
         )
-        return self.norm(o) * jax.nn.sigmoid(self.gate(x)), {"memory": memory}
+        gate = ACTIVATIONS[cfg.gate_activation](self.gate(x))
+        return self.norm(ctx.tap("reads", o)) * gate, {"memory": memory}
+
+    def _placed(self, x: Array, norm: RMSNorm | None, ctx: Context) -> Array:
+        """Queries or keys as they meet the memory: normed, activated, at their positions."""
+        x = ACTIVATIONS[self.cfg.activation](x if norm is None else norm(x))
+        if self.cfg.position == "rope":
+            return self.cfg.rope.turn(x, ctx.positions)
+        return x if self.phases is None else lrpe(x, ctx.positions, self.phases[...])
 
     def out(self, z: Array) -> Array:
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        cfg = self.cfg
-        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), jnp.float32)}
+        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), jnp.float32)}
 
 
 def log_decay(heads: int, rule: str, layer_index: int | Array, depth: int) -> Array:

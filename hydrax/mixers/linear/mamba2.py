@@ -72,14 +72,14 @@ class Mamba2(Mixer):
         o, memory = linear_attention(
             c,
             b,
-            (dt[..., None] * x).astype(x.dtype),
+            (dt[..., None] * ctx.tap("values", x)).astype(x.dtype),
             g,
             scale=1.0,
             initial_state=past["memory"],
             chunk_size=self.cfg.chunk_size,
             **facts,
         )
-        y = (o + self.skip[...][:, None] * fp32(x)) * jax.nn.silu(fp32(self.gate(u)))
+        y = (ctx.tap("reads", o) + self.skip[...][:, None] * fp32(x)) * jax.nn.silu(fp32(self.gate(u)))
         return self._group_norm(y).astype(u.dtype), {"memory": memory, "c": c_tail, "b": b_tail, "x": x_tail}
 
     def _group_norm(self, y: Array) -> Array:

@@ -32,15 +32,18 @@ class Attention(Mixer):
         self.project = Linear((cfg.heads, cfg.value_dim), d_model, axes=axes, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
+        q, k, v = self.qkv(x, ctx.positions)
         o, state = kv_cache.attend(
-            *self.qkv(x, ctx.positions),
+            q,
+            k,
+            ctx.tap("values", v),
             state,
             positions=ctx.positions,
             segment_ids=ctx.segment_ids,
             softcap=self.cfg.softcap,
             impl=ctx.impl,
         )
-        return self.gate(o, x), state
+        return self.gate(ctx.tap("reads", o), x), state
 
     def out(self, z: Array) -> Array:
         return self.project(z)

@@ -15,7 +15,7 @@ from hydrax.ops.conv import forms
 from hydrax.ops.dispatch import select
 
 FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
-ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu}
+ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda y: jax.nn.elu(y) + 1}
 
 
 def short_conv(
@@ -34,7 +34,7 @@ def short_conv(
       x: inputs; every dimension after T is a channel dimension, e.g. [B,T,H,K].
       w: taps; w[W-1] multiplies the current token.
       b: bias.
-      activation: None or "silu".
+      activation: None, "silu", "relu" or "elu1" (elu + 1).
       initial_state: [B,W-1,*C], inputs before token 0, belonging to its document; zeros if None.
       segment_ids: documents; no tap reaches into another one. Id 0 is right padding.
       impl: "recurrent" (the definition), "chunked" (all tokens at once), or None to choose.

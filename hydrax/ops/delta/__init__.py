@@ -15,6 +15,7 @@ from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.delta import forms
 from hydrax.ops.dispatch import select
+from hydrax.ops.identity import as_matrix, identity_values
 
 FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
 
@@ -83,6 +84,28 @@ def summarize(
     _, S = forms.chunked(q, k, v, beta, g, seg, layout.grouped_state(state, k, v))
     S = S.reshape(state.shape)
     return S[..., V:], S[..., :V]
+
+
+def attention_matrix(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    beta: Float[Array, "B T Hv"],
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B Hv T T"]:
+    """What values become outputs by, from a state of zeros: o_i = Σ_j A_ij v_j, in fp32.
+
+        A_ij = scale · q_iᵀ P_i ... P_(j+1) k_j beta_j  for j <= i in one document, else 0,
+        P_t = (I - beta_t k_t k_tᵀ) diag(exp g_t)
+
+    Raises:
+      ValueError: shapes that do not fit, or more than 4096 tokens.
+    """
+    identity = identity_values(q, beta.shape[-1])
+    o, _ = delta_rule(fp32(q), fp32(k), identity, beta, log_decay, scale=scale, segment_ids=segment_ids)
+    return as_matrix(o)
 
 
 def _grouped(q: Array, k: Array, v: Array, beta: Array, g: Array | None, segment_ids: Array | None) -> tuple:

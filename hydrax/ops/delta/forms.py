@@ -53,7 +53,8 @@ class _Pieces(NamedTuple):
 
 def _pieces(q: Array, k: Array, g: Array) -> _Pieces:
     overlaps, k_in, _, u_in, _ = decayed(k, k, g)
-    return _Pieces(*decayed(q, k, g), overlaps, k_in, u_in)
+    scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
+    return _Pieces(scores, q_in, k_out, o_in, v_out, overlaps, k_in, u_in)
 
 
 class _Chunks(NamedTuple):

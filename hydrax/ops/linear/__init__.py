@@ -10,10 +10,11 @@ import functools
 
 import jax.numpy as jnp
 
-from hydrax.core.numerics import clamp_decay
+from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.dispatch import select
+from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.linear import forms
 
 FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
@@ -85,3 +86,29 @@ def summarize(
         M = M * (seg[:, 0] == seg[:, -1])[:, None, None, None]
     M = jnp.broadcast_to(M, (B, H, R, M.shape[-1]))
     return M.reshape(B, H * R, -1), U.reshape(B, H * R, K, -1)
+
+
+def attention_matrix(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    log_decay: Array | None = None,
+    *,
+    value_heads: int | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B Hv T T"]:
+    """What values become outputs by, from a state of zeros: o_i = Σ_j A_ij v_j, in fp32.
+
+        A_ij = scale · Σ_d q_id k_jd exp(g_(j+1)d + ... + g_id)  for j <= i in one document, else 0
+
+    Args:
+      value_heads: Hv; if None, the heads of a decay per value head, else H.
+
+    Raises:
+      ValueError: shapes that do not fit, or more than 4096 tokens.
+    """
+    if value_heads is None:
+        value_heads = q.shape[2] if log_decay is None or log_decay.ndim == 4 else log_decay.shape[-1]
+    identity = identity_values(q, value_heads)
+    o, _ = linear_attention(fp32(q), fp32(k), identity, log_decay, scale=scale, segment_ids=segment_ids)
+    return as_matrix(o)

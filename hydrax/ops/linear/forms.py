@@ -108,7 +108,7 @@ def past_decay(exponent: Array) -> Array:
     return jnp.exp(jnp.where(jnp.tril(jnp.ones(exponent.shape[-2:], bool), -1), exponent, 0))
 
 
-def _to_end(g: Array) -> Array:
+def to_end(g: Array) -> Array:
     """Decay from each token to the end of its chunk, as a sum of its own: in G_C - G_j the gradients of the last tokens
     would cancel, and leave their rounding to the gradients of all gates."""
     later = jnp.pad(g[:, :, 1:], [(0, 1) if axis == 2 else (0, 0) for axis in range(g.ndim)])
@@ -126,7 +126,7 @@ def _scalar_decay(q: Array, k: Array, g: Array) -> tuple:
     G = decay_sums(g)
     rows = tuple(jnp.moveaxis(x[..., 0], 2, -1) for x in G)  # [B,N,H,R,C]
     E = past_decay(between(rows, np.s_[..., :, None], np.s_[..., None, :]))
-    return einsum("bnihk,bnjhk->bnhij", q, k)[:, :, :, None] * E, q, k, jnp.exp(sum(G)), _to_end(g)
+    return einsum("bnihk,bnjhk->bnhij", q, k)[:, :, :, None] * E, q, k, jnp.exp(sum(G)), to_end(g)
 
 
 def _vector_decay(q: Array, k: Array, g: Array) -> tuple:
@@ -134,7 +134,7 @@ def _vector_decay(q: Array, k: Array, g: Array) -> tuple:
     g = g[..., 0, :]
     G = decay_sums(g)
     one = jnp.ones((1,), g.dtype)
-    return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(sum(G)), k * _to_end(g), one, one
+    return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(sum(G)), k * to_end(g), one, one
 
 
 def decayed_scores(q: Array, k: Array, G: Sums) -> Array:
@@ -144,25 +144,33 @@ def decayed_scores(q: Array, k: Array, G: Sums) -> Array:
     first row s_a, with j < s_a for the matmul part, and the diagonal blocks are summed directly. The reference
     depends on no later token, so the past stays bit-equal when the future changes.
     """
+    own = _direct_scores(q, k, G)
     blocks = []
-    for s in range(0, q.shape[2], SUB_BLOCK):
-        first, rows, before = (np.s_[:, :, a:b] for a, b in ((s, s + 1), (s, s + SUB_BLOCK), (0, s)))
+    for a, s in enumerate(range(0, q.shape[2], SUB_BLOCK)):
+        first, rows, before = (np.s_[:, :, x:y] for x, y in ((s, s + 1), (s, s + SUB_BLOCK), (0, s)))
         past = einsum(
             "bnihd,bnjhd->bnhij",
             (q[rows] * jnp.exp(between(G, rows, first))).astype(k.dtype),
             (k[before] * jnp.exp(between(G, first, before))).astype(k.dtype),
         )
-        own = _direct_scores(q[rows], k[rows], tuple(x[rows] for x in G))
-        row = jnp.concatenate([past, own], axis=-1)
+        row = jnp.concatenate([past, own[a]], axis=-1)
         blocks.append(jnp.pad(row, ((0, 0),) * 4 + ((0, q.shape[2] - row.shape[-1]),)))
     return jnp.concatenate(blocks, axis=-2)
 
 
-@jax.checkpoint  # its [C, 16, K] products would otherwise be stored for the backward pass
 def _direct_scores(q: Array, k: Array, G: Sums) -> Array:
-    q, k, *sums = (jnp.moveaxis(fp32(x), 2, -1) for x in (q, k, *G))  # [B,N,H,K,C]
-    E = past_decay(between(sums, np.s_[..., :, None], np.s_[..., None, :]))
-    return (q[..., :, None] * k[..., None, :] * E).sum(3)
+    """The diagonal blocks [C/16,B,N,H,16,16], one after the other: their products [K,16,16] are the largest arrays."""
+
+    @jax.checkpoint  # and are not kept for the backward pass
+    def block(x: tuple) -> Array:
+        q, k, *sums = (jnp.moveaxis(fp32(a), 2, -1) for a in x)  # [B,N,H,K,16]
+        E = past_decay(between(sums, np.s_[..., :, None], np.s_[..., None, :]))
+        return (q[..., :, None] * k[..., None, :] * E).sum(3)
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, SUB_BLOCK, *x.shape[3:]), 2, 0)
+
+    return jax.lax.map(block, jax.tree.map(cut, (q, k, *G)))
 
 
 def _wide(scores: Array, v: Array) -> tuple:

@@ -16,6 +16,7 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.dispatch import select
+from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.softmax import forms
 
 FORMS = {"recurrent": forms.recurrent, "xla": forms.attend, "chunked": forms.chunked, "cudnn": forms.cudnn}
@@ -92,6 +93,40 @@ def attention(
     o, lse = form(queries, keys, None if sinks is None else sinks.reshape(groups), rules)
     o = o.reshape(B, T, H, -1).astype(v.dtype)
     return (o, lse.reshape(B, T, H)) if return_lse else o
+
+
+def attention_matrix(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    sink_tokens: int = 0,
+    softcap: float | None = None,
+    bias: Float[Array, "#B #H T T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B H T T"]:
+    """The weight of every key in every query's output, in fp32. Rows sum to 1, or less where sinks take a part.
+
+    Raises:
+      ValueError: shapes that do not fit, or more than 4096 tokens.
+    """
+    o = attention(
+        fp32(q),
+        fp32(k),
+        identity_values(k, k.shape[2]),
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        bias=bias,
+        segment_ids=segment_ids,
+        positions=positions,
+    )
+    return as_matrix(o)
 
 
 def merge(*parts: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]) -> tuple[Array, Array]:

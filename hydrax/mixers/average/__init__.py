@@ -1,0 +1,1 @@
+"""Mixers that average, convolve or filter over time."""
