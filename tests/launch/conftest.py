@@ -8,11 +8,17 @@ from typing import NamedTuple
 
 import pytest
 
+import launch.bench
 import launch.cost
 import launch.sample
 import launch.train
 
-MAINS = {"train": launch.train.main, "sample": launch.sample.main, "cost": launch.cost.main}
+MAINS = {
+    "train": launch.train.main,
+    "sample": launch.sample.main,
+    "cost": launch.cost.main,
+    "bench": launch.bench.main,
+}
 CONFIG = """
 from configs import common
 
@@ -84,6 +90,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "train": {"config": config, "workdir": workdir},
         "cost": {"config": config},
         "sample": {"workdir": workdir},
+        "bench": {},
     }
     given = {arg.lstrip("-").partition("=")[0] for arg in extra}
     return [*(f"--{k}={v}" for k, v in needed[command].items() if k not in given), *extra]

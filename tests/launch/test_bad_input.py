@@ -113,6 +113,29 @@ OTHERS = [
     ("sample", ["--workdir={folder}/empty"], r"workdir = '.*/empty': expected the folder of a run"),
     ("sample", ["--workdir={folder}/missing"], r"workdir = '.*/missing': expected the folder of a run"),
     ("sample", ["--config.sample.tokens=3"], r"--config\.sample\.tokens = '3': unknown flag; allowed: --workdir"),
+    ("bench", ["--mixers=gla,gln"], r"mixers = 'gln': expected all, or some of .*gla"),
+    ("bench", ["--mixers="], r"mixers = '': expected all, or some of .*gla"),
+    ("bench", ["--mixers=gla", "--d_model=18"], r"mixers\.gla\.heads = 4: expected a divisor of d_model = 18"),
+    ("bench", ["--d_model=0"], r"--d_model = '0': expected a positive integer"),
+    ("bench", ["--batch=-1"], r"--batch = '-1': expected a positive integer"),
+    ("bench", ["--seq_lens=64,4k"], r"seq_lens\[1\] = '4k': expected an integer"),
+    ("bench", ["--seq_lens=0"], r"seq_lens\[0\] = 0: expected an integer >= 1"),
+    ("bench", ["--dtype=fp16"], r"dtype = 'fp16': expected one of float32, bfloat16"),
+    (
+        "bench",
+        ["--mixers=gla", "--impl=fast"],
+        r"impl = 'fast': linear_attention: .*expected one of recurrent, chunked",
+    ),
+    ("bench", ["--repeats=0"], r"--repeats = '0': expected a positive integer"),
+    ("bench", ["--seconds=0"], r"seconds = 0\.0: expected a number > 0"),
+    ("bench", ["--threads=two"], r"--threads = 'two': expected a positive integer"),
+    ("bench", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
+    (
+        "bench",
+        ["--out={folder}/nothing.py/x.json"],
+        r"out = '.*/x\.json': cannot be written \(.*\); expected a new file",
+    ),
+    ("bench", ["--seq_len=64"], r"--seq_len = '64': unknown flag; did you mean --seq_lens\?"),
 ]
 
 
@@ -218,6 +241,7 @@ def test_damaged_checkpoints_are_refused(command, config, finished, tmp_path):
         ),
         ("sample", ["--workdir={run}"], r"error: workdir = '.*': expected the folder of a run"),
         ("cost", ["--confg=quickstart"], r"error: --confg = 'quickstart': unknown flag; did you mean --config\?"),
+        ("bench", ["--mixers=gln", "--out={run}/x.json"], r"error: mixers = 'gln': expected all, or some of "),
     ],
 )
 def test_as_processes(command, args, pattern, tmp_path):

@@ -80,13 +80,24 @@ def test_cost_prints_sums_that_agree(config):
     )  # final norm
 
 
+def test_bench_prints_and_saves_what_it_measured(tmp_path):
+    small = ["--mixers=lightning", "--d_model=16", "--seq_lens=16,32", "--forward_only", "--repeats=1"]
+    outcome = run("bench", *small, f"--out={tmp_path / 'x.json'}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.search(r"│ lightning +│ +32 +│ forward +│", outcome.out)
+    saved = json.loads((tmp_path / "x.json").read_text())
+    assert saved["command"] == f"python -m launch.bench {' '.join(small)}"
+    assert [row["seq_len"] for row in saved["rows"]] == [16, 32]
+    assert (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("command", MAINS)
 def test_help(command):
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"python -m launch.{command} --" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120
-    if command != "sample":
+    if command in ("train", "cost"):
         assert re.search(r"model\.d_model +256 +width D of the residual stream; an integer >= 1", outcome.out)
         assert re.search(r"optim\.name +adamw +.*one of adamw, muon", outcome.out)
         for name in mixers.names():

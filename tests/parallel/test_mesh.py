@@ -75,7 +75,7 @@ def test_parameters_do_not_depend_on_the_mesh(sizes: dict[str, int]):
     state = initial(**sizes)
     parts = {k: x.size // x.addressable_shards[0].data.size for k, x in state["params"].items()}
     assert parts["embed/weight"] == 8
-    assert parts["periods/0/blocks/0/mixer/q/kernel"] == 8
+    assert parts["periods/0/blocks/0/mixer/inputs/q/kernel"] == 8
     assert_trees_close("initial", jax.device_get(state), jax.device_get(initial()), 0.0)
 
 
@@ -126,7 +126,8 @@ def test_rules(axes: tuple, shape: tuple, sizes: dict[str, int], expected: tuple
 
 def test_every_axis_of_a_parameter_is_known():
     """A misspelt logical axis would be replicated in silence."""
-    unsharded = {"layers", "head_dim", "state_k", "state_v", "conv", "rank", "norm"}
+    small = {"conv", "depth", "feature", "gates", "norm", "parts", "rank", "slots"}
+    unsharded = small | {"layers", "head_dim", "state_k", "state_v"}
     known = unsharded | {axis for axis, _ in rules.RULES}
     plans = [PLAN, *(lm.blueprint(build(ModelConfig, {**MODEL, "pattern": name})) for name in mixers.names())]
     assert {axis for plan in plans for meta in plan.meta.values() for axis in meta.axes} <= known

@@ -1,5 +1,6 @@
 """The forms of `delta_rule`, in the layout of `ops.layout`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,9 @@ from hydrax.ops.delta.solve import unit_lower_inverse
 from hydrax.ops.layout import scan_tokens
 from hydrax.ops.linear.forms import SUB_BLOCK, decayed
 from hydrax.ops.spans import join_chunks, over_spans, split_chunks
+
+UNROLL = 4
+"""Chunks per iteration of the loops over chunk states, see `layout.UNROLL`; here an iteration holds matmuls."""
 
 
 def step(q: Array, k: Array, v: Array, beta: Array, g: Array, S: Array) -> tuple[Array, Array]:
@@ -51,9 +55,9 @@ class _Pieces(NamedTuple):
     u_in: Array
 
 
-def _pieces(q: Array, k: Array, g: Array) -> _Pieces:
-    overlaps, k_in, _, u_in, _ = decayed(k, k, g)
-    scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
+def _pieces(q: Array, k: Array, g: Array, same: Array) -> _Pieces:
+    overlaps, k_in, _, u_in, _ = decayed(k, k, g, same)
+    scores, q_in, k_out, o_in, v_out = decayed(q, k, g, same)
     return _Pieces(scores, q_in, k_out, o_in, v_out, overlaps, k_in, u_in)
 
 
@@ -96,7 +100,8 @@ def _run(c: _Chunks, k_out: Array, v: Array, S: Array) -> tuple[Array, Array, Ar
         return decay[..., None] * S + update, (u, S)
 
     U = einsum("bnhrij,bnjhrv->bnhriv", c.solve, v)
-    S, written = jax.lax.scan(chunk, S, layout.chunks_first((k_out, U, c.W, c.writes, c.decays)))
+    x = layout.chunks_first((k_out, U, c.W, c.writes, c.decays))
+    S, written = jax.lax.scan(chunk, S, x, unroll=UNROLL)
     return *layout.chunks_first(written), S
 
 
@@ -110,14 +115,14 @@ def _run_back(c: _Chunks, k_out: Array, q_in: Array, do_in: Array, du: Array, dS
         return decay[..., None] * dS + read, (du, dS)
 
     x = layout.chunks_first((k_out, q_in, do_in, du, c.W, c.writes, c.decays))
-    dS, found = jax.lax.scan(chunk, dS, x, reverse=True)
+    dS, found = jax.lax.scan(chunk, dS, x, reverse=True, unroll=UNROLL)
     return *layout.chunks_first(found), dS
 
 
 def _forward(x: tuple, ids: tuple, S: Array) -> tuple[Array, Array, Array]:
     """A span of chunks: outputs, the state after it, and the inverses, which are dear to compute."""
     q, k, v, beta, g = x
-    p = _pieces(q, k, g)
+    p = _pieces(q, k, g, documents.chunk_masks(*ids)[0])
     c = _chunks(p, v, beta, g, ids)
     u, found, S = _run(c, p.k_out.astype(v.dtype), v, S)
     inter = einsum("bnchk,bnhrkv->bnchrv", p.q_in.astype(v.dtype), found.astype(v.dtype))
@@ -127,7 +132,8 @@ def _forward(x: tuple, ids: tuple, S: Array) -> tuple[Array, Array, Array]:
 def _backward(x: tuple, ids: tuple, S: Array, inverse: Array, do: Array, dS: Array) -> tuple[tuple, Array]:
     """The vector-Jacobian product of `_forward`; the states are computed again, their cotangents run backwards."""
     q, k, v, beta, g = x
-    p, pullback = jax.vjp(_pieces, q, k, g)
+    same, enters, leaves, _ = documents.chunk_masks(*ids)
+    p, pullback = jax.vjp(functools.partial(_pieces, same=same), q, k, g)
     c = _chunks(p, v, beta, g, ids, inverse.astype(g.dtype))
     q_in, k_in, k_out, do_low = (a.astype(v.dtype) for a in (p.q_in, p.k_in, p.k_out, do))
     do_in = (_enters(ids) * p.o_in * do).astype(v.dtype)
@@ -136,7 +142,6 @@ def _backward(x: tuple, ids: tuple, S: Array, inverse: Array, do: Array, dS: Arr
     ddecays = layout.summed((found * dafter).sum(-1) * c.decays, g[:, :, 0])
     found, dafter = found.astype(v.dtype), dafter.astype(v.dtype)
 
-    same, enters, leaves, _ = documents.chunk_masks(*ids)
     dW = -einsum("bnhrcv,bnhrkv->bnhrck", du, found).astype(v.dtype)
     dreads = einsum("bnhrik,bnjhk->bnhrij", dW, k_in)
     dsolve = einsum("bnhriv,bnjhrv->bnhrij", du, v)

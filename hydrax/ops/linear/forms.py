@@ -1,5 +1,6 @@
 """The forms of `linear_attention`, in the layout of `ops.layout`."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -44,7 +45,7 @@ def _forward(x: tuple, ids: tuple, S: Array) -> tuple[Array, Array, tuple]:
     """A span of chunks: outputs, and the state after it."""
     q, k, v, g = x
     same, enters, leaves, keep = documents.chunk_masks(*ids)
-    scores, q_in, k_out, o_in, v_out = decayed(q, k, g)
+    scores, q_in, k_out, o_in, v_out = decayed(q, k, g, same)
     A = jnp.broadcast_to(layout.causal(scores, same), _wide(scores, v))
     updates = einsum("bnchk,bnchrv->bnhrkv", k_out.astype(v.dtype), (_each(leaves) * v_out * v).astype(v.dtype))
     found, S = layout.carry(updates, keep[..., None, None, None] * jnp.exp(g.sum(2)), S)
@@ -57,7 +58,7 @@ def _backward(x: tuple, ids: tuple, S: Array, saved: tuple, do: Array, dS: Array
     """The vector-Jacobian product of `_forward`; the states are computed again, their cotangents run backwards."""
     q, k, v, g = x
     same, enters, leaves, keep = documents.chunk_masks(*ids)
-    pieces, pullback = jax.vjp(decayed, q, k, g)
+    pieces, pullback = jax.vjp(functools.partial(decayed, same=same), q, k, g)
     scores, q_in, k_out, o_in, v_out = pieces
     A = jnp.broadcast_to(layout.causal(scores, same), _wide(scores, v)).astype(v.dtype)
     reads, writes = (_each(enters) * o_in * do).astype(v.dtype), (_each(leaves) * v_out * v).astype(v.dtype)
@@ -86,14 +87,16 @@ def _each(mask: Array) -> Array:
     return mask[..., None, None, None]
 
 
-def decay_sums(g: Array) -> Sums:
+def decay_sums(g: Array, same: Array) -> Sums:
     """Inclusive sums of the log-decay [B,N,C,...] over each chunk as two terms, G = coarse + fine.
 
     What is used is the difference of two sums, which may be small although both are in the thousands: one fp32 sum
-    would keep four digits of it. The coarse parts are multiples of 2^-8, whose sums and differences are exact.
+    would keep four digits of it. The coarse parts are multiples of 2^-8, whose sums and differences are exact. The fine
+    ones are rounded: they start again at every document (`same` [B,N,C,C]), so that none feels the one before it.
     """
     coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
-    return jnp.cumsum(coarse, axis=2), jnp.cumsum(g - coarse, axis=2)
+    own = (same & jnp.tril(jnp.ones(same.shape[-2:], bool))).astype(g.dtype)
+    return jnp.cumsum(coarse, axis=2), einsum("bnij,bnj...->bni...", own, g - coarse)
 
 
 def between(G: Sequence[Array], i: tuple, j: tuple) -> Array:
@@ -115,24 +118,24 @@ def to_end(g: Array) -> Array:
     return jnp.exp(jax.lax.cumsum(later, axis=2, reverse=True))
 
 
-def decayed(q: Array, k: Array, g: Array) -> tuple:
+def decayed(q: Array, k: Array, g: Array, same: Array) -> tuple:
     """Everything the decay of a chunk touches: scores [B,N,H,R|1,C,C] of q_i and k_j, valid for j <= i; then q and k,
     and factors for what is read from the incoming and written to the outgoing state."""
-    return (_scalar_decay if g.shape[-1] == 1 else _vector_decay)(q, k, g)
+    return (_scalar_decay if g.shape[-1] == 1 else _vector_decay)(q, k, g, same)
 
 
-def _scalar_decay(q: Array, k: Array, g: Array) -> tuple:
+def _scalar_decay(q: Array, k: Array, g: Array, same: Array) -> tuple:
     """Scores q_i·k_j e^{G_i - G_j}; the decay to and from the state sits on values and outputs, once per value head."""
-    G = decay_sums(g)
+    G = decay_sums(g, same)
     rows = tuple(jnp.moveaxis(x[..., 0], 2, -1) for x in G)  # [B,N,H,R,C]
     E = past_decay(between(rows, np.s_[..., :, None], np.s_[..., None, :]))
     return einsum("bnihk,bnjhk->bnhij", q, k)[:, :, :, None] * E, q, k, jnp.exp(sum(G)), to_end(g)
 
 
-def _vector_decay(q: Array, k: Array, g: Array) -> tuple:
+def _vector_decay(q: Array, k: Array, g: Array, same: Array) -> tuple:
     """Scores Σ_d q_id k_jd e^{G_id - G_jd}; the decay to and from the state sits on queries and keys."""
     g = g[..., 0, :]
-    G = decay_sums(g)
+    G = decay_sums(g, same)
     one = jnp.ones((1,), g.dtype)
     return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(sum(G)), k * to_end(g), one, one
 

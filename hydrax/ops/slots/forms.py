@@ -105,8 +105,8 @@ def _backward(x: tuple, ids: tuple, S: Array, saved: tuple, dy: Array, dS: Array
 def _terms(q: Array, k: Array, g: Array, ids: tuple) -> tuple[Array, Sums, Array, Array, Array]:
     """Scores q_i·k_j [B,N,H,C,C] and G; what is left of the incoming state at each token and of each token in the
     outgoing state [B,N,C,H,M], and of the state over the chunk [B,N,H,M]."""
-    _, enters, leaves, keep = documents.chunk_masks(*ids)
-    G = decay_sums(g)
+    same, enters, leaves, keep = documents.chunk_masks(*ids)
+    G = decay_sums(g, same)
     into, out = enters[..., None, None] * jnp.exp(sum(G)), leaves[..., None, None] * to_end(g)
     return _past(einsum("bnihk,bnjhk->bnhij", q, k), ids), G, into, out, keep[..., None, None] * jnp.exp(g.sum(2))
 

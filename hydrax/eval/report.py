@@ -1,0 +1,135 @@
+"""What a benchmark leaves: a file of all that was measured, a table, and a picture of time per token against length."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.table import Table
+
+from hydrax.core.build import ConfigError
+from hydrax.eval.bench import Result, Row, Settings, environment
+from hydrax.eval.layer import PASSES
+from hydrax.train.metrics import write_json
+
+INK, GRID = "#1f2430", "#e6e8ec"
+
+
+class Report:
+    """The rows so far, in the file `out` from the beginning and after every `add`; None: in memory only.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, out: pathlib.Path | None, command: str, settings: Settings):
+        self.rows: list[Row] = []
+        self._out = out
+        self._facts = {"command": command, "environment": environment(settings)}
+        self._facts["settings"] = dataclasses.asdict(settings)
+        if out is not None and out.suffix != ".json":
+            raise ConfigError("out", str(out), "expected a path that ends in .json")
+        try:
+            self.add([])
+        except OSError as error:
+            raise ConfigError("out", str(out), f"cannot be written ({error.strerror}); expected a new file") from None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Takes the rows of another mixer, and writes the file as a whole."""
+        self.rows += rows
+        if self._out is not None:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._out, {**self._facts, "rows": [dataclasses.asdict(row) for row in self.rows]})
+
+    def draw(self) -> None:
+        """The picture beside the file."""
+        if self._out is not None:
+            draw_times(self.rows, self._out.with_suffix(".png"))
+
+
+def table(rows: Iterable[Row], settings: Settings) -> Table:
+    """A line per program: median time and how wide the middle 60 % of its samples lie, memory, speed."""
+    title = f"{settings.batch} x T tokens, d_model {settings.d_model}, {settings.dtype}"
+    columns = ("mixer", "tokens", "pass", "compile s", "ms", "spread", "ns/token", "ratio", "MiB", "GFLOP/s")
+    result = Table(*columns, title=title, caption="ratio: of time per token to that of the shortest row")
+    for i, column in enumerate(result.columns):
+        column.justify = "left" if i in (0, 2) else "right"
+        column.no_wrap = True
+    for row in rows:
+        for name, measured in row.results.items():
+            result.add_row(row.mixer, f"{row.seq_len:,}", _title(name), *_cells(measured))
+        if row.error:
+            result.add_row(row.mixer, f"{row.seq_len:,}", "failed")
+    return result
+
+
+def line(row: Row) -> str:
+    """A row in brief, when it is there."""
+    parts = [f"{row.mixer}, {row.seq_len:,} tokens:"]
+    parts += [f"{_title(name)} {1e3 * r.seconds.median:,.1f} ms" for name, r in row.results.items()]
+    return "  ".join(parts + ([f"failed: {row.error}"] if row.error else []))
+
+
+def draw_times(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Median time per token against length, a panel per pass and a line per mixer, as a PNG; bars: the middle 60 %."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
+    from matplotlib.figure import Figure
+
+    passes = [name for name in PASSES if any(name in row.results for row in rows)]
+    if not passes:
+        return
+    figure = Figure(figsize=(5.2 * len(passes), 4.0), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    mixers = list(dict.fromkeys(row.mixer for row in rows))
+    for axes, name in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+        for i, mixer in enumerate(mixers):
+            points = list(_points(rows, mixer, name))
+            if points:
+                x, y, low, high = zip(*points, strict=True)
+                color = colormaps["turbo"]((i + 0.5) / len(mixers))
+                axes.errorbar(x, y, (low, high), marker="o", markersize=3.5, linewidth=1.3, color=color, label=mixer)
+        lengths = sorted({row.seq_len for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
+        axes.set_xlabel("tokens of a row", color=INK)
+        axes.set_ylabel("ns per token", color=INK)
+        axes.set_title(_title(name), color=INK, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    canvas.print_png(str(path))
+
+
+def _title(name: str) -> str:
+    """Of a pass."""
+    return name.replace("_", " + ")
+
+
+def _points(rows: Iterable[Row], mixer: str, name: str) -> Iterator[tuple[float, float, float, float]]:
+    """Length, ns per token, and how far the 20th percentile lies below and the 80th above it."""
+    for row in rows:
+        if row.mixer == mixer and name in row.results:
+            r = row.results[name]
+            scale = r.ns_per_token / r.seconds.median
+            yield (
+                row.seq_len,
+                r.ns_per_token,
+                scale * (r.seconds.median - r.seconds.p20),
+                scale * (r.seconds.p80 - r.seconds.median),
+            )
+
+
+def _cells(r: Result) -> list[str]:
+    return [
+        f"{r.compile_seconds:.1f}",
+        f"{1e3 * r.seconds.median:,.2f}",
+        f"{(r.seconds.p80 - r.seconds.p20) / r.seconds.median:.0%}",
+        f"{r.ns_per_token:,.0f}",
+        f"{r.ratio:.2f}",
+        f"{r.memory.total / 2**20:,.1f}",
+        f"{r.flops_per_second / 1e9:,.1f}",
+    ]

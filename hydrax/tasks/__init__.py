@@ -1,0 +1,1 @@
+"""Synthetic tasks, each a pure function of (seed, step) in numpy."""
