@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hydrax.core.typing import Array, PyTree
 
-SPAN = 4096
+SPAN = 8192
 """Tokens of a row that a form handles at once: enough to fill a GPU from one row."""
 
 Arrays = tuple[Array | None, ...]
@@ -75,6 +75,8 @@ def _backward(forward: Callable, backward: Callable, kept: tuple, cotangents: tu
         dx, dstate = backward(x, facts, before, saved, dy, dstate)
         return dstate, dx
 
+    # Without a loop around them, both passes would share what they compute, and keep all of it in between.
+    x, facts, before, saved, dy, dstate = jax.lax.optimization_barrier((x, facts, before, saved, dy, dstate))
     n = _spans(*jax.tree.leaves(x)[0].shape[1:3])
     dstate, dx = _scan(body, dstate, (_cut((x, facts, dy), n), before, saved), reverse=True)
     return _join(dx), None, dstate

@@ -30,15 +30,11 @@ def chunked(x: Array, w: Array, seg: Array, valid: Array, tail: Array) -> tuple[
     def masked(taken: Array, ids_taken: Array, ids_here: Array) -> Array:
         return tree.where(ids_taken == ids_here, taken, jnp.zeros_like(taken))
 
-    @jax.checkpoint  # or W masked copies of x would be kept for the gradient of w
-    def taps(x: Array, w: Array) -> Array:
-        terms = [fp32(masked(x[:, i : i + T], ids[:, i : i + T], seg)) * fp32(w[i]) for i in range(W)]
-        return sum(terms[1:], terms[0])
-
+    terms = [fp32(masked(x[:, i : i + T], ids[:, i : i + T], seg)) * fp32(w[i]) for i in range(W)]
     last = valid.sum(1).astype(jnp.int32)  # the W - 1 entries of x from here on end with the last real token
 
     def window(row: Array, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(row, start, W - 1)
 
     end = masked(jax.vmap(window)(x, last), jax.vmap(window)(ids, last), seg[:, -1:])
-    return taps(x, w), end
+    return sum(terms[1:], terms[0]), end
