@@ -6,7 +6,7 @@ Letters, everywhere in hydrax (einsums use them in lower case):
     D  model width              H  query/key heads         Hv value heads, a multiple of H
     K  key width per head       V  value width per head    R  value heads per key head, Hv / H
     C  tokens of a chunk        N  chunks of a row         W  taps of a short convolution
-    L  layers                   F  inner width of an FFN
+    L  layers                   F  inner width of an FFN    M  slots of a memory
 """
 
 from typing import Any

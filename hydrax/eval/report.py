@@ -74,6 +74,7 @@ def draw_times(rows: Sequence[Row], path: pathlib.Path) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     passes = [name for name in PASSES if any(name in row.results for row in rows)]
     if not passes:
@@ -93,6 +94,7 @@ def draw_times(rows: Sequence[Row], path: pathlib.Path) -> None:
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:,.0f}")
         axes.set_xlabel("tokens of a row", color=INK)
         axes.set_ylabel("ns per token", color=INK)
