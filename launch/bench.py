@@ -37,7 +37,7 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.eval import bench, report
 
     values = {f.name: FLAGS[f.name].value for f in dataclasses.fields(bench.Settings) if f.name in FLAGS}
-    values["mixers"] = bench.everything() if FLAGS.mixers == "all" else FLAGS.mixers.split(",")
+    values["mixers"] = bench.everything(FLAGS.d_model) if FLAGS.mixers == "all" else FLAGS.mixers.split(",")
     values["seq_lens"] = [Raw(length) for length in FLAGS.seq_lens.split(",")]
     settings = build(bench.Settings, {**values, "impl": FLAGS.impl or None, "backward": not FLAGS.forward_only})
     bench.check(settings)

@@ -83,9 +83,9 @@ class Row:
     error: str | None  # why one is missing
 
 
-def everything() -> tuple[str, ...]:
-    """The mixers with a recurrent state: all but softmax attention, whose keys and values grow with the row."""
-    return tuple(name for name in mixers.names() if mixers.row(name).transition != "lse")
+def everything(d_model: int) -> tuple[str, ...]:
+    """The mixers with a state of fixed size: all but softmax attention, whose keys and values grow with the row."""
+    return tuple(name for name in mixers.names() if not mixers.row(name).grows(default_config(name, d_model)))
 
 
 def check(settings: Settings) -> None:

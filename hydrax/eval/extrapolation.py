@@ -17,7 +17,7 @@ from hydrax.core.typing import Array, Float
 from hydrax.models.lm import blueprint
 from hydrax.models.spec import ModelConfig, resolve
 from hydrax.tasks.state_tracking import WordProblem
-from hydrax.train.figure import BASELINE, INK, TRAIN, VALIDATION
+from hydrax.train.figure import BASELINE, INK, TRAIN, VALIDATION, blank, quiet, save
 from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
 from hydrax.train.state import init_state
 from hydrax.train.step import make_train_step
@@ -93,11 +93,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], about: str, protocol: Protoc
 
     `about` says what tells the models of a group apart.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 * len(curves) + 0.6, 3.4), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(3.6 * len(curves) + 0.6, 3.4)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     kernel = np.ones(SMOOTH) / SMOOTH
     for axes, (title, group) in zip(panels, curves.items(), strict=True):
@@ -113,10 +109,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], about: str, protocol: Protoc
         axes.set_xlabel("length", color=INK)
         axes.set_xlim(0, protocol.longest)
         axes.set_ylim(-0.12, 1.06)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-        axes.set_axisbelow(True)
+        quiet(axes)
         axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.7), title=about)
     panels[0].set_ylabel("scaled accuracy", color=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(str(path))
+    save(figure, path)

@@ -9,9 +9,8 @@ from rich.table import Table
 from hydrax.core.build import ConfigError
 from hydrax.eval.bench import Result, Row, Settings, environment
 from hydrax.eval.layer import PASSES
+from hydrax.train.figure import INK, blank, quiet, save
 from hydrax.train.metrics import write_json
-
-INK, GRID = "#1f2430", "#e6e8ec"
 
 
 class Report:
@@ -72,15 +71,12 @@ def line(row: Row) -> str:
 def draw_times(rows: Sequence[Row], path: pathlib.Path) -> None:
     """Median time per token against length, a panel per pass and a line per mixer, as a PNG; bars: the middle 60 %."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     passes = [name for name in PASSES if any(name in row.results for row in rows)]
     if not passes:
         return
-    figure = Figure(figsize=(5.2 * len(passes), 4.0), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(5.2 * len(passes), 4.0)
     mixers = list(dict.fromkeys(row.mixer for row in rows))
     for axes, name in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
         for i, mixer in enumerate(mixers):
@@ -99,11 +95,9 @@ def draw_times(rows: Sequence[Row], path: pathlib.Path) -> None:
         axes.set_xlabel("tokens of a row", color=INK)
         axes.set_ylabel("ns per token", color=INK)
         axes.set_title(_title(name), color=INK, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
+        quiet(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    canvas.print_png(str(path))
+    save(figure, path)
 
 
 def _title(name: str) -> str:

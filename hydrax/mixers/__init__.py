@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 from hydrax.core.build import ConfigError
 from hydrax.core.registry import load
@@ -33,10 +33,8 @@ TABLE: dict[str, Row] = {
         paper="2406.06484",
         transition="full",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True, "out_gate": "silu"},
-        state_bytes=lambda c, n, b: (
-            4 * c.heads * c.key_dim * c.value_dim + b * (c.conv_width - 1) * c.heads * (2 * c.key_dim + c.value_dim)
-        ),
-        flops=lambda c, n: 6 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
+        flops=lambda c, n: 6 * _matrix(c),
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
@@ -53,11 +51,8 @@ TABLE: dict[str, Row] = {
         paper="2412.06464",
         transition="full",
         tiny={"heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True},
-        state_bytes=lambda c, n, b: (
-            4 * c.value_heads * c.key_dim * c.value_dim
-            + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim)
-        ),
-        flops=lambda c, n: 6 * c.value_heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
+        flops=lambda c, n: 6 * _matrix(c),
     ),
     "gla": Row(
         path="hydrax.mixers.linear.gla:GLA",
@@ -65,8 +60,8 @@ TABLE: dict[str, Row] = {
         paper="2312.06635",
         transition="diag",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "gate_rank": 4},
-        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
-        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c),
+        flops=lambda c, n: 4 * _matrix(c),
     ),
     "gsa": Row(
         path="hydrax.mixers.linear.gsa:GSA",
@@ -93,8 +88,8 @@ TABLE: dict[str, Row] = {
         paper="2404.07904",
         transition="diag",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
-        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
-        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c),
+        flops=lambda c, n: 4 * _matrix(c),
         lower_bound=lambda c: c.heads * c.key_dim,
     ),
     "kda": Row(
@@ -103,10 +98,8 @@ TABLE: dict[str, Row] = {
         paper="2510.26692",
         transition="full",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "gate_rank": 4, "allow_neg_eigval": True},
-        state_bytes=lambda c, n, b: (
-            4 * c.heads * c.key_dim * c.value_dim + b * (c.conv_width - 1) * c.heads * (2 * c.key_dim + c.value_dim)
-        ),
-        flops=lambda c, n: 6 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
+        flops=lambda c, n: 6 * _matrix(c),
     ),
     "lightning": Row(
         path="hydrax.mixers.linear.lightning:Lightning",
@@ -141,11 +134,8 @@ TABLE: dict[str, Row] = {
         paper="2405.21060",
         transition="scalar",
         tiny={"heads": 1, "value_heads": 4, "key_dim": 8, "value_dim": 16},
-        state_bytes=lambda c, n, b: (
-            4 * c.value_heads * c.key_dim * c.value_dim
-            + b * (c.conv_width - 1) * (2 * c.heads * c.key_dim + c.value_heads * c.value_dim)
-        ),
-        flops=lambda c, n: 4 * c.value_heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
+        flops=lambda c, n: 4 * _matrix(c),
     ),
     "retention": Row(
         path="hydrax.mixers.linear.retention:Retention",
@@ -153,8 +143,8 @@ TABLE: dict[str, Row] = {
         paper="2307.08621",
         transition="scalar",
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
-        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * c.value_dim,
-        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+        state_bytes=lambda c, n, b: 4 * _matrix(c),
+        flops=lambda c, n: 4 * _matrix(c),
     ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
@@ -166,6 +156,20 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * _visible(n, c.window, c.sink_tokens),
     ),
 }
+
+
+def _value_heads(c: Any) -> int:
+    return getattr(c, "value_heads", c.heads)
+
+
+def _matrix(c: Any) -> int:
+    """Entries of a matrix state, K × V per value head."""
+    return _value_heads(c) * c.key_dim * c.value_dim
+
+
+def _tails(c: Any) -> int:
+    """Entries that the short convolutions on queries, keys and values keep."""
+    return (c.conv_width - 1) * (2 * c.heads * c.key_dim + _value_heads(c) * c.value_dim)
 
 
 def _visible(n: int, window: int, sink_tokens: int) -> float:

@@ -92,8 +92,7 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
 
 def _layer(spec: LayerSpec, parameters: int, weights: int, seq_len: int, itemsize: int) -> LayerCost:
     row = mixers.row(spec.mixer)
-    one, two, held = (row.state_bytes(spec.options, n, itemsize) for n in (1, 2, seq_len))
-    growing = one != two  # keys and values of every token, at least up to a window, not a state of fixed size
+    held, growing = row.state_bytes(spec.options, seq_len, itemsize), row.grows(spec.options)
     return LayerCost(
         block=spec.block,
         mixer=spec.mixer,

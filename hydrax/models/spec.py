@@ -228,7 +228,7 @@ def _options(name: str, values: Mapping[str, Any], d_model: int, path: str) -> m
     config, values = mixers.get(name).Config, dict(_mapping(values, path))
     if "preset" in values:
         preset = values.pop("preset")
-        if preset not in config.PRESETS:
+        if preset not in list(config.PRESETS):  # what is given may be anything, and not hashable
             allowed = f"expected one of {', '.join(config.PRESETS)}" if config.PRESETS else f"{name} has no presets"
             raise ConfigError(f"{path}.preset", preset, allowed)
         values = _over(config.PRESETS[preset], values)

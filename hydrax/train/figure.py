@@ -1,21 +1,44 @@
-"""The picture of a run: bits per byte against steps, beside the baselines."""
+"""Pictures: how all of them look, and that of a run, bits per byte against steps beside the baselines."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydrax.train.metrics import Record
 
-INK, TRAIN, VALIDATION, BASELINE = "#1f2430", "#9db4d6", "#c8442f", "#8a8f99"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, TRAIN, VALIDATION, BASELINE, GRID = "#1f2430", "#9db4d6", "#c8442f", "#8a8f99", "#e6e8ec"
+
+
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of that many inches, without a window or global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def quiet(axes: "Axes") -> None:
+    """Two spines, and faint horizontal lines behind what is drawn."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save(figure: "Figure", path: pathlib.Path) -> None:
+    """Writes a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
 
 
 def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: pathlib.Path) -> None:
     """Training (line), validation (points) and baselines (dashed) in bits per byte, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; no window, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(7.2, 4.0)
     axes = figure.add_subplot()
     train = [(r["step"], r["bits_per_byte"]) for r in records if r.get("bits_per_byte") is not None]
     validation = [(r["step"], r["val_bits_per_byte"]) for r in records if r.get("val_bits_per_byte") is not None]
@@ -36,10 +59,7 @@ def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: p
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte", color=INK)
     axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-    axes.set_axisbelow(True)
+    quiet(axes)
     if train or validation:
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(str(path))
+    save(figure, path)

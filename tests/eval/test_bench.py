@@ -271,8 +271,8 @@ def test_nothing_measured_draws_nothing(tmp_path):
 
 
 def test_everything_means_all_but_growing_caches():
-    assert set(bench.everything()) >= {"gla", "gdn", "mamba2", "lightning"}
-    assert set(bench.everything()).isdisjoint({"attn", "swa"})
+    assert set(bench.everything(64)) >= {"gla", "gdn", "mamba2", "lightning", "abc", "gated_conv"}
+    assert set(bench.everything(64)).isdisjoint({"attn", "swa"})
 
 
 @pytest.mark.parametrize(

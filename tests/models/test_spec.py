@@ -68,6 +68,7 @@ def test_patterns(pattern: str, depth: int | None, letters: str):
             {"pattern": "gla", "mixers": {"gdn": {"preset": "x"}}},
             "mixers.gdn.preset = 'x': expected one of olmo, qwen3next",
         ),
+        ({"pattern": "gla", "mixers": {"gdn": {"preset": [1]}}}, "mixers.gdn.preset = [1]: expected one of olmo"),
         ({"pattern": "gla", "mixers": {"attn": {"heads": "4"}}}, "mixers.attn.heads = '4': expected an integer"),
     ],
 )
