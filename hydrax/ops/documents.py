@@ -21,6 +21,11 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(first, axis=1)
 
 
+def changes(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether a token belongs to another document than the one before it; what comes before token 0 is not another."""
+    return segment_ids != jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+
+
 def ids_before(seg: Int[Array, "B N C"]) -> Int[Array, "B N"]:
     """The id of the token before each chunk. What comes before the row belongs to the document of token 0."""
     return jnp.concatenate([seg[:, :1, 0], seg[:, :-1, -1]], axis=1)

@@ -65,14 +65,13 @@ def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S:
     """`o_t, S_t = step(*inputs_t, S_{t-1})` over the tokens, in fp32, from zeros wherever the document changes."""
     inputs = tuple(fp32(x) for x in inputs)
     seg = jnp.zeros(inputs[0].shape[:2], jnp.int32) if seg is None else seg
-    same = seg == jnp.concatenate([seg[:, :1], seg[:, :-1]], axis=1)
 
     def token(S: Array, x: tuple) -> tuple[Array, Array]:
-        same_t, *inputs_t = x
-        o, S = step(*inputs_t, tree.where(same_t, S, jnp.zeros_like(S)))
+        changes, *inputs_t = x
+        o, S = step(*inputs_t, tree.where(changes, jnp.zeros_like(S), S))
         return S, o
 
-    S, o = jax.lax.scan(token, S, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (same, *inputs)))
+    S, o = jax.lax.scan(token, S, chunks_first((documents.changes(seg), *inputs)))
     return jnp.moveaxis(o, 0, 1), S
 
 
@@ -103,7 +102,7 @@ def carry(updates: Array, decays: Array, S: Array, *, reverse: bool = False) -> 
 
 
 def chunks_first(x: tuple) -> tuple:
-    """[B,N,...] -> [N,B,...], for a scan over chunks."""
+    """[B,N,...] -> [N,B,...], for a scan over chunks or tokens."""
     return jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), x)
 
 

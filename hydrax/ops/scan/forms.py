@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from hydrax.core import tree
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, PyTree
+from hydrax.ops import documents
 from hydrax.ops.layout import chunks_first, scan_tokens
 from hydrax.ops.spans import join_chunks, over_spans, split_chunks
 
@@ -74,7 +75,7 @@ def _starts(seg: Array | None, x: Array) -> Array:
     """Bool [B,T]: the token belongs to another document than the one before it."""
     if seg is None:
         return jnp.zeros(x.shape[:2], bool)
-    return seg != jnp.concatenate([seg[:, :1], seg[:, :-1]], axis=1)
+    return documents.changes(seg)
 
 
 def _scan(a: Array, b: Array, h: Array, *, reverse: bool = False) -> Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from hydrax.core import tree
 from hydrax.core.numerics import MIN_LOG_DECAY, fp32
 from hydrax.core.typing import Array, Float, Int
-from hydrax.ops import layout, linear
+from hydrax.ops import documents, layout, linear
 from hydrax.ops.dispatch import select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.scan import linear_scan
@@ -122,8 +122,7 @@ def softmax_decay(
     sums, final = linear_scan(jnp.ones_like(new), new, initial_state=z, segment_ids=segment_ids, impl=impl)
     past = jnp.concatenate([z[:, None], sums[:, :-1]], axis=1)
     if segment_ids is not None:
-        starts = segment_ids != jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
-        past = tree.where(starts, jnp.zeros_like(past), past)
+        past = tree.where(documents.changes(segment_ids), jnp.zeros_like(past), past)
     # Where nothing is past, the token replaces the slot: any decay will do, but its gradient must be zero.
     g = -jax.nn.softplus(s - jnp.log(jnp.where(past > 0, past, 1)))
     return jnp.where(past > 0, g, MIN_LOG_DECAY), final
