@@ -1,10 +1,13 @@
-"""What the recipes of linear language models share: one training setup, and the widths of each mixer."""
+"""What recipes share: the training setup of linear language models, that of published hybrids, the widths of mixers."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
+from hydrax.core.build import ConfigError
 
 # Options by mixer; those that depend on the width of the model are left to the mixers' own defaults.
 OPTIONS: dict[str, dict[int, dict]] = {
@@ -53,3 +56,49 @@ def language_model(mixer: str, *, layers: int = 24, width: int = 1024) -> Config
 def steps(tokens: float, config: ConfigDict) -> int:
     """Steps that see so many tokens."""
     return math.ceil(tokens / (config.train.batch_size * config.data.seq_len))
+
+
+def sized(arg: str, sizes: Mapping[str, Mapping[str, Any]], **others: Any) -> tuple[ConfigDict, ConfigDict]:
+    """The row of a table of sizes that `size` in the argument names, by default the first, and the other arguments.
+
+    Every table has the published model first and `tiny`, the same structure for a laptop, last.
+    """
+    args = common.parse_arg(arg, size=next(iter(sizes)), **others)
+    return ConfigDict({"name": args.size, **choose("size", args.size, sizes)}), args
+
+
+def choose(key: str, value: Any, allowed: Mapping[str, Any]) -> Any:
+    """The entry of `allowed` under the argument `value`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if value not in allowed:
+        raise ConfigError(key, value, f"expected one of {', '.join(allowed)}")
+    return allowed[value]
+
+
+def pretraining(
+    size: ConfigDict, model: Mapping[str, Any], *, seq_len: int, rows: int, tokens: float, lr: float, warmup: int = 2000
+) -> ConfigDict:
+    """A model with the vocabulary of its size, and its training: AdamW, clipping at 1, cosine to a tenth, bfloat16.
+
+    `rows` of `seq_len` tokens per step, `tokens` in all. The size `tiny` trains on bytes for seconds instead.
+    """
+    config = common.base()
+    config.model.update(model)
+    config.optim.lr, config.optim.warmup = lr, warmup
+    if size.name == "tiny":
+        config.data.seq_len = 64
+        config.train.update(steps=30, batch_size=8, eval_rows=8, eval_every=0, save_every=0)
+        config.optim.update(lr=3e-3, warmup=5)
+        config.sample.tokens = 0
+        return config
+    config.model.vocab_size = size.vocab
+    config.data.seq_len = seq_len
+    config.train.batch_size = rows
+    config.train.steps = steps(tokens, config)
+    config.train.dtype = "bfloat16"
+    config.train.remat = "full"
+    config.train.eval_every = config.train.save_every = 1000
+    return config

@@ -1,7 +1,8 @@
 """`open_data`: documents at a path become training and validation batches.
 
 A batch is a dict of [B,T] arrays tokens, targets, segment_ids (0 = padding), positions (int32) and weights (fp32, 1
-where a target counts), with bytes fp32 [B]: the UTF-8 bytes the counted targets stand for.
+where a target counts), with bytes fp32 [B]: the UTF-8 bytes the counted targets stand for. With a schedule of modes
+(`data.modes`) there are modes int32 [B,T] too.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive
+from hydrax.data.modes import ModesConfig, modes
 from hydrax.data.pack import Batch, PackedRows
 from hydrax.data.source import Corpus, open_corpus
 from hydrax.data.tokenizer import Tokenizer, open_tokenizer
@@ -19,10 +21,11 @@ from hydrax.data.tokenizer import Tokenizer, open_tokenizer
 class DataConfig:
     path: str | None = None  # file, folder, glob or token folder; None: the source of Python's standard library
     tokenizer: str = "byte"  # "byte" or the path of a tokenizer.json (needs the extra `hf`)
-    seq_len: Positive = 512  # predictions per row, T
+    seq_len: Positive = 512  # predictions per row (and, with a model of meta tokens, places of these), T
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
+    modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,18 @@ class Data:
     files: int
     sha256: str  # over all documents' names and contents
     threads: int
+    modes: ModesConfig
 
     def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
         """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
         import grain  # takes seconds to import
 
-        numbers = grain.MapDataset.range(len(self.train.rows)).seed(seed).shuffle().repeat().batch(batch_size)
-        batches = numbers.slice(slice(start_step, None)).map(self.train.rows.batch)
+        def batch(n: int, rows: np.ndarray) -> Batch:
+            return self._batch(self.train, rows, n * batch_size + np.arange(batch_size), seed)
+
+        numbers = grain.MapDataset.range(len(self.train.rows)).seed(seed).shuffle().repeat()
+        # There is no remainder to drop, but with one to keep grain rounds the length of endless data beyond 64 bits.
+        batches = numbers.batch(batch_size, drop_remainder=True).map_with_index(batch).slice(slice(start_step, None))
         return iter(batches.to_iter_dataset(grain.ReadOptions(self.threads, prefetch_buffer_size=2 * self.threads)))
 
     def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
@@ -58,25 +66,34 @@ class Data:
         chosen = np.arange(count) * len(source) // max(count, 1)
         chosen = np.pad(chosen, (0, -count % batch_size), constant_values=len(source))
         for numbers in chosen.reshape(-1, batch_size):
-            yield source.batch(numbers)
+            yield self._batch(self.val, numbers, numbers, seed=0)
+
+    def _batch(self, split: Split, rows: np.ndarray, numbers: np.ndarray, seed: int) -> Batch:
+        """Rows of a split; their modes depend on (seed, numbers)."""
+        batch = split.rows.batch(rows)
+        chosen = modes(self.modes, batch, numbers, seed=seed)
+        return batch if chosen is None else {**batch, "modes": chosen}
 
 
-def open_data(cfg: DataConfig) -> Data:
-    """Reads, tokenises and splits the documents at `cfg.path`.
+def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
+    """Reads, tokenises and splits the documents at `cfg.path`, each behind `prefix` places of the model's meta tokens.
 
     Raises:
-      ConfigError: nothing to read, a split without documents, or fewer training tokens than one row.
+      ConfigError: nothing to read, a split without documents, rows that the prefix fills, or fewer training tokens
+        than one row.
     """
+    if prefix >= cfg.seq_len:
+        raise ConfigError("model.prefix.meta_tokens", prefix, f"expected less than data.seq_len = {cfg.seq_len}")
     tokenizer = open_tokenizer(cfg.tokenizer)
     corpus = open_corpus(cfg.path, tokenizer, cfg.val_fraction)
     held_out = _held_out(corpus, cfg.val_fraction)
-    train = _split(cfg, corpus, tokenizer, ~held_out, partial=False)
-    val = _split(cfg, corpus, tokenizer, held_out, partial=True)
+    train = _split(cfg, corpus, tokenizer, ~held_out, prefix, partial=False)
+    val = _split(cfg, corpus, tokenizer, held_out, prefix, partial=True)
     if len(train.rows) == 0:
         tokens = train.rows.stream_length
         allowed = f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
         raise ConfigError("data.seq_len", cfg.seq_len, allowed)
-    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads)
+    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads, cfg.modes)
 
 
 def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
@@ -95,7 +112,9 @@ def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
     raise ConfigError("data.val_fraction", fraction, f"{remedy}; {why}")
 
 
-def _split(cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, members: np.ndarray, *, partial: bool) -> Split:
+def _split(
+    cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, members: np.ndarray, prefix: int, *, partial: bool
+) -> Split:
     documents = np.flatnonzero(members)
-    rows = PackedRows(corpus, documents, tokenizer, cfg.seq_len, seed=cfg.seed, partial=partial)
+    rows = PackedRows(corpus, documents, tokenizer, cfg.seq_len, seed=cfg.seed, partial=partial, prefix=prefix)
     return Split(rows, documents.size, int(corpus.records["bytes"][documents].sum()), corpus.sha256(documents))

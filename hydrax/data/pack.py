@@ -3,6 +3,11 @@
 Documents follow one another in a fixed shuffled order. Row i holds the tokens [i·T, i·T + T] of that stream: T inputs
 and, one further, T targets, so that every token is a target exactly once. A document that is cut continues in the
 next row as a fresh segment from position 0: the model sees nothing of the row before.
+
+With a prefix of M places (`model.prefix.meta_tokens`), a document of n tokens takes M + n places of the stream, and row
+i holds the tokens at the places [M + i·(T - M), M + (i + 1)·(T - M)]. Each segment, a continued one too, is M places of
+the prefix and then its tokens, from position M on. Where the edge of a row falls into a prefix, the rows on both sides
+of it end in padding, M places in all.
 """
 
 import numpy as np
@@ -14,13 +19,14 @@ Batch = dict[str, np.ndarray]
 
 
 class PackedRows:
-    """Rows of `seq_len` predictions. The cost of a row does not depend on its number, and little on the documents'.
+    """Rows of `seq_len` places. The cost of a row does not depend on its number, and little on the documents'.
 
     Args:
       corpus: tokenised documents; a memory-mapped one stays on disk.
       documents: int [n], the documents of this split.
       seed: decides their order.
       partial: keep the last, padded row. Training drops it, validation must not.
+      prefix: places M < seq_len in front of every segment's tokens.
     """
 
     def __init__(
@@ -32,19 +38,23 @@ class PackedRows:
         *,
         seed: int,
         partial: bool,
+        prefix: int = 0,
     ):
         order = np.random.default_rng(seed).permutation(documents)
-        lengths = np.diff(corpus.offsets)[order]
+        lengths = prefix + np.diff(corpus.offsets)[order]
         self.tokens, self.pad, self.token_bytes = corpus.tokens, tokenizer.pad, tokenizer.token_bytes
-        self.seq_len = seq_len
+        self.seq_len, self.prefix = seq_len, prefix
         self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of each document in the stream; its length last
-        self.shift = corpus.offsets[order] - self.starts[:-1]  # from a place in the stream to one in the corpus
-        predictions = max(0, self.stream_length - 1)
-        self.length = -(-predictions // seq_len) if partial else predictions // seq_len
+        self.shift = (
+            corpus.offsets[order] - prefix - self.starts[:-1]
+        )  # from a place in the stream to one in the corpus
+        self.stride = seq_len - prefix  # places of the stream from row to row
+        predictions = max(0, self.stream_length - 1 - prefix)
+        self.length = -(-predictions // self.stride) if partial else predictions // self.stride
 
     @property
     def stream_length(self) -> int:
-        """Tokens of the split, BOS and EOS included."""
+        """Tokens of the split, BOS, EOS and every document's prefix included."""
         return int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -59,23 +69,31 @@ class PackedRows:
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows by number, int [B]; a number past the end gives a row of padding.
 
-        Returns tokens, targets, segment_ids (from 1; 0 is padding), positions int32 [B,T], weights fp32 [B,T]
-        (1 where the target is in its input's document) and bytes fp32 [B] that the counted targets stand for.
+        Returns tokens (the prefix: pad), targets, segment_ids (from 1; 0 is padding), positions int32 [B,T], weights
+        fp32 [B,T] (1 where the target is in its input's document and the input not in a prefix) and bytes fp32 [B]
+        that the counted targets stand for.
         """
-        start = rows[..., None] * self.seq_len
-        places = start + np.arange(self.seq_len + 1)
-        real = places < self.stream_length
-        places = np.minimum(places, self.stream_length - 1)
-        document = np.searchsorted(self.starts, places, "right") - 1
-        tokens = np.where(real, self.tokens[places + self.shift[document]], self.pad).astype(np.int32)
-        position = places - np.maximum(self.starts[document], start)
-        real = real[..., 1:]  # an input without a target is padding too
-        weights = real & (document[..., 1:] == document[..., :-1])
+        first = self.prefix + rows[..., None] * self.stride
+        last = np.minimum(first + self.stride, self.stream_length - 1)  # place of the last target
+        _, head = self._segment(first, first)
+        places = head - self.prefix + np.arange(self.seq_len + 1)
+        document, head = self._segment(places, first)
+        position = places - head + self.prefix
+        at = np.clip(places, head, self.stream_length - 1) + self.shift[document]
+        tokens = np.where(position < self.prefix, self.pad, self.tokens[at]).astype(np.int32)
+        # An input whose target is not this row's is padding, and so is a prefix without such tokens.
+        real = (places[..., 1:] <= last) & (head[..., :-1] < last)
+        weights = real & (document[..., 1:] == document[..., :-1]) & (position[..., :-1] >= self.prefix)
         return {
             "tokens": np.where(real, tokens[..., :-1], self.pad),
-            "targets": tokens[..., 1:],
+            "targets": np.where(real, tokens[..., 1:], self.pad),
             "segment_ids": np.where(real, document[..., :-1] - document[..., :1] + 1, 0).astype(np.int32),
             "positions": np.where(real, position[..., :-1], 0).astype(np.int32),
             "weights": weights.astype(np.float32),
             "bytes": (self.token_bytes[tokens[..., 1:]] * weights).sum(-1).astype(np.float32),
         }
+
+    def _segment(self, places: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Document at each place (past the end: the last), and the place of its first token in a row from `first`."""
+        document = np.searchsorted(self.starts[:-1], places, "right") - 1
+        return document, np.maximum(self.starts[document] + self.prefix, first)

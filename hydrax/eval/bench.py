@@ -146,7 +146,7 @@ def _rows(
         Row(
             mixer=layer.name,
             seq_len=seq_len,
-            options=dataclasses.asdict(layer.cfg),  # type: ignore[call-overload]
+            options=dataclasses.asdict(layer.cfg),
             parameters=tree.count(layer.shapes),
             flops_per_token=layer.flops(seq_len),
             state_bytes=layer.row.state_bytes(layer.cfg, seq_len, layer.dtype.itemsize),

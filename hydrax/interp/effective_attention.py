@@ -10,6 +10,7 @@ activation) and what follows the reads (skip, norm, gate, output projection).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,8 @@ from hydrax.core.typing import Array, Float, Int
 from hydrax.mixers import Context, Mixer
 from hydrax.models.block import Block
 from hydrax.models.lm import LM
+from hydrax.models.stack import Visit, run_period
 from hydrax.ops.identity import LONGEST
-
-Visit = Callable[[Block, Array, Context], Context]
-"""Called with a layer, its input and its context; returns the context to run it in."""
 
 
 # ------------------------------------------------------------------------------------------------------------ matrices
@@ -83,16 +82,21 @@ def _observe(mixer: Mixer, x: Array, ctx: Context, change: Callable[[Array], Arr
 def walk(
     lm: LM, tokens: Int[Array, "B T"], visit: Visit, segment_ids: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """What `lm.hidden` returns, layer by layer."""
-    ctx = Context.of(tokens, segment_ids, depth=lm.depth, lower_bounds={b.width: b() for b in lm.bounds})
-    x = lm.embed(tokens) * lm.cfg.embed_scale
+    """What `lm.hidden` returns, layer by layer.
+
+    Raises:
+      ValueError: a model that runs layers several times.
+    """
+    if any(section.loops > 1 for section in lm.sections):
+        raise ValueError("walk: expected a model without loops")
+    x, ctx = lm.enter(tokens, Context.of(tokens, segment_ids))
+    keys: dict[int, Any] = {}
     for group, period in zip(lm.groups, lm.periods, strict=True):
         graph, params = nnx.split(period)
         for r in range(group.repeats):
-            blocks = nnx.merge(graph, jax.tree.map(lambda p, r=r: p[r], params)).blocks
-            for i, block in enumerate(blocks):
-                here = ctx.at(group.start + r * len(blocks) + i)
-                x, _ = block(x, visit(block, x, here))
+            own = nnx.merge(graph, jax.tree.map(lambda p, r=r: p[r], params))
+            run = run_period(group, own, x, ctx, r, None, shared=lm.shared, keys=keys, visit=visit)
+            x, keys = run.x, keys | run.keys
     return lm.norm(x)
 
 
@@ -103,7 +107,8 @@ def matrices(
     found = []
 
     def visit(block: Block, x: Array, ctx: Context) -> Context:
-        found.append(probe(block.mixer, block.mixer_norm(x), ctx, groups=groups))
+        h = x if block.mixer_norm is None else block.mixer_norm(x)
+        found.append(probe(block.mixer, h, ctx, groups=groups))
         return ctx
 
     walk(lm, tokens, visit, segment_ids)

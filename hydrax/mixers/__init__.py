@@ -24,7 +24,7 @@ TABLE: dict[str, Row] = {
         paper="1706.03762",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
-        state_bytes=lambda c, n, b: n * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
+        state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
     "deltanet": Row(
@@ -35,6 +35,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True, "out_gate": "silu"},
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
+    ),
+    "fixedqk": Row(
+        path="hydrax.mixers.softmax.fixedqk:FixedQK",
+        about="softmax attention with weights that depend on positions alone: an ablation",
+        paper="2510.11602",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
@@ -136,6 +145,34 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 1, "value_heads": 4, "key_dim": 8, "value_dim": 16},
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 4 * _matrix(c),
+        head_option="value_heads",
+    ),
+    "mla": Row(
+        path="hydrax.mixers.softmax.mla:LatentAttention",
+        about="softmax attention whose keys and values are made of one low-rank latent",
+        paper="2405.04434",
+        transition="lse",
+        tiny={"heads": 4, "q_rank": 24, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 12},
+        state_bytes=lambda c, n, b: n * ((c.kv_rank + c.rope_dim) * b + 8),
+        flops=lambda c, n: 2 * c.heads * (c.nope_dim + c.rope_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "mlp": Row(
+        path="hydrax.mixers.softmax.mlp:MLP",
+        about="no mixing at all, as many parameters as softmax attention: an ablation",
+        paper="2510.11602",
+        transition="none",
+        tiny={"inner_dim": 24},
+        state_bytes=lambda c, n, b: 0,
+        flops=lambda c, n: 0,
+    ),
+    "nonapprox": Row(
+        path="hydrax.mixers.linear.nonapprox:NonApprox",
+        about="softmax over the past of scores that each belong to one token: an ablation",
+        paper="2510.11602",
+        transition="lse",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * (c.value_dim + 2),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + 2 * c.value_dim),
     ),
     "retention": Row(
         path="hydrax.mixers.linear.retention:Retention",
@@ -146,14 +183,41 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * _matrix(c),
         flops=lambda c, n: 4 * _matrix(c),
     ),
+    "rglru": Row(
+        path="hydrax.mixers.linear.rglru:RGLRU",
+        about="gated recurrence per channel whose decay sets how much it writes",
+        paper="2402.19427",
+        transition="diag",
+        tiny={"heads": 2, "value_dim": 12},
+        state_bytes=lambda c, n, b: c.heads * c.value_dim * (4 + b * (c.conv_width - 1)),
+        flops=lambda c, n: 4 * c.heads * c.value_dim,
+    ),
+    "staticqk": Row(
+        path="hydrax.mixers.softmax.staticqk:StaticQK",
+        about="softmax attention with queries and keys of the token embeddings: an ablation",
+        paper="2510.11602",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
         about="softmax attention over a sliding window, with learned sinks or sink tokens",
         paper="2309.17453",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},
-        state_bytes=lambda c, n, b: min(n, c.window + c.sink_tokens) * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8),
+        state_bytes=lambda c, n, b: _cache(c, min(n, c.window + c.sink_tokens), b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * _visible(n, c.window, c.sink_tokens),
+    ),
+    "taylor": Row(
+        path="hydrax.mixers.linear.taylor:Taylor",
+        about="attention with the exponential's Taylor polynomial of degree 2: an ablation",
+        paper="2510.11602",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
     ),
 }
 
@@ -170,6 +234,11 @@ def _matrix(c: Any) -> int:
 def _tails(c: Any) -> int:
     """Entries that the short convolutions on queries, keys and values keep."""
     return (c.conv_width - 1) * (2 * c.heads * c.key_dim + _value_heads(c) * c.value_dim)
+
+
+def _cache(c: Any, slots: int, b: int) -> int:
+    """Bytes of the keys and values of that many tokens, with their positions and documents; 0 if another has them."""
+    return 0 if c.kv == "shared" else slots * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8)
 
 
 def _visible(n: int, window: int, sink_tokens: int) -> float:

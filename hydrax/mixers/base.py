@@ -24,9 +24,14 @@ class Context:
       starts: bool [B], token 0 does not continue the document of the given state. None: it does.
       layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
       lower_bounds: by width W, [layers,W] fp32 in [0,1): how little the gates of each layer may forget.
+      embeddings: [B,T,D], what the first layer read: the token embeddings.
+      modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. None: the
+        block's own choice.
+      keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
       impl: passed to the ops.
+      records: where `record` puts what a layer has to say beside its output; None: nowhere.
       taps: functions applied to named intermediate arrays (interpretability, interventions): "heads", z before the
-        output projection; "values" and "reads" of mixers that are linear in their values, see `Mixer`.
+        output projection; "keys", "values" and "reads" of mixers that are linear in their values, see `Mixer`.
     """
 
     positions: Int[Array, "B T"]
@@ -35,6 +40,10 @@ class Context:
     layer_index: int | Array = 0
     depth: int = 1
     lower_bounds: Mapping[int, Array] = dataclasses.field(default_factory=dict)
+    embeddings: Float[Array, "B T D"] | None = None
+    modes: Int[Array, "B T"] | None = None
+    keys: Any = None
+    records: dict[str, Any] | None = None
     impl: str | None = None
     taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
 
@@ -57,11 +66,17 @@ class Context:
             return jnp.zeros((width,), jnp.float32)
         return self.lower_bounds[width][self.layer_index]
 
+    def record(self, name: str, value: Any) -> None:
+        """Hands `value` to whoever runs the layer: "keys" for layers that share them, losses by their name."""
+        if self.records is not None:
+            self.records[name] = value
+
     def tap(self, name: str, z: Array) -> Array:
         """`z`, after the tap of that name if one is set."""
         return self.taps[name](z) if name in self.taps else z
 
 
+@dataclasses.dataclass(frozen=True)
 class MixerConfig:
     """Base of every mixer's frozen `Config`.
 
@@ -88,10 +103,14 @@ class Mixer(nnx.Module):
 
     Where queries, keys and gates fix a linear map from values to what is read, `mix` taps both: "values" after their
     convolution and activation, "reads" before skip, norm and gate. Both are [B,T,heads,V] if the channels of a head
-    share that map, [B,T,channels] if every channel has its own.
+    share that map, [B,T,channels] if every channel has its own. Mixers with a convolution on their keys tap "keys"
+    [B,T,heads,K] after it and before any norm.
+
+    The output projection is the attribute `project`; whoever joins several mixers sets it to None and has its own.
     """
 
     Config: ClassVar[type[MixerConfig]]
+    project: Any
 
     def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
         """`cfg` is a filled `Config`."""
@@ -136,6 +155,7 @@ class Row:
       state_bytes: (filled config, max_len, bytes per element of the compute dtype) -> bytes of one row's state.
       flops: (filled config, document length) -> forward FLOPs per token of the mixing itself, without projections.
       lower_bound: (filled config) -> width of the gates whose lower bounds the model learns; None: it has none.
+      head_option: the option that says how many heads the output has.
     """
 
     path: str
@@ -146,6 +166,7 @@ class Row:
     state_bytes: Callable[[Any, int, int], int]
     flops: Callable[[Any, int], float]
     lower_bound: Callable[[Any], int] | None = None
+    head_option: str = "heads"
 
     def grows(self, cfg: Any) -> bool:
         """Whether the state grows with the row (keys and values, at least up to a window) or has a fixed size."""

@@ -15,7 +15,7 @@ class Cache(NamedTuple):
     Attributes:
       position: int32 [B], index inside its document of the token to come.
       segment: int32 [B], id of the document in progress; 0 before the first token.
-      layers: per group, per layer of its period, the mixer's state stacked over the repeats.
+      layers: per group, per layer of its period, the layer's state by part, stacked over passes of a loop and repeats.
     """
 
     position: Int[Array, "B"]

@@ -2,7 +2,10 @@
 
 Conventions: 2 FLOPs per multiply-add; a training step is three forward passes (recomputation is not counted); mixing
 is counted in its recurrent form (4KV per token and value head for additive states, 6KV for the delta rule), softmax
-attention over the mean number of visible keys of a document of `seq_len` tokens.
+attention over the mean number of visible keys of a document of `seq_len` tokens. Layers count once per pass of a loop,
+common weights in every layer that uses them, low-rank changes as products of their own, and of experts those that a
+token is sent to. modes(...) and route(...) compute both their parts. A prefix is run with every document, and its
+tokens pay for it.
 """
 
 import dataclasses
@@ -10,15 +13,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hydrax import mixers
 from hydrax.core.build import ConfigError
-from hydrax.models.lm import blueprint
-from hydrax.models.spec import LayerSpec, ModelConfig, group, model_config, resolve
+from hydrax.models.layers import Group, LayerSpec, groups
+from hydrax.models.lm import Blueprint, blueprint
+from hydrax.models.mix import Mix
+from hydrax.models.spec import ModelConfig, model_config, sections
+from hydrax.nn import memory, moe
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One layer: `flops` forward per token, `state_bytes` (fixed) or `kv_bytes` (growing) of one decoded sequence."""
+    """One layer: `flops` forward per token, `state_bytes` (fixed) or `kv_bytes` (growing) of one decoded sequence.
+
+    `parameters` are its own; those it has in common with others are `Cost.shared_parameters`.
+    """
 
     block: str
     mixer: str
@@ -35,7 +43,9 @@ class Cost:
     seq_len: int
     batch: int
     parameters: int
+    active_parameters: int  # without the experts and the values of memories that a token does not use
     embedding_parameters: int
+    shared_parameters: int  # of blocks that several layers use
     flops_per_token: float
     state_bytes: int
     kv_bytes: int
@@ -46,13 +56,18 @@ class Cost:
         """Forward and backward."""
         return 3 * self.flops_per_token
 
+    @property
+    def cache_bytes(self) -> int:
+        """All that decoding keeps at `seq_len` tokens."""
+        return self.state_bytes + self.kv_bytes
+
 
 def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, itemsize: int = 2) -> Cost:
     """The cost of a model at a sequence length.
 
     Args:
       cfg: the model; a dict or ConfigDict of `ModelConfig` fields will do.
-      seq_len: tokens of a document, which softmax attention and its cache depend on.
+      seq_len: tokens of a document, which softmax attention and its cache depend on; a prefix comes on top.
       batch: sequences decoded together.
       itemsize: bytes per cached element that is not an fp32 state (2 = bf16).
 
@@ -63,26 +78,24 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
         if value < 1:
             raise ConfigError(key, value, "expected an integer >= 1")
     cfg = model_config(cfg)
-    plan = blueprint(cfg)
-    sizes = {path: math.prod(s.shape) for path, s in plan.shapes.items()}
-    matrices = {path: sizes[path] for path, meta in plan.meta.items() if meta.matrix is not None}
+    placed = [(section, group) for section in sections(cfg) for group in groups(section)]
+    parameters = _Parameters(cfg, blueprint(cfg), [group for _, group in placed])
     layers: list[LayerCost] = []
-    for g_index, g in enumerate(group(resolve(cfg))):
-        period = []
-        for i, spec in enumerate(g.period):
-            prefix = f"periods/{g_index}/blocks/{i}/"
-            parameters, weights = (
-                sum(n for path, n in table.items() if path.startswith(prefix)) // g.repeats
-                for table in (sizes, matrices)
-            )
-            period.append(_layer(spec, parameters, weights, seq_len, itemsize))
-        layers += period * g.repeats
-    rows = sizes["embed/weight"]
+    for j, (section, group) in enumerate(placed):
+        times = [n for n, _ in section.passes]
+        period = [
+            _layer(cfg, list(zip(times, passes, strict=True)), parameters.layer(j, i, group), seq_len, itemsize)
+            for i, passes in enumerate(zip(*group.variants, strict=True))
+        ]
+        layers += period * group.repeats
+    rows = parameters.sizes["embed/weight"]
     return Cost(
         seq_len=seq_len,
         batch=batch,
-        parameters=sum(sizes.values()),
+        parameters=sum(parameters.sizes.values()),
+        active_parameters=sum(parameters.used.values()),
         embedding_parameters=rows if cfg.tie else 2 * rows,
+        shared_parameters=sum(n for path, n in parameters.sizes.items() if path.startswith("shared/")),
         flops_per_token=sum(layer.flops for layer in layers) + 2 * rows,
         state_bytes=batch * sum(layer.state_bytes for layer in layers),
         kv_bytes=batch * sum(layer.kv_bytes for layer in layers),
@@ -90,14 +103,69 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
     )
 
 
-def _layer(spec: LayerSpec, parameters: int, weights: int, seq_len: int, itemsize: int) -> LayerCost:
-    row = mixers.row(spec.mixer)
-    held, growing = row.state_bytes(spec.options, seq_len, itemsize), row.grows(spec.options)
+class _Parameters:
+    """How many parameters there are under every path, and how many of them a token uses."""
+
+    def __init__(self, cfg: ModelConfig, plan: Blueprint, found: list[Group]):
+        self.sizes = {path: math.prod(s.shape) for path, s in plan.shapes.items()}
+        self.used = dict(self.sizes)
+        self.matrices = {path for path, meta in plan.meta.items() if meta.matrix is not None}
+        for place, spec in ((_place(j, i, spec), spec) for j, g in enumerate(found) for i, spec in enumerate(g.period)):
+            if spec.moe is not None:
+                self._share(f"{place}moe/experts/", spec.moe.top_k, spec.moe.experts)
+            if spec.memory and cfg.memory.pkm is not None:
+                self._share(f"{place}pkm/values", cfg.memory.pkm.top_k, cfg.memory.pkm.rows**2)
+
+    def _share(self, prefix: str, used: int, of: int) -> None:
+        self.used |= {path: n * used // of for path, n in self.sizes.items() if path.startswith(prefix)}
+
+    def layer(self, j: int, i: int, group: Group) -> tuple[int, int]:
+        """Layer i of period j: parameters of its own, and entries of all matrices that a token is multiplied with."""
+        spec, own = group.period[i], f"periods/{j}/blocks/{i}/"
+        common = {_place(j, i, spec)} - {own} | ({f"shared/{spec.feed.block}/"} if spec.feed else set())
+        parameters = sum(n for path, n in self.sizes.items() if path.startswith(own)) // group.repeats
+        return parameters, self._entries(own) // group.repeats + sum(map(self._entries, common))
+
+    def _entries(self, prefix: str) -> int:
+        return sum(self.used[path] for path in self.matrices if path.startswith(prefix))
+
+
+def _place(j: int, i: int, spec: LayerSpec) -> str:
+    """Where the parameters of layer i of period j are."""
+    return f"shared/{spec.block}/" if spec.shared else f"periods/{j}/blocks/{i}/"
+
+
+def _layer(
+    cfg: ModelConfig, passes: list[tuple[int, LayerSpec]], count: tuple[int, int], seq_len: int, itemsize: int
+) -> LayerCost:
+    """A layer, as it is in each run of passes of a loop; the state is kept for every pass."""
+    (parameters, entries), spec = count, passes[0][1]
+    length, loops = cfg.prefix.meta_tokens + seq_len, sum(n for n, _ in passes)
+    held = [mix.nbytes(length, itemsize) for mix in _mixes(spec)]
+    flops = sum(n * (2 * entries + _mixing(cfg, own, length)) for n, own in passes)
     return LayerCost(
         block=spec.block,
         mixer=spec.mixer,
         parameters=parameters,
-        flops=2 * weights + row.flops(spec.options, seq_len),
-        state_bytes=0 if growing else held,
-        kv_bytes=held if growing else 0,
+        flops=flops * length / seq_len,
+        state_bytes=loops * (sum(fixed for fixed, _ in held) + _beside(cfg, spec, itemsize)),
+        kv_bytes=loops * sum(growing for _, growing in held),
     )
+
+
+def _mixes(spec: LayerSpec) -> list[Mix]:
+    """What mixes tokens in a layer: its own mixer, and that of a common block which feeds it."""
+    return [spec.mix] if spec.feed is None else [spec.mix, spec.feed.mix]
+
+
+def _mixing(cfg: ModelConfig, spec: LayerSpec, length: int) -> float:
+    """Forward FLOPs per token of all that is no product with a matrix of `_Parameters`."""
+    beside = [spec.moe] + ([cfg.memory.workspace, cfg.memory.pkm] if spec.memory else [])
+    return sum(mix.flops(length) for mix in _mixes(spec)) + sum(part.flops(cfg.d_model) for part in beside if part)
+
+
+def _beside(cfg: ModelConfig, spec: LayerSpec, itemsize: int) -> int:
+    """Bytes of what a layer remembers beside its mixers."""
+    router = 0 if spec.moe is None else moe.state_bytes(spec.moe, cfg.d_model, itemsize)
+    workspace = cfg.memory.workspace if spec.memory else None
+    return router + (0 if workspace is None else memory.state_bytes(workspace, cfg.d_model, itemsize))

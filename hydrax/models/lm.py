@@ -10,13 +10,18 @@ from flax import nnx
 
 from hydrax import mixers
 from hydrax.core.build import ConfigError
+from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int, PyTree
+from hydrax.models.block import Block
 from hydrax.models.cache import Cache, advance, context
-from hydrax.models.spec import BYTE_VOCABULARY, Group, ModelConfig, group, model_config, resolve
-from hydrax.models.stack import REMAT, init_group, run_group
+from hydrax.models.layers import Group, LayerSpec, Section, groups
+from hydrax.models.sharing import Feed
+from hydrax.models.spec import BYTE_VOCABULARY, ModelConfig, model_config, sections
+from hydrax.models.stack import REMAT, Losses, Passes, Period, added, init_group, run_group, variant
 from hydrax.nn.bounds import LowerBounds
 from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import NORMS
+from hydrax.nn.param import param
 from hydrax.parallel.rules import constrain
 
 
@@ -27,83 +32,214 @@ class LM(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True, key: Array):
-        layers = resolve(cfg)
-        self.cfg, self.remat, self.unroll, self.depth = cfg, remat, unroll, len(layers)
-        self.groups = group(layers) if scan else [Group(i, (layer,), 1) for i, layer in enumerate(layers)]
+        self.cfg, self.remat, self.unroll = cfg, remat, unroll
+        self.sections = sections(cfg)
+        layers = [layer for section in self.sections for layer in section.layers]
+        self.depth = len(layers)
+        self.groups = [group for section in self.sections for group in groups(section, scan=scan)]
         self.vocabulary = cfg.vocab_size or BYTE_VOCABULARY
         rngs = nnx.Rngs(params=jax.random.fold_in(key, self.depth))
         self.embed = Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
         self.head = None if cfg.tie else Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
         self.norm = NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
-        widths = dict.fromkeys(w(s.options) for s in layers if (w := mixers.row(s.mixer).lower_bound) is not None)
+        widths = dict.fromkeys(width for layer in layers for width in layer.mix.lower_bounds())
         self.bounds = nnx.List([LowerBounds(self.depth, width, rngs=rngs) for width in widths])
-        self.periods = nnx.List([init_group(g, cfg, depth=self.depth, key=key) for g in self.groups])
+        meta, normal = cfg.prefix.meta_tokens, jax.nn.initializers.normal(0.02)
+        self.meta = param(rngs, normal, (meta, cfg.d_model), ("prefix", "embed"), cast=True) if meta else None
+        self.passes = nnx.List([Passes(cfg.loop, section.loops, cfg.d_model, rngs=rngs) for section in self.sections])
+        self.shared = nnx.Dict(self._common(layers, rngs))
+        self.periods = nnx.List([init_group(g, cfg, self.shared, depth=self.depth, key=key) for g in self.groups])
+
+    def _common(self, layers: list[LayerSpec], rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """The blocks that several layers use, by name."""
+        fed = {layer.feed.block: Feed(self.cfg, layer.feed, rngs=rngs) for layer in layers if layer.feed is not None}
+        own = {layer.block: layer for layer in layers if layer.shared}
+        return fed | {name: Block(self.cfg, layer, depth=self.depth, rngs=rngs) for name, layer in own.items()}
 
     def __call__(
-        self, tokens: Int[Array, "B T"], segment_ids: Array | None = None, positions: Array | None = None
-    ) -> Float[Array, "B T vocab"]:
-        """Logits of the next token after each token. `segment_ids` keep packed documents apart (0 = padding)."""
-        return self.logits(self.hidden(tokens, segment_ids, positions))[..., : self.vocabulary]
-
-    def hidden(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Array | None = None,
         positions: Array | None = None,
         *,
+        modes: Array | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Logits of the next token after each token. `segment_ids` keep packed documents apart (0 = padding)."""
+        return self.logits(self.hidden(tokens, segment_ids, positions, modes=modes))[..., : self.vocabulary]
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], segment_ids: Array | None = None, positions: Array | None = None, **facts: Any
+    ) -> Float[Array, "B T D"]:
+        """The normed residual stream after the last layer; see `forward`."""
+        return self.forward(tokens, segment_ids, positions, **facts)[0]
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        *,
+        modes: Array | None = None,
         impl: str | None = None,
         taps: Mapping[str, Callable[[Array], Array]] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The normed residual stream after the last layer. `positions` follow from `segment_ids` if not given."""
-        ctx = mixers.Context.of(tokens, segment_ids, impl=impl, taps=taps or {})
+    ) -> tuple[Float[Array, "B T D"], Losses]:
+        """The normed residual stream after the last layer, and the layers' own losses, summed by name.
+
+        `positions` follow from `segment_ids` if not given. A prefix of meta tokens is part of the documents that
+        `segment_ids` lay out: tokens at the first positions of each are replaced by it. Rows without `segment_ids`
+        get theirs here, and only the tokens' own outputs are returned.
+        """
+        prefix = 0 if segment_ids is not None or positions is not None else self.cfg.prefix.meta_tokens
+        if prefix:
+            tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
+            modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)), mode="edge")
+        ctx = mixers.Context.of(tokens, segment_ids, impl=impl, modes=modes, taps=taps or {})
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
-        return self._run(tokens, ctx, None)[0]
+        x, _, losses = self._run(tokens, ctx, None)
+        return x[:, prefix:], losses
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... rows"]:
         """fp32 logits of hidden states, over the rounded-up vocabulary (rows beyond it are masked)."""
         return (self.head or self.embed).logits(x, self.cfg.logit_softcap)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
-        """The state before the first token, for documents of up to `max_len` tokens."""
+        """The state before the first token, for documents of up to `max_len` tokens: that after the prefix, if any."""
+        prefix = self.cfg.prefix.meta_tokens
 
-        def stacked(block: Any, repeats: int) -> PyTree:
-            state = block.mixer.init_state(batch, max_len, jnp.dtype(dtype))
-            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), state)
+        def stacked(block: Any, spec: LayerSpec, repeats: int, loops: int) -> PyTree:
+            whole: Any = self.shared[spec.block] if spec.shared else block
+            state = whole.init_state(batch, prefix + max_len, jnp.dtype(dtype), self.shared)
+            return jax.tree.map(lambda x: jnp.zeros((loops, repeats, *x.shape), x.dtype), state)
 
+        loops = {g.start: section.loops for section, own in self._by_section() for g, _ in own}
         layers = [
-            [stacked(block, g.repeats) for block in period.blocks]
+            [
+                stacked(block, spec, g.repeats, loops[g.start])
+                for block, spec in zip(period.blocks, g.period, strict=True)
+            ]
             for g, period in zip(self.groups, self.periods, strict=True)
         ]
         zeros = jnp.zeros((batch,), jnp.int32)
-        return Cache(position=zeros, segment=zeros, layers=layers)
+        cache = Cache(position=zeros, segment=zeros, layers=layers)
+        if not prefix:
+            return cache
+        tokens = jnp.zeros((batch, prefix), jnp.int32)
+        ctx = context(cache, tokens, None)
+        return advance(cache, ctx, self._run(tokens, ctx, layers)[1])
 
     def prefill(
-        self, tokens: Int[Array, "B T"], cache: Cache, segment_ids: Array | None = None, *, impl: str | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        segment_ids: Array | None = None,
+        *,
+        modes: Array | None = None,
+        impl: str | None = None,
     ) -> tuple[Float[Array, "B T vocab"], Cache]:
         """Logits of tokens that follow the cache, and the cache after them.
 
         Without `segment_ids` the tokens continue the document in progress. Rows of different length are padded on
         the right with id 0; what comes next then follows the last real token.
         """
-        ctx = dataclasses.replace(context(cache, tokens, segment_ids), impl=impl)
-        x, layers = self._run(tokens, ctx, cache.layers)
+        ctx = dataclasses.replace(context(cache, tokens, segment_ids), modes=modes, impl=impl)
+        x, layers, _ = self._run(tokens, ctx, cache.layers)
         return self.logits(x)[..., : self.vocabulary], advance(cache, ctx, layers)
 
-    def step(self, token: Int[Array, "B"], cache: Cache, segment: Array | None = None) -> tuple[Array, Cache]:
+    def step(
+        self, token: Int[Array, "B"], cache: Cache, segment: Array | None = None, *, modes: Array | None = None
+    ) -> tuple[Array, Cache]:
         """Logits [B,vocab] after one more token, and the cache: `prefill` with T = 1."""
-        logits, cache = self.prefill(token[:, None], cache, None if segment is None else segment[:, None])
+        segment, modes = (None if x is None else x[:, None] for x in (segment, modes))
+        logits, cache = self.prefill(token[:, None], cache, segment, modes=modes)
         return logits[:, 0], cache
 
-    def _run(self, tokens: Array, ctx: mixers.Context, layers: list | None) -> tuple[Array, list]:
-        ctx = dataclasses.replace(ctx, depth=self.depth, lower_bounds={b.width: b() for b in self.bounds})
-        x = constrain(self.embed(tokens) * self.cfg.embed_scale, ("batch", "seq", "act_embed"))
-        new = []
-        for i, (g, period) in enumerate(zip(self.groups, self.periods, strict=True)):
-            given = None if layers is None else layers[i]
-            x, states = run_group(g, period, x, ctx, given, remat=self.remat, unroll=self.unroll)
-            new.append(states)
-        return self.norm(x), new
+    def enter(self, tokens: Int[Array, "B T"], ctx: mixers.Context) -> tuple[Float[Array, "B T D"], mixers.Context]:
+        """What the first layer reads, and the context with all that the model tells its layers."""
+        x = self.embed(tokens) * self.cfg.embed_scale
+        if self.meta is not None:
+            places = ctx.positions[:, :, None]
+            x = jnp.where(places < len(self.meta), self.meta[...][jnp.minimum(ctx.positions, len(self.meta) - 1)], x)
+        x = constrain(x, ("batch", "seq", "act_embed"))
+        bounds = {b.width: b() for b in self.bounds}
+        return x, dataclasses.replace(ctx, depth=self.depth, lower_bounds=bounds, embeddings=x)
+
+    def _run(self, tokens: Array, ctx: mixers.Context, layers: list | None) -> tuple[Array, list, Losses]:
+        x, ctx = self.enter(tokens, ctx)
+        new: list[PyTree] = []
+        losses: Losses = {}
+        for i, (section, own) in enumerate(self._by_section()):
+            given = None if layers is None else layers[len(new) : len(new) + len(own)]
+            x, states, lost = self._run_section(section, own, self.passes[i].gates, x, ctx, given)
+            new += states
+            losses = added(losses, lost)
+        final = self.cfg.loop.norm == "final" and self.sections[-1].loops > 1
+        return x if final else self.norm(x), new, losses
+
+    def _by_section(self) -> list[tuple[Section, list[tuple[Group, Period]]]]:
+        pairs = list(zip(self.groups, self.periods, strict=True))
+        ends = [section.start + len(section.layers) for section in self.sections]
+        return [
+            (section, [(g, p) for g, p in pairs if section.start <= g.start < end])
+            for section, end in zip(self.sections, ends, strict=True)
+        ]
+
+    def _run_section(
+        self,
+        section: Section,
+        own: list[tuple[Group, Period]],
+        gates: nnx.Param | None,
+        x: Array,
+        ctx: mixers.Context,
+        states: list | None,
+    ) -> tuple[Array, list, Losses]:
+        """All passes over the layers of a section: equal passes in a row are one scan, over their gates and states."""
+        made, lost, start = [], [], 0
+        for index, (n, _) in enumerate(section.passes):
+            periods = [(g, variant(g, index, p, self.cfg, self.shared, self.depth)) for g, p in own]
+
+            def once(x: Array, xs: tuple, periods: list = periods) -> tuple[Array, tuple]:
+                gate, given = xs
+                return self._pass(section, periods, gate, x, ctx, given)
+
+            take = lambda tree, a=start, b=start + n: jax.tree.map(lambda leaf: leaf[a:b], tree)  # noqa: E731
+            xs = (None if gates is None else take(gates[...]), take(states))
+            if n == 1:  # no loop at all, and nothing for XLA to carry around one
+                x, ys = once(x, jax.tree.map(lambda leaf: leaf[0], xs))
+                ys = jax.tree.map(lambda leaf: leaf[None], ys)
+            else:
+                x, ys = jax.lax.scan(once, x, xs)
+            made.append(ys[0])
+            lost.append(jax.tree.map(jnp.sum, ys[1]))
+            start += n
+        states = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made) if len(made) > 1 else made[0]
+        return x, states, jax.tree.map(lambda *values: sum(values), *lost)
+
+    def _pass(
+        self,
+        section: Section,
+        periods: list[tuple[Group, Period]],
+        gate: Array | None,
+        x: Array,
+        ctx: mixers.Context,
+        states: list | None,
+    ) -> tuple[Array, tuple[list, Losses]]:
+        entry, new = x, []
+        losses: Losses = {}
+        keys: dict[int, Any] = {}
+        for i, (g, period) in enumerate(periods):
+            given = None if states is None else states[i]
+            run = run_group(
+                g, period, x, ctx, given, shared=self.shared, keys=keys, remat=self.remat, unroll=self.unroll
+            )
+            x, keys = run.x, run.keys
+            new.append(run.states)
+            losses = added(losses, run.losses)
+        if self.cfg.loop.norm == "final" and section.loops > 1:
+            x = self.norm(x)
+        if gate is not None:
+            x = x + (fp32(gate) * fp32(entry)).astype(x.dtype)
+        return x, (new, losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +250,7 @@ class ParamMeta:
     decay: bool
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None
     cast: bool
+    rule: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,30 +1,55 @@
-"""From the pattern of a hybrid to one entry per layer.
+"""The configuration of a model, and its resolution to one entry per layer. The grammar of patterns is `pattern`'s."""
 
-    pattern := term {"," term}         term := [int "*"] (name | "(" pattern ")" | helper)
-    every(r, lin, full, phase=r)       full at i % (r+1) == phase (the last layer if there is none), lin elsewhere
-    bookend(n, full, lin)              full in the first and last n layers
-    select([i, ...], full, lin)        full at these indices
-    fill(pattern, L)                   pattern repeated and cut to L layers
-Helpers without a count take the depth from `num_layers`. A name is a registered mixer or a block of `blocks`.
-"""
-
-import ast
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from hydrax import mixers
-from hydrax.core.build import ConfigError, Positive, PositiveFloat, build
+from hydrax.core.build import ConfigError, NonNegative, Positive, PositiveFloat, build
+from hydrax.models import pattern as patterns
+from hydrax.models.compose import mapping, mix_of, options_of, over
+from hydrax.models.layers import FFN, BlockConfig, LayerSpec, Norm, Place, Section
+from hydrax.models.mix import Single, key_facts
 from hydrax.nn import ffn
-
-FFN = Literal["none", "swiglu", "geglu", "reglu", "sglu", "mlp", "relu2"]
+from hydrax.nn.memory import PKMConfig, WorkspaceConfig
+from hydrax.nn.moe import MoEConfig
 
 BYTE_VOCABULARY = 259
 """Vocabulary of the byte tokenizer (256 bytes, begin, end, padding): the default of a model without data."""
 
-MAX_LAYERS = 10_000
-"""No pattern expands beyond this: a mistyped count should not fill the memory."""
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Layers run several times (arXiv 2605.20670): h^τ = F(h^{τ-1}) + ρ_τ ⊙ h^{τ-1}, states of their own per pass."""
+
+    n: Positive = 1  # passes; loop(n, ...) in a pattern says it for a part of the layers
+    gate: Literal["none", "scalar", "channel"] = "none"  # ρ, initially 0
+    norm: Literal["none", "final"] = "none"  # final: the model's last norm follows every pass
+    block_gate: bool = False  # h ← h + η h_before after every period, η a scalar per period, initially 0
+    per_loop: tuple[Mapping[str, Any], ...] = ()  # for each pass, {mixer: options} that change no parameter's shape
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareConfig:
+    """What layers use of others. Weights are shared by blocks with `shared = true`."""
+
+    kv: tuple[tuple[NonNegative, ...], ...] = ()  # groups of layers; the first one's keys and values serve all
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Memories beside the mixers, each read under a norm and added to the stream (arXiv 2508.15099)."""
+
+    workspace: WorkspaceConfig | None = None  # slots written chunk by chunk
+    pkm: PKMConfig | None = None  # product keys
+    every: Positive = 1  # after layers i with i % every == every - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """Learned vectors in front of every document (arXiv 2411.13676), at its first positions."""
+
+    meta_tokens: NonNegative = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +58,28 @@ class ModelConfig:
     pattern: str = "2*(3*gdn,attn)"  # which mixer in which layer
     num_layers: Positive | None = None  # depth, where the pattern does not tell it
     vocab_size: Positive | None = None  # None: the tokenizer's (rounded up internally)
-    blocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> {mixer, options, ffn, ffn_dim}
+    blocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> fields of `BlockConfig`
     mixers: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> options of that mixer
     ffn: FFN = "swiglu"  # channel mixing after each mixer
+    ffn_pattern: str | None = None  # the same layer by layer, e.g. "fill((swiglu,moe))"
     ffn_dim: Positive | None = None  # its inner width; 8D/3 (gated) or 4D rounded up to 256 if None
-    norm: Literal["rmsnorm", "srmsnorm"] = "rmsnorm"  # norms of the blocks, with a learned weight or without
+    ffn_bias: bool = False  # biases in dense networks
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)  # where ffn = moe
+    norm: Norm = "rmsnorm"  # weight w, weight 1 + w, or none
+    norm_place: Place = "pre"  # x + f(norm x), x + norm f(x), x + norm f(norm x), α norm x + β f(norm x)
+    post_alpha: PositiveFloat = 1.0  # α of norm_place = post
+    post_beta: PositiveFloat = 1.0  # β of norm_place = post
     norm_eps: PositiveFloat = 1e-6  # of these norms
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    share: ShareConfig = dataclasses.field(default_factory=ShareConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    prefix: PrefixConfig = dataclasses.field(default_factory=PrefixConfig)
     embed_scale: PositiveFloat = 1.0  # factor on the embeddings
     tie: bool = True  # the embedding table also gives the logits
     logit_softcap: PositiveFloat | None = None  # c of c·tanh(z/c) on the logits
 
     def __post_init__(self) -> None:
-        resolve(self)  # a config that exists can be built
+        sections(self)  # a config that exists can be built
 
 
 def model_config(cfg: ModelConfig | Mapping[str, Any]) -> ModelConfig:
@@ -52,211 +87,178 @@ def model_config(cfg: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     return cfg if isinstance(cfg, ModelConfig) else build(ModelConfig, dict(cfg), "model")
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """A named block: a mixer with options of its own, and optionally another FFN."""
-
-    mixer: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ffn: FFN | None = None  # None: the model's
-    ffn_dim: Positive | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """One resolved layer; `options` is the mixer's `Config` with nothing left open."""
-
-    block: str
-    mixer: str
-    options: mixers.MixerConfig
-    ffn: str
-    ffn_dim: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """`repeats` repetitions of the layers `period`, the first of them at index `start`."""
-
-    start: int
-    period: tuple[LayerSpec, ...]
-    repeats: int
-
-
 def resolve(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
     """One `LayerSpec` per layer.
 
     Raises:
       ConfigError: a pattern that does not parse, an unknown name, options that do not fit, a depth that contradicts
-        `num_layers`.
+        `num_layers`, heads, groups or loops that break a rule.
     """
-    for name, options in cfg.mixers.items():
-        _options(name, options, cfg.d_model, f"mixers.{name}")
-    blocks = {name: _block(name, values, cfg) for name, values in cfg.blocks.items()}
-    names = expand(cfg.pattern, cfg.num_layers)
+    return tuple(layer for section in sections(cfg) for layer in section.layers)
+
+
+def sections(cfg: ModelConfig) -> tuple[Section, ...]:
+    """The layers, cut where loops begin and end; raises what `resolve` raises."""
+    stretches = patterns.stretches(cfg.pattern, cfg.num_layers)
+    names = [name for stretch in stretches for name in stretch.names]
     if cfg.num_layers is not None and len(names) != cfg.num_layers:
         raise ConfigError("num_layers", cfg.num_layers, f"the pattern {cfg.pattern!r} has {len(names)} layers")
-    for name in dict.fromkeys(names):
-        if name not in blocks:
-            known = ", ".join([*cfg.blocks, *mixers.names()])
-            if name not in mixers.TABLE:
-                raise ConfigError("pattern", cfg.pattern, f"{name!r} is neither a mixer nor a block; allowed: {known}")
-            blocks[name] = _block(name, {"mixer": name}, cfg)
-    return tuple(blocks[name] for name in names)
+    for name in cfg.mixers:
+        options_of(name, {}, cfg, f"mixers.{name}")
+    layers = _layers(cfg, names)
+    loops = [_loops(cfg, stretch) for stretch in stretches]
+    if cfg.loop.per_loop and len(cfg.loop.per_loop) not in loops:
+        raise ConfigError("loop.per_loop", len(cfg.loop.per_loop), f"expected options for {max(loops)} passes")
+    found, start = [], 0
+    for stretch, n in zip(stretches, loops, strict=True):
+        own = layers[start : start + len(stretch.names)]
+        found.append(Section(start, _passes(cfg, own, n)))
+        start += len(stretch.names)
+    return tuple(found)
 
 
-def group(layers: tuple[LayerSpec, ...]) -> list[Group]:
-    """Cuts the layers into repeated periods, so that compile time grows with the period and not with the depth.
-
-    From the left, the period that covers most layers with at least two repeats wins (the shortest among equals);
-    what does not repeat stands alone.
-    """
-    groups, start = [], 0
-    while start < len(layers):
-        rest = layers[start:]
-        candidates = [(_repeats(rest, p), p) for p in range(1, len(rest) // 2 + 1)]
-        repeats, p = max((c for c in candidates if c[0] > 1), key=lambda c: (c[0] * c[1], -c[1]), default=(1, 1))
-        groups.append(Group(start, rest[:p], repeats))
-        start += repeats * p
-    return groups
-
-
-def expand(pattern: str, num_layers: int | None) -> list[str]:
-    """The names of a pattern, one per layer."""
-    try:
-        names = _walk(ast.parse(pattern.strip(), mode="eval").body, num_layers)
-    except SyntaxError as error:
-        raise ConfigError("pattern", pattern, f"{error.msg} at character {error.offset}") from None
-    except (_PatternError, RecursionError) as error:
-        raise ConfigError("pattern", pattern, str(error)) from None
-    if not names:
-        raise ConfigError("pattern", pattern, "expected at least one layer, e.g. '2*(3*gdn,attn)'")
-    return names
+def _layers(cfg: ModelConfig, names: list[str]) -> list[LayerSpec]:
+    kinds = _ffn_kinds(cfg, len(names))
+    configs = {name: _block(cfg, name) for name in dict.fromkeys([*cfg.blocks, *names])}
+    places = {name: [i for i, n in enumerate(names) if n == name] for name in configs}
+    layers: list[LayerSpec] = []
+    for i, name in enumerate(names):
+        spec = _layer(cfg, name, configs[name], kinds[i], places[name], i)
+        layers.append(dataclasses.replace(spec, memory=_remembers(cfg.memory, i)))
+    for name in cfg.blocks:  # those that no layer uses must be right, too
+        if not places[name]:
+            _layer(cfg, name, configs[name], cfg.ffn, [0], 0)
+    for shared in (name for name, config in configs.items() if config.shared):
+        if len({dataclasses.replace(layers[i], producer=0, produces=False) for i in places[shared]}) > 1:
+            raise ConfigError(f"blocks.{shared}.shared", True, "its places differ, and cannot have the same weights")
+    return _linked(cfg, layers)
 
 
-class _PatternError(ValueError):
-    """A pattern that parses but means nothing; `expand` adds the pattern itself."""
+def _remembers(memory: MemoryConfig, i: int) -> bool:
+    return (memory.workspace or memory.pkm) is not None and i % memory.every == memory.every - 1
 
 
-def _walk(node: ast.expr, depth: int | None) -> list[str]:
-    """The grammar happens to be a subset of Python's expressions, so Python parses it."""
-    match node:
-        case ast.Name(id=name):
-            return [name]
-        case ast.Tuple(elts=terms):
-            return _bounded(itertools.chain.from_iterable(_walk(term, depth) for term in terms))
-        case ast.BinOp(op=ast.Mult(), left=ast.Constant(value=int(n)), right=term) if n >= 1:
-            return _bounded(itertools.chain.from_iterable(itertools.repeat(_walk(term, depth), n)))
-        case ast.Call(func=ast.Name(id=helper), args=args, keywords=keywords) if helper in _HELPERS:
-            values = [_argument(a, depth) for a in args]
-            named = {k.arg or "**": _argument(k.value, depth) for k in keywords}
-            try:
-                return _HELPERS[helper](depth, *values, **named)
-            except TypeError:
-                usage = next(line.strip() for line in __doc__.splitlines() if line.strip().startswith(helper))
-                raise _PatternError(f"expected {usage}") from None
-    raise _PatternError(f"cannot read {ast.unparse(node)!r}; expected names, n*(...), or {', '.join(_HELPERS)}")
+def _ffn_kinds(cfg: ModelConfig, depth: int) -> list[str]:
+    if cfg.ffn_pattern is None:
+        return [cfg.ffn] * depth
+    kinds = patterns.expand(cfg.ffn_pattern, depth, "ffn_pattern")
+    known = ["none", "moe", *ffn.ACTIVATIONS]
+    wrong = next((kind for kind in kinds if kind not in known), None)
+    if wrong is not None:
+        raise ConfigError("ffn_pattern", cfg.ffn_pattern, f"{wrong!r}: expected names of {', '.join(known)}")
+    if len(kinds) != depth:
+        raise ConfigError("ffn_pattern", cfg.ffn_pattern, f"it has {len(kinds)} entries for {depth} layers")
+    return kinds
 
 
-def _bounded(names: "itertools.chain[str]") -> list[str]:
-    result = list(itertools.islice(names, MAX_LAYERS + 1))
-    if len(result) > MAX_LAYERS:
-        raise _PatternError(f"more than {MAX_LAYERS} layers")
-    return result
+def _block(cfg: ModelConfig, name: str) -> BlockConfig:
+    """The block of that name: one of `blocks`, or a mixer or composition as it stands."""
+    if name in cfg.blocks:
+        return build(BlockConfig, cfg.blocks[name], f"blocks.{name}")
+    if name in mixers.TABLE or patterns.composition(name) is not None:
+        return BlockConfig(name)
+    known = ", ".join([*cfg.blocks, *mixers.names()])
+    raise ConfigError("pattern", cfg.pattern, f"{name!r} is neither a mixer nor a block; allowed: {known}")
 
 
-def _argument(node: ast.expr, depth: int | None) -> Any:
-    match node:
-        case ast.Constant(value=int(n)):
-            return n
-        case ast.List(elts=items) if all(isinstance(i, ast.Constant) for i in items):
-            return [i.value for i in items if isinstance(i, ast.Constant)]
-    return _walk(node, depth)
+def _layer(cfg: ModelConfig, name: str, block: BlockConfig, kind: str, places: list[int], index: int) -> LayerSpec:
+    """The layer of a block at `index`, one of the `places` where the block occurs."""
+    path = f"blocks.{name}" if name in cfg.blocks else "pattern"
+    kind = block.ffn or kind
+    moe = None
+    if kind == "moe":
+        moe = build(MoEConfig, over(dataclasses.asdict(cfg.moe), block.moe), f"{path}.moe")
+        dense = ffn.default_width(moe.kind, cfg.d_model)
+        moe = dataclasses.replace(moe, width=moe.width or block.ffn_dim or cfg.ffn_dim or dense)
+    elif block.moe:
+        raise ConfigError(f"{path}.moe", dict(block.moe), f"needs ffn = moe, and it is {kind}")
+    width = None
+    if kind not in ("none", "moe"):
+        width = block.ffn_dim or cfg.ffn_dim or ffn.default_width(kind, cfg.d_model)
+    if block.lora_rank and not block.shared:
+        raise ConfigError(f"{path}.lora_rank", block.lora_rank, "needs shared = true")
+    return LayerSpec(
+        block=name,
+        mix=mix_of(cfg, block.mixer, block.options, path, cfg.d_model, places, index),
+        ffn=kind,
+        ffn_dim=width,
+        moe=moe,
+        norm=block.norm or cfg.norm,
+        norm_place=block.norm_place or cfg.norm_place,
+        alpha=block.post_alpha or cfg.post_alpha,
+        beta=block.post_beta or cfg.post_beta,
+        shared=block.shared,
+        lora_rank=block.lora_rank,
+        lora_on=block.lora_on if block.lora_rank else (),
+        feed=None if block.feed is None else _feed(cfg, block.feed, f"{path}.feed"),
+    )
 
 
-def _depth(depth: int | None) -> int:
-    if depth is None:
-        raise _PatternError("a helper without a count needs num_layers")
-    return depth
+def _feed(cfg: ModelConfig, name: str, key: str) -> LayerSpec:
+    block = _block(cfg, name) if name in cfg.blocks else BlockConfig("")
+    if not block.shared or block.feed or block.ffn in ("none", "moe"):
+        shared = [n for n, values in cfg.blocks.items() if values.get("shared")]
+        raise ConfigError(key, name, f"expected a block with shared = true and a dense ffn: {', '.join(shared) or '-'}")
+    mix = mix_of(cfg, block.mixer, block.options, f"blocks.{name}", 2 * cfg.d_model, [0], 0)
+    return dataclasses.replace(_layer(cfg, name, dataclasses.replace(block), cfg.ffn, [0], 0), mix=mix)
 
 
-def _every(depth: int | None, r: int, lin: list[str], full: list[str], phase: int | None = None) -> list[str]:
-    at = r if phase is None else phase
-    chosen = [i for i in range(_depth(depth)) if i % (r + 1) == at] or [_depth(depth) - 1]
-    return _select(depth, chosen, full, lin)
+def _linked(cfg: ModelConfig, layers: list[LayerSpec]) -> list[LayerSpec]:
+    """The layers with `share.kv` applied."""
+    layers, seen = list(layers), set[int]()
+    for i, members in enumerate(cfg.share.kv):
+        key = f"share.kv[{i}]"
+        if len(members) < 2 or list(members) != sorted(set(members)) or members[-1] >= len(layers):
+            allowed = f"expected two or more different layers below {len(layers)}, the producer first"
+            raise ConfigError(key, members, allowed)
+        if again := seen.intersection(members):
+            raise ConfigError(key, members, f"layer {min(again)} is in another group already")
+        seen.update(members)
+        facts = [key_facts(layers[j].mix) for j in members]
+        for j, own in zip(members, facts, strict=True):
+            if len(own) != 1:
+                raise ConfigError(
+                    key, members, f"layer {j} is {layers[j].mixer}: expected one softmax mixer, attn or swa"
+                )
+            unequal = [f"{n} {own[0][n]} and {value}" for n, value in facts[0][0].items() if own[0][n] != value]
+            if unequal:
+                raise ConfigError(key, members, f"layers {members[0]} and {j} differ in {'; '.join(unequal)}")
+        layers[members[0]] = dataclasses.replace(layers[members[0]], produces=True)
+        for j in members[1:]:
+            mix = layers[j].mix.replaced(kv="shared")
+            layers[j] = dataclasses.replace(layers[j], mix=mix, producer=j - members[0])
+    return layers
 
 
-def _bookend(depth: int | None, n: int, full: list[str], lin: list[str]) -> list[str]:
-    L = _depth(depth)
-    return _select(depth, [i for i in range(L) if i < n or i >= L - n], full, lin)
+def _loops(cfg: ModelConfig, stretch: patterns.Stretch) -> int:
+    if stretch.loops is None:
+        return 1 if "loop(" in cfg.pattern.replace(" ", "") else cfg.loop.n
+    if cfg.loop.n > 1:
+        raise ConfigError("loop.n", cfg.loop.n, f"the pattern {cfg.pattern!r} says how often its layers run")
+    return stretch.loops
 
 
-def _select(depth: int | None, indices: list[int], full: list[str], lin: list[str]) -> list[str]:
-    L = _depth(depth)
-    outside = [i for i in indices if not 0 <= i < L]
-    if outside:
-        raise _PatternError(f"layer {outside[0]} does not exist among {L} layers")
-    return [name for i in range(L) for name in (full if i in indices else lin)]
+def _passes(cfg: ModelConfig, layers: list[LayerSpec], n: int) -> tuple[tuple[int, tuple[LayerSpec, ...]], ...]:
+    """The layers of every pass, equal ones in a row counted together."""
+    if n == 1 or not cfg.loop.per_loop:
+        return ((n, tuple(layers)),)
+    runs: list[tuple[int, tuple[LayerSpec, ...]]] = []
+    for i, options in enumerate(cfg.loop.per_loop[:n]):
+        own = tuple(_overridden(layer, options, f"loop.per_loop[{i}]") for layer in layers)
+        if runs and runs[-1][1] == own:
+            runs[-1] = (runs[-1][0] + 1, own)
+        else:
+            runs.append((1, own))
+    return tuple(runs)
 
 
-def _fill(depth: int | None, names: list[str], count: int | None = None) -> list[str]:
-    return list(itertools.islice(itertools.cycle(names), min(count or _depth(depth), MAX_LAYERS)))
-
-
-_HELPERS: dict[str, Callable[..., list[str]]] = {
-    "every": _every,
-    "bookend": _bookend,
-    "select": _select,
-    "fill": _fill,
-}
-
-
-def _block(name: str, values: Mapping[str, Any], cfg: ModelConfig) -> LayerSpec:
-    block = build(BlockConfig, values, f"blocks.{name}")
-    if block.mixer not in mixers.TABLE:
-        allowed = f"expected one of {', '.join(mixers.names())}"
-        raise ConfigError(f"blocks.{name}.mixer", block.mixer, allowed)
-    own = f"blocks.{name}.options" if block.options else f"mixers.{block.mixer}"
-    options = {**_mapping(cfg.mixers.get(block.mixer, {}), f"mixers.{block.mixer}"), **block.options}
-    kind = block.ffn or cfg.ffn
-    width = None if kind == "none" else block.ffn_dim or cfg.ffn_dim or ffn.default_width(kind, cfg.d_model)
-    return LayerSpec(name, block.mixer, _options(block.mixer, options, cfg.d_model, own), kind, width)
-
-
-def _options(name: str, values: Mapping[str, Any], d_model: int, path: str) -> mixers.MixerConfig:
-    if name not in mixers.TABLE:
-        raise ConfigError(path, dict(_mapping(values, path)), f"expected one of {', '.join(mixers.names())}")
-    config, values = mixers.get(name).Config, dict(_mapping(values, path))
-    if "preset" in values:
-        preset = values.pop("preset")
-        if preset not in list(config.PRESETS):  # what is given may be anything, and not hashable
-            allowed = f"expected one of {', '.join(config.PRESETS)}" if config.PRESETS else f"{name} has no presets"
-            raise ConfigError(f"{path}.preset", preset, allowed)
-        values = _over(config.PRESETS[preset], values)
-    options = build(config, values, path)
-    try:
-        return options.fill(d_model)
-    except ConfigError as error:
-        raise error.under(path) from None
-
-
-def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a preset under those that are given, section by section."""
-    nested = {
-        key: _over(preset[key], value)
-        for key, value in given.items()
-        if isinstance(value, Mapping) and isinstance(preset.get(key), Mapping)
-    }
-    return {**preset, **given, **nested}
-
-
-def _mapping(values: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ConfigError(path, values, "expected a mapping of options")
-    return values
-
-
-def _repeats(layers: tuple[LayerSpec, ...], p: int) -> int:
-    count = 1
-    while layers[count * p : (count + 1) * p] == layers[:p]:
-        count += 1
-    return count
+def _overridden(layer: LayerSpec, options: Mapping[str, Any], path: str) -> LayerSpec:
+    """The layer with other options of its mixer in one pass."""
+    if not isinstance(layer.mix, Single) or layer.mixer not in options:
+        unknown = [name for name in options if name not in mixers.TABLE]
+        if unknown:
+            raise ConfigError(path, unknown[0], f"expected names of {', '.join(mixers.names())}")
+        return layer
+    given = dataclasses.asdict(layer.options)
+    changed = build(type(layer.options), over(given, mapping(options[layer.mixer], path)), f"{path}.{layer.mixer}")
+    return dataclasses.replace(layer, mix=Single(layer.mixer, changed))

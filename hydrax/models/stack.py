@@ -1,16 +1,21 @@
 """Runs the layers: every group of repeated periods is one scan over parameters stacked on axis 0."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hydrax import mixers
+from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.models.block import Block
-from hydrax.models.spec import Group, ModelConfig
+from hydrax.models.layers import Group, LayerSpec
+from hydrax.models.sharing import Adapter
+from hydrax.models.spec import LoopConfig, ModelConfig
+from hydrax.nn.param import param
 from hydrax.parallel.rules import constrain
 
 _policies = jax.checkpoint_policies
@@ -23,15 +28,45 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 """What the backward pass of a period keeps: everything, its input, also the mixers' outputs, or all weight products."""
 
+Losses = dict[str, Array]
+Visit = Callable[[Block, Array, mixers.Context], mixers.Context]
+"""Called with every layer before it runs; what it returns is the layer's context."""
+
+Shared = Mapping[str, Any]
+"""Blocks that several layers use, by name."""
+
 
 class Period(nnx.Module):
-    """The layers that one group repeats."""
+    """The layers that one group repeats; of those with common weights, what is their own."""
 
-    def __init__(self, blocks: list[Block]):
+    def __init__(self, blocks: list[Block | Adapter], gate: nnx.Param | None):
         self.blocks = nnx.List(blocks)
+        self.gate = gate
 
 
-def init_group(group: Group, cfg: ModelConfig, *, depth: int, key: Array) -> Period:
+class Passes(nnx.Module):
+    """ρ_τ of a loop: what each pass keeps of the stream before it."""
+
+    def __init__(self, cfg: LoopConfig, loops: int, d_model: int, *, rngs: nnx.Rngs):
+        shapes = {
+            "none": None,
+            "scalar": ((loops, 1), ("loops", "one")),
+            "channel": ((loops, d_model), ("loops", "norm")),
+        }
+        shape = shapes[cfg.gate]
+        self.gates = None if shape is None else param(rngs, jax.nn.initializers.zeros, *shape)
+
+
+class Run(NamedTuple):
+    """What running layers gives."""
+
+    x: Float[Array, "B T D"]
+    states: PyTree
+    losses: Losses
+    keys: dict[int, Any]  # keys and values of layers that serve later ones, by layer
+
+
+def init_group(group: Group, cfg: ModelConfig, shared: Shared, *, depth: int, key: Array) -> Period:
     """A `Period` whose parameters have a leading axis of `group.repeats`.
 
     Layer i draws from `fold_in(key, i)`, so the values do not depend on how the layers are grouped.
@@ -41,10 +76,11 @@ def init_group(group: Group, cfg: ModelConfig, *, depth: int, key: Array) -> Per
     def repeat(r: Array) -> PyTree:
         first = group.start + r * len(group.period)
         blocks = [
-            Block(cfg, spec, depth=depth, rngs=nnx.Rngs(params=jax.random.fold_in(key, first + i)))
+            _own(cfg, spec, shared, depth=depth, rngs=nnx.Rngs(params=jax.random.fold_in(key, first + i)))
             for i, spec in enumerate(group.period)
         ]
-        graph, state = nnx.split(Period(blocks))
+        zero = param(nnx.Rngs(0), jax.nn.initializers.zeros, (), ()) if cfg.loop.block_gate else None
+        graph, state = nnx.split(Period(blocks, zero))
         graphs.append(graph)
         return state
 
@@ -54,6 +90,15 @@ def init_group(group: Group, cfg: ModelConfig, *, depth: int, key: Array) -> Per
     return nnx.merge(graphs[0], states)
 
 
+def variant(group: Group, index: int, period: Period, cfg: ModelConfig, shared: Shared, depth: int) -> Period:
+    """The same parameters under the options of another pass."""
+    if index == 0:
+        return period
+    other = dataclasses.replace(group, period=group.variants[index])
+    graph, _ = nnx.split(nnx.eval_shape(lambda: init_group(other, cfg, shared, depth=depth, key=jax.random.key(0))))
+    return nnx.merge(graph, nnx.split(period)[1])
+
+
 def run_group(
     group: Group,
     period: Period,
@@ -61,26 +106,73 @@ def run_group(
     ctx: mixers.Context,
     states: list[PyTree] | None,
     *,
+    shared: Shared,
+    keys: dict[int, Any],
     remat: str,
     unroll: int,
-) -> tuple[Float[Array, "B T D"], list[PyTree] | None]:
+) -> Run:
     """All layers of a group, `unroll` periods per iteration of the scan.
 
-    `states` holds, per layer of the period, a state stacked over the repeats.
+    `states` holds, per layer of the period, a state stacked over the repeats. `keys` are those of earlier groups, and
+    those that this group's single layers make for later ones are added; periods that repeat keep theirs.
     """
     graph, params = nnx.split(period)
 
-    def repeat(x: Array, xs: tuple) -> tuple[Array, list[PyTree] | None]:
+    def repeat(x: Array, xs: tuple) -> tuple[Array, tuple]:
         params, states, r = xs
-        first = group.start + r * len(group.period)
-        new = []
-        for i, block in enumerate(nnx.merge(graph, params).blocks):
-            x, state = block(x, ctx.at(first + i), None if states is None else states[i])
-            new.append(state)
-        return constrain(x, ("batch", "seq", "act_embed")), None if states is None else new
+        run = run_period(group, nnx.merge(graph, params), x, ctx, r, states, shared=shared, keys=keys)
+        out = run.keys if group.repeats == 1 else {}
+        return constrain(run.x, ("batch", "seq", "act_embed")), (run.states, run.losses, out)
 
     if REMAT[remat] is not None:
         # A real loop keeps a period apart from its recomputation; straight-line code needs a barrier, or both merge.
         repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=unroll >= group.repeats)
     xs = (params, states, jnp.arange(group.repeats))
-    return jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))
+    x, (new, losses, made) = jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))
+    keys = keys | jax.tree.map(lambda k: k[0], made)
+    return Run(x, None if states is None else new, jax.tree.map(jnp.sum, losses), keys)
+
+
+def added(a: Losses, b: Losses) -> Losses:
+    """Losses of both by name, summed."""
+    return {**a, **b, **{name: a[name] + b[name] for name in a.keys() & b.keys()}}
+
+
+def run_period(
+    group: Group,
+    period: Period,
+    x: Float[Array, "B T D"],
+    ctx: mixers.Context,
+    r: int | Array,
+    states: list[PyTree] | None,
+    *,
+    shared: Shared,
+    keys: dict[int, Any],
+    visit: Visit | None = None,
+) -> Run:
+    """The layers of repeat r of a group."""
+    first = group.start + r * len(group.period)
+    entry, new = x, []
+    losses: Losses = {}
+    made: dict[int, Any] = {}
+    for i, (spec, own) in enumerate(zip(group.period, period.blocks, strict=True)):
+        block = own.applied(shared[spec.block]) if isinstance(own, Adapter) else own
+        records: dict[str, Any] = {}
+        given = (keys | made).get(group.start + i - spec.producer) if spec.producer else None
+        here = dataclasses.replace(ctx.at(first + i), records=records, keys=given)
+        here = here if visit is None else visit(block, x, here)
+        x, state = block(x, here, None if states is None else states[i], shared)
+        new.append(state)
+        own_keys = records.pop("keys", None)
+        if spec.produces:
+            made[group.start + i] = own_keys
+        losses = added(losses, records)
+    if period.gate is not None:
+        x = x + (fp32(period.gate[...]) * fp32(entry)).astype(x.dtype)
+    return Run(x, new if states is not None else None, losses, made)
+
+
+def _own(cfg: ModelConfig, spec: LayerSpec, shared: Shared, *, depth: int, rngs: nnx.Rngs) -> Block | Adapter:
+    if spec.shared:
+        return Adapter(shared[spec.block], spec, rngs=rngs)
+    return Block(cfg, spec, shared, depth=depth, rngs=rngs)

@@ -1,16 +1,23 @@
 """What softmax mixers share: their common options, the projections to queries, keys and values, the output gate."""
 
 import dataclasses
-from typing import Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import Check, ConfigError, Positive, PositiveFloat
+from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
+from hydrax.nn import kv_cache
+from hydrax.nn.kv_cache import Cache, Keys
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.position import Rope
+
+LogBase = Annotated[float, Check("a number > 1", lambda x: x > 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +28,15 @@ class AttentionConfig:
     kv_heads: Positive | None = None  # a divisor of heads; heads if None
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; key_dim if None
+    kv: Literal["own", "shared"] = "own"  # shared: no keys and values of its own, but those another layer lends
     rope: Rope = dataclasses.field(default_factory=Rope)
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of q and k before RoPE: over K, or over all heads
     out_gate: Literal["none", "elementwise", "headwise"] = "none"  # σ(x W_g) on the heads' outputs (arXiv 2505.06708)
     softcap: PositiveFloat | None = None  # scores become c·tanh(z/c)
+    scale: PositiveFloat | None = None  # factor on the scores, before that; K^-½ if None
+    q_logscale: LogBase | None = None  # a: queries times ln(t + a) / ln(a), t the position in the document
+    bias: bool = False  # of the projections to q, k and v
+    out_bias: bool = False  # of the output projection
 
     def __post_init__(self) -> None:
         if self.kv_heads is not None and self.heads % self.kv_heads:
@@ -36,24 +48,73 @@ class AttentionConfig:
             self, kv_heads=self.kv_heads or self.heads, key_dim=width, value_dim=self.value_dim or width
         )
 
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache of the mixer's keys and values; {} if another layer lends them."""
+        if self.kv == "shared":
+            return {}
+        return kv_cache.empty(batch, slots, self.kv_heads, self.key_dim, self.value_dim, dtype)
+
 
 class QKV(nnx.Module):
-    """q = RoPE(norm(x W_q)), k = RoPE(norm(x W_k)), v = x W_v."""
+    """q = s_t RoPE(norm(x W_q)), k = RoPE(norm(x W_k)), v = x W_v; k and v are None where another layer lends them.
+
+    s_t = 1, or ln(t + a) / ln(a) with `q_logscale` a (arXiv 2601.22156). All three W may have biases. With a `source`
+    e [B,T,D] of their own, q and k are made of e instead of x (arXiv 2510.11602).
+    """
 
     def __init__(self, d_model: int, cfg: AttentionConfig, *, rngs: nnx.Rngs):
         H, G, K, V = cfg.heads, cfg.kv_heads, cfg.key_dim, cfg.value_dim
-        self.rope = cfg.rope
-        self.q = Linear(d_model, (H, K), axes=("embed", "heads", "head_dim"), rngs=rngs)
-        self.k = Linear(d_model, (G, K), axes=("embed", "kv_heads", "head_dim"), rngs=rngs)
-        self.v = Linear(d_model, (G, V), axes=("embed", "kv_heads", "head_dim"), rngs=rngs)
-        self.q_norm = _norm(cfg.qk_norm, (H, K), ("heads", "head_dim"), rngs)
-        self.k_norm = _norm(cfg.qk_norm, (G, K), ("kv_heads", "head_dim"), rngs)
+        queries, keys = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        own = cfg.kv == "own"
+        self.rope, self.q_logscale = cfg.rope, cfg.q_logscale
+        self.q = Linear(d_model, (H, K), axes=("embed", *queries), bias=cfg.bias, rngs=rngs)
+        self.k = Linear(d_model, (G, K), axes=("embed", *keys), bias=cfg.bias, rngs=rngs) if own else None
+        self.v = Linear(d_model, (G, V), axes=("embed", *keys), bias=cfg.bias, rngs=rngs) if own else None
+        self.q_norm = _norm(cfg.qk_norm, (H, K), queries, rngs)
+        self.k_norm = _norm(cfg.qk_norm, (G, K), keys, rngs) if own else None
 
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
-        q, k = self.q(x), self.k(x)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.rope.turn(q, positions), self.rope.turn(k, positions), self.v(x)
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], source: Float[Array, "B T D"] | None = None
+    ) -> tuple[Array, Array | None, Array | None]:
+        e = x if source is None else source
+        q = self._placed(self.q(e), self.q_norm, positions)
+        if self.q_logscale is not None:
+            grown = jnp.log(positions + self.q_logscale) / math.log(self.q_logscale)
+            q = (fp32(q) * grown[..., None, None]).astype(q.dtype)
+        if self.k is None:
+            return q, None, None
+        return q, self._placed(self.k(e), self.k_norm, positions), self.v(x)
+
+    def see(
+        self,
+        x: Float[Array, "B T D"],
+        ctx: Any,
+        cache: Cache | None,
+        source: Float[Array, "B T D"] | None = None,
+        window: int | None = None,
+        sink_tokens: int = 0,
+    ) -> tuple[Array, Keys, Cache | None]:
+        """The queries, all that they may see, and the cache after these tokens.
+
+        Args:
+          ctx: the context of the mixer (`mixers.Context`): it gives positions and documents, takes a record of own
+            keys or lends those of another layer, and taps the values.
+          source: what queries and keys are made of, x if None.
+          window, sink_tokens: what the cache keeps, see `kv_cache.write`.
+        """
+        facts = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        q, k, v = self(x, ctx.positions, source)
+        if k is None:
+            keys = kv_cache.shared(ctx.keys)
+            return q, keys._replace(v=ctx.tap("values", keys.v)), cache
+        v = ctx.tap("values", v)
+        keys = kv_cache.collect(k, v, cache, **facts)
+        ctx.record("keys", keys)
+        return q, keys, kv_cache.write(cache, k, v, **facts, window=window, sink_tokens=sink_tokens)
+
+    def _placed(self, x: Array, norm: RMSNorm | None, positions: Array) -> Array:
+        """Queries or keys, normed and turned to their positions."""
+        return self.rope.turn(x if norm is None else norm(x), positions)
 
 
 class OutGate(nnx.Module):

@@ -16,7 +16,7 @@ class ShortConv(nnx.Module):
     """y_t = act(b + Σ_{i<W} w_i ⊙ x_{t-W+1+i}) for x [B,T,*shape]; its state is the last W - 1 inputs.
 
     w and b are initialised uniformly in ±1/sqrt(W), the fan-in of a depthwise convolution; with `init="normal"`, w as
-    N(0, 0.02²).
+    N(0, 0.02²); with `init="small"`, w as N(0, 0.01/W) and b as 0.
     """
 
     def __init__(
@@ -28,13 +28,17 @@ class ShortConv(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         activation: str | None = "silu",
-        init: Literal["uniform", "normal"] = "uniform",
+        init: Literal["uniform", "normal", "small"] = "uniform",
     ):
         self.shape, self.width, self.activation = shape, width, activation
-        uniform = _uniform(1 / math.sqrt(width))
-        weight = {"uniform": uniform, "normal": jax.nn.initializers.normal(0.02)}[init]
+        uniform, normal = _uniform(1 / math.sqrt(width)), jax.nn.initializers.normal
+        weight, offset = {
+            "uniform": (uniform, uniform),
+            "normal": (normal(0.02), uniform),
+            "small": (normal(0.1 / math.sqrt(width)), jax.nn.initializers.zeros),
+        }[init]
         self.weight = param(rngs, weight, (width, *shape), ("conv", *axes), cast=True)
-        self.bias = param(rngs, uniform, shape, axes, cast=True) if bias else None
+        self.bias = param(rngs, offset, shape, axes, cast=True) if bias else None
 
     def __call__(
         self, x: Array, state: Array | None = None, *, segment_ids: Array | None = None, impl: str | None = None

@@ -20,7 +20,7 @@ MAX_LOG_RATE = 20.0
 
 
 class StepDecay(nnx.Module):
-    """Δ = softplus(a + b_dt) and the log-decay g = -A Δ, in fp32; A = exp(A_log) per head.
+    """Δ = max(softplus(a + b_dt), dt_min) and the log-decay g = -A Δ, in fp32; A = exp(A_log) per head.
 
     Δ and g have a value per head for a [...,H], or with `key_dim` per key channel for a [...,H,K]. A is initialised
     uniformly in `rates`, b_dt so that softplus(b_dt) is log-uniform in `DT_RANGE` (arXiv 2405.21060), or as ones.
@@ -33,14 +33,16 @@ class StepDecay(nnx.Module):
         *,
         rates: tuple[float, float],
         dt_init: Literal["steps", "ones"] = "steps",
+        dt_min: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        self.dt_min = dt_min
         bias = {"steps": inverse_softplus_steps, "ones": jax.nn.initializers.ones}[dt_init]
         self.A_log = param(rngs, _log_uniform_rates(*rates), (heads,), ("heads",))
         self.dt_bias = param(rngs, bias, *_shape(heads, key_dim))
 
     def __call__(self, a: Array) -> tuple[Array, Array]:
-        dt = jax.nn.softplus(fp32(a) + self.dt_bias[...])
+        dt = jnp.maximum(jax.nn.softplus(fp32(a) + self.dt_bias[...]), self.dt_min)
         return -_rates(self.A_log, self.dt_bias) * dt, dt
 
 

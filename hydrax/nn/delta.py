@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from hydrax.core.typing import Array, Float
 from hydrax.nn.conv import ShortConv
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import l2_norm, sum_norm
+from hydrax.nn.position import Rope
 
 QK_NORMS = {"l2": l2_norm, "sum": sum_norm}
 OUT_GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -30,6 +31,7 @@ class DeltaConfig:
     conv_init: Literal["uniform", "normal"] = "uniform"  # of their weights: ±1/sqrt(conv_width), or N(0, 0.02²)
     qk_activation: Literal["silu", "relu", "elu1", "identity"] = "silu"  # after these convolutions; v has silu
     qk_norm: Literal["l2", "sum"] = "l2"  # what is 1 for every query and key: the L2 norm, or the sum
+    rope: Rope | None = None  # of q and k after their norm; None: no positions but those of convolution and decay
     allow_neg_eigval: bool = False  # β in (0, 2) instead of (0, 1): transitions with eigenvalues down to -1
     beta_bias: bool = False  # β = σ(W_b x + b)
     out_gate: Literal["none", "silu", "sigmoid"] = "silu"  # of W_g x, on the normalised outputs
@@ -48,9 +50,9 @@ def default_heads(d_model: int) -> int:
 
 
 class DeltaInputs(nnx.Module):
-    """q, k = norm(act(conv(W x))), v = silu(conv(W x)), β = σ(W_b x) or 2σ(W_b x) in fp32.
+    """q, k = RoPE(norm(act(conv(W x)))), v = silu(conv(W x)), β = σ(W_b x) or 2σ(W_b x) in fp32.
 
-    The state is the last inputs of the three convolutions.
+    The state is the last inputs of the three convolutions. Without `rope` nothing turns.
     """
 
     def __init__(self, d_model: int, cfg: DeltaConfig, value_heads: int, *, rngs: nnx.Rngs):
@@ -69,19 +71,27 @@ class DeltaInputs(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        ctx: Any,
         state: Mapping[str, Array] | None,
-        *,
-        segment_ids: Array | None = None,
-        impl: str | None = None,
     ) -> tuple[tuple[Array, Array, Array, Array], dict[str, Array]]:
-        """(q, k, v, β) as `delta_rule` takes them, and the new state."""
+        """(q, k, v, β) as `delta_rule` takes them, and the new state.
+
+        `ctx` is the context of the mixer (`mixers.Context`): it gives positions and documents, and taps "keys" before
+        their norm and "values".
+        """
         past = dict.fromkeys("qkv") if state is None else state
-        q, q_tail = self.q_conv(self.q(x), past["q"], segment_ids=segment_ids, impl=impl)
-        k, k_tail = self.k_conv(self.k(x), past["k"], segment_ids=segment_ids, impl=impl)
-        v, v_tail = self.v_conv(self.v(x), past["v"], segment_ids=segment_ids, impl=impl)
-        norm = QK_NORMS[self.cfg.qk_norm]
+        facts = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        q, q_tail = self.q_conv(self.q(x), past["q"], **facts)
+        k, k_tail = self.k_conv(self.k(x), past["k"], **facts)
+        v, v_tail = self.v_conv(self.v(x), past["v"], **facts)
+        q, k = self._placed(q, ctx.positions), self._placed(ctx.tap("keys", k), ctx.positions)
         beta = jax.nn.sigmoid(fp32(self.beta(x))) * (2 if self.cfg.allow_neg_eigval else 1)
-        return (norm(q), norm(k), v, beta), {"q": q_tail, "k": k_tail, "v": v_tail}
+        return (q, k, ctx.tap("values", v), beta), {"q": q_tail, "k": k_tail, "v": v_tail}
+
+    def _placed(self, x: Array, positions: Array) -> Array:
+        """Queries or keys, normed and turned to their positions."""
+        x = QK_NORMS[self.cfg.qk_norm](x)
+        return x if self.cfg.rope is None else self.cfg.rope.turn(x, positions)
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The inputs before token 0: zeros."""

@@ -18,6 +18,9 @@ Map = Callable[[Array], Array]
 DPFP_ROLLS = 4
 """ν of arXiv 2102.11174: how many products with shifted copies DPFP takes."""
 
+SMALLEST_SUM = 1e-10
+"""Added to Σ φ(q)·φ(k): where a query meets none of the keys, the output is 0."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMap:
@@ -26,7 +29,7 @@ class FeatureMap:
     Attributes:
       make: (K, rngs) -> φ, [...,K] -> [...,width(K)] in the dtype of its argument.
       width: features of K channels.
-      nonnegative: φ >= 0, so that a sum of φ(q)·φ(k) may divide.
+      nonnegative: φ(q)·φ(k) >= 0 for all q and k, so that a sum of them may divide.
       matrices: learned K x K matrices in φ.
     """
 
@@ -55,6 +58,13 @@ def dpfp(x: Array) -> Array:
     """x' ⊙ roll(x', j) for j = 1 .. ν, with x' = [relu x, relu -x] (arXiv 2102.11174)."""
     halves = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
     return jnp.concatenate([halves * jnp.roll(halves, j, axis=-1) for j in range(1, DPFP_ROLLS + 1)], axis=-1)
+
+
+def taylor2(x: Array) -> Array:
+    """[1, x / K^¼, vec(x xᵀ) / (2K)^½], so that φ(q)·φ(k) = 1 + s + s²/2 >= ½ for s = K^-½ q·k (arXiv 2510.11602)."""
+    y = fp32(x) * x.shape[-1] ** -0.25
+    pairs = (y[..., :, None] * y[..., None, :]).reshape(*y.shape[:-1], -1) * 0.5**0.5
+    return jnp.concatenate([jnp.ones_like(y[..., :1]), y, pairs], axis=-1).astype(x.dtype)
 
 
 class Affine(nnx.Module):
@@ -115,6 +125,21 @@ TABLE: dict[str, FeatureMap] = {
     "identity": FeatureMap(fixed(identity)),
     "relu": FeatureMap(fixed(jax.nn.relu), nonnegative=True),
     "t2r": FeatureMap(T2R, nonnegative=True, matrices=1),
+    "taylor2": FeatureMap(fixed(taylor2), width=lambda K: 1 + K + K * K, nonnegative=True),
 }
 
 Name = Annotated[str, Check(f"one of {', '.join(TABLE)}", lambda name: name in TABLE)]
+
+
+def with_ones(v: Array) -> Array:
+    """Values [...,V] and a column of ones: what reads them reads Σ φ(q)·φ(k) beside the output.
+
+    So the normaliser z is a column of the state S, exact whatever the op does with S.
+    """
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+
+def divided(o: Array) -> Array:
+    """Outputs for `with_ones` values by their last column; in bf16 both were read with the same rounded weights, which
+    cancels."""
+    return (fp32(o[..., :-1]) / (fp32(o[..., -1:]) + SMALLEST_SUM)).astype(o.dtype)

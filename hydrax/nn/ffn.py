@@ -27,14 +27,14 @@ def default_width(kind: str, d_model: int) -> int:
 
 
 class FFN(nnx.Module):
-    """y = W_down (act(W_gate x) ⊙ W_up x), or W_down act(W_up x) (arXiv 2002.05202)."""
+    """y = W_down (act(W_gate x) ⊙ W_up x), or W_down act(W_up x) (arXiv 2002.05202), with biases if `bias`."""
 
-    def __init__(self, d_model: int, width: int, kind: str, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, width: int, kind: str, *, bias: bool = False, rngs: nnx.Rngs):
         self.kind = kind
         gated = ACTIVATIONS[kind][1]
-        self.gate = Linear(d_model, width, axes=("embed", "mlp"), rngs=rngs) if gated else None
-        self.up = Linear(d_model, width, axes=("embed", "mlp"), rngs=rngs)
-        self.down = Linear(width, d_model, axes=("mlp", "embed"), residual=True, rngs=rngs)
+        self.gate = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs) if gated else None
+        self.up = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs)
+        self.down = Linear(width, d_model, axes=("mlp", "embed"), bias=bias, residual=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         act = ACTIVATIONS[self.kind][0]

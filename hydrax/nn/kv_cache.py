@@ -5,7 +5,7 @@ id 0 marks an empty slot and 1 a taken one. A key at position p lives in slot p,
 p < sink_tokens, else in sink_tokens + (p - sink_tokens) mod window. Keys are stored after RoPE.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,51 +27,92 @@ def empty(batch: int, slots: int, kv_heads: int, key_dim: int, value_dim: int, d
     }
 
 
-def attend(
-    q: Float[Array, "B T H K"],
+class Keys(NamedTuple):
+    """All that a query may see: what the cache holds and the new tokens. A layer may lend it to layers without.
+
+    Attributes:
+      k, v: keys after RoPE, and values.
+      positions, segment_ids: index in the document and document of each; None: those of the queries, which have no
+        cache before them.
+    """
+
+    k: Float[Array, "B S Hk K"]
+    v: Float[Array, "B S Hk V"]
+    positions: Int[Array, "B S"] | None = None
+    segment_ids: Int[Array, "B S"] | None = None
+
+
+def collect(
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hk V"],
     cache: Cache | None,
     *,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
-    window: int | None = None,
-    sink_tokens: int = 0,
-    **options: Any,
-) -> tuple[Float[Array, "B T H V"], Cache | None]:
-    """`attention` of new tokens over the cache and themselves, and the cache after them; plain attention without one.
-
-    The cache belongs to the document of token 0. What it holds afterwards is the last real document of each row.
-    """
-    options |= {"window": window, "sink_tokens": sink_tokens}
+) -> Keys:
+    """The cache, which belongs to the document of token 0, and the new tokens; these alone without a cache."""
     if cache is None:
-        return attention(q, k, v, segment_ids=segment_ids, **options), None
-    if segment_ids is None:
-        segment_ids = jnp.ones(positions.shape, jnp.int32)
+        return Keys(k, v)
+    segment_ids = _ids(positions, segment_ids)
     seen = jnp.where(cache["segment_ids"] != 0, segment_ids[:, :1], 0)
-    o = attention(
+    return Keys(
+        k=jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
+        v=jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
+        positions=jnp.concatenate([cache["positions"], positions], axis=1),
+        segment_ids=jnp.concatenate([seen, segment_ids], axis=1),
+    )
+
+
+def shared(keys: Keys | None) -> Keys:
+    """The keys that another layer lends.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if keys is None:
+        raise ValueError("kv = 'shared': expected the keys of another layer in ctx.keys, and there are none")
+    return keys
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    keys: Keys,
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    **options: Any,
+) -> Float[Array, "B T H V"]:
+    """`attention` of the queries over `collect`ed keys; plain self-attention where these are the queries' own."""
+    if keys.segment_ids is None:
+        return attention(q, keys.k, keys.v, segment_ids=segment_ids, **options)
+    return attention(
         q,
-        jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
-        jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
-        segment_ids=segment_ids,
+        keys.k,
+        keys.v,
+        segment_ids=_ids(positions, segment_ids),
         positions=positions,
-        kv_segment_ids=jnp.concatenate([seen, segment_ids], axis=1),
-        kv_positions=jnp.concatenate([cache["positions"], positions], axis=1),
+        kv_segment_ids=keys.segment_ids,
+        kv_positions=keys.positions,
         **options,
     )
-    return o, write(cache, k, v, positions, segment_ids, window, sink_tokens)
 
 
 def write(
-    cache: Cache,
+    cache: Cache | None,
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hk V"],
     positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
     window: int | None = None,
     sink_tokens: int = 0,
-) -> Cache:
-    """The cache after these tokens; positions that fit no slot are dropped (a full cache has a maximal length)."""
+) -> Cache | None:
+    """The cache after these tokens: it holds the last real document of each row. None stays None.
+
+    Positions that fit no slot are dropped (a full cache has a maximal length).
+    """
+    if cache is None:
+        return None
+    segment_ids = _ids(positions, segment_ids)
     filled, valid = documents.fill_padding(segment_ids)
     kept = valid & (filled == filled[:, -1:])
     slots = positions
@@ -89,3 +130,8 @@ def write(
 
     taken = jnp.ones_like(segment_ids)
     return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken})
+
+
+def _ids(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """The documents of new tokens; one per row if none are given."""
+    return jnp.ones(positions.shape, jnp.int32) if segment_ids is None else segment_ids

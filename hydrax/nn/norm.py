@@ -32,7 +32,10 @@ def sum_norm(x: Array, *, eps: float = 1e-6) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1, if `affine`."""
+    """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1, if `affine`.
+
+    `offset` is what the parameter leaves of that weight: 1 for a weight 1 + w.
+    """
 
     def __init__(
         self,
@@ -42,15 +45,20 @@ class RMSNorm(nnx.Module):
         rngs: nnx.Rngs,
         eps: float = 1e-6,
         affine: bool = True,
+        offset: float = 0.0,
     ):
         self.shape = (shape,) if isinstance(shape, int) else shape
-        self.eps = eps
-        self.weight = param(rngs, jax.nn.initializers.ones, self.shape, axes) if affine else None
+        self.eps, self.offset = eps, offset
+        self.weight = param(rngs, jax.nn.initializers.constant(1 - offset), self.shape, axes) if affine else None
 
     def __call__(self, x: Array) -> Array:
-        weight = None if self.weight is None else self.weight[...]
+        weight = None if self.weight is None else self.weight[...] + self.offset
         return rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
 
 
-NORMS: dict[str, Callable[..., RMSNorm]] = {"rmsnorm": RMSNorm, "srmsnorm": functools.partial(RMSNorm, affine=False)}
-"""What a model may set its blocks' norms to: with a learned weight or without."""
+NORMS: dict[str, Callable[..., RMSNorm]] = {
+    "rmsnorm": RMSNorm,
+    "rmsnorm1p": functools.partial(RMSNorm, offset=1.0),
+    "srmsnorm": functools.partial(RMSNorm, affine=False),
+}
+"""What a model may set its blocks' norms to: with a learned weight w, with 1 + w, or without."""

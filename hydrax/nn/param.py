@@ -2,11 +2,14 @@
 
 Every `nnx.Param` of hydrax carries `axes` (a logical axis per dimension, resolved by `parallel.rules`), `decay`
 (weight decay applies), `matrix` (input and output dimensions for matrix optimisers such as Muon, as negative
-indices; None: the parameter is left to Adam), `cast` (used in the compute dtype; otherwise always fp32) and
-`residual` (writes into the residual stream: scaled by 1/sqrt(2·depth) at initialisation).
+indices; None: the parameter is left to Adam), `cast` (used in the compute dtype; otherwise always fp32), `residual`
+(writes into the residual stream: scaled by 1/sqrt(2·depth) at initialisation) and `rule` (how its gradient moves it:
+"gradient", by the optimiser; "balance", by a fixed rate against the sign of what is no derivative of the loss but a
+count, see `nn.moe`, and so belongs in no gradient norm).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,9 +30,10 @@ def param(
     matrix: Matrix | None = None,
     cast: bool = False,
     residual: bool = False,
+    rule: Literal["gradient", "balance"] = "gradient",
 ) -> nnx.Param:
     """An fp32 parameter with the metadata described above."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not name the dimensions of {shape}")
     value = init(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes, decay=decay, matrix=matrix, cast=cast, residual=residual)
+    return nnx.Param(value, axes=axes, decay=decay, matrix=matrix, cast=cast, residual=residual, rule=rule)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hydrax.core import tree
 from hydrax.core.numerics import fp32
-from hydrax.core.typing import Array
+from hydrax.core.typing import Array, PyTree
 from hydrax.ops import documents
 from hydrax.ops.spans import split_chunks
 
@@ -61,14 +61,14 @@ def at_padding(segment_ids: Array | None, *inputs: Array) -> tuple[Array | None,
     return seg, valid, tuple(tree.where(valid, x, jnp.zeros_like(x)) for x in inputs)
 
 
-def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S: Array) -> tuple[Array, Array]:
+def scan_tokens(step: Callable, inputs: tuple[Array, ...], seg: Array | None, S: PyTree) -> tuple[Array, PyTree]:
     """`o_t, S_t = step(*inputs_t, S_{t-1})` over the tokens, in fp32, from zeros wherever the document changes."""
     inputs = tuple(fp32(x) for x in inputs)
     seg = jnp.zeros(inputs[0].shape[:2], jnp.int32) if seg is None else seg
 
-    def token(S: Array, x: tuple) -> tuple[Array, Array]:
+    def token(S: PyTree, x: tuple) -> tuple[PyTree, Array]:
         changes, *inputs_t = x
-        o, S = step(*inputs_t, tree.where(changes, jnp.zeros_like(S), S))
+        o, S = step(*inputs_t, tree.where(changes, jax.tree.map(jnp.zeros_like, S), S))
         return S, o
 
     S, o = jax.lax.scan(token, S, chunks_first((documents.changes(seg), *inputs)))

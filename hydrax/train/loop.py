@@ -57,7 +57,7 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(cfg.mesh)
-    data = open_data(cfg.data)
+    data = open_data(cfg.data, cfg.model.prefix.meta_tokens)
     cfg = _resolved(cfg, data, mesh)
     # What an existing folder means:
     #   1. absent or empty                        a fresh run

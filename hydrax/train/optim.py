@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import jax.numpy as jnp
 import optax
 
 from hydrax.core.build import Fraction, NonNegative, NonNegativeFloat, PositiveFloat
@@ -28,6 +29,7 @@ class OptimConfig:
     b2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     z_loss: NonNegativeFloat = 1e-4  # weight of lse²
+    balance_rate: NonNegativeFloat = 1e-3  # step of the biases that balance experts
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -43,13 +45,22 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, meta: Mapping[str, ParamMeta]) -> optax.GradientTransformation:
-    """p ← p - lr · (direction(clipped gradient) + weight_decay · p), the decay only where `meta.decay`."""
-    return optax.chain(
+    """p ← p - lr · (direction(clipped gradient) + weight_decay · p), the decay only where `meta.decay`.
+
+    Parameters whose `meta.rule` is "balance" step by `balance_rate` against the sign of their gradient (arXiv
+    2408.15664), and count in no norm.
+    """
+    learned = {name: m for name, m in meta.items() if m.rule == "gradient"}
+    usual = optax.chain(
         optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
-        _DIRECTIONS[cfg.name](cfg, meta),
-        optax.add_decayed_weights(cfg.weight_decay, mask={name: m.decay for name, m in meta.items()}),
+        _DIRECTIONS[cfg.name](cfg, learned),
+        optax.add_decayed_weights(cfg.weight_decay, mask={name: m.decay for name, m in learned.items()}),
         optax.scale_by_learning_rate(make_schedule(cfg, steps)),
     )
+    if len(learned) == len(meta):
+        return usual
+    balance = optax.chain(optax.stateless_with_tree_map(lambda g, p: jnp.sign(g)), optax.scale(-cfg.balance_rate))
+    return optax.partition({"gradient": usual, "balance": balance}, {name: m.rule for name, m in meta.items()})
 
 
 def _adam(cfg: OptimConfig, meta: Mapping[str, ParamMeta]) -> optax.GradientTransformation:

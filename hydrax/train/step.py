@@ -16,6 +16,8 @@ from hydrax.train.state import State
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
+Totals = tuple[Sums, dict[str, Array]]
+"""Sums over the predictions, and the layers' own losses by name, times the number of predictions."""
 
 
 def make_train_step(
@@ -34,11 +36,13 @@ def make_train_step(
     stay bit-equal and only the counters `step` and `skipped` advance.
     """
 
+    rules = {name: meta.rule for name, meta in plan.meta.items()}
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, sums, bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
+        grads, (sums, losses), bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
         count = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        norm, loss = optax.tree.norm(grads), sums.nll / count
+        norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
@@ -52,6 +56,7 @@ def make_train_step(
             "lr": schedule(state["step"] - state["skipped"]),  # updates made so far
             "tokens": sums.tokens,
             "skipped": skipped,
+            **{name: value / count for name, value in losses.items()},
         }
         metrics = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
         return {**kept, "step": state["step"] + 1, "skipped": skipped}, metrics
@@ -63,7 +68,7 @@ def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callab
     """(params, batch) -> sums {nll, tokens, bytes}; z-loss is not part of it."""
 
     def step(params: dict[str, Array], batch: Batch) -> Metrics:
-        sums = _sums(plan, plan.cast(params, dtype), batch, 0.0)
+        sums, _ = _sums(plan, plan.cast(params, dtype), batch, 0.0)
         return {"nll": sums.nll, "tokens": sums.tokens, "bytes": jnp.sum(batch["bytes"])}
 
     return step
@@ -71,24 +76,25 @@ def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callab
 
 def _accumulated(
     plan: Blueprint, params: dict[str, Array], batch: Batch, accumulate: int, z_loss: float
-) -> tuple[dict[str, Array], Sums, Array]:
+) -> tuple[dict[str, Array], Totals, Array]:
     """Gradients of the summed loss with respect to the cast parameters, in fp32; its sums; counted bytes."""
 
     axes = {name: meta.axes for name, meta in plan.meta.items()}
 
-    def objective(params: dict[str, Array], part: Batch) -> tuple[Array, Sums]:
-        sums = _sums(plan, params, part, z_loss)
-        return sums.nll + sums.z, sums
+    def objective(params: dict[str, Array], part: Batch) -> tuple[Array, Totals]:
+        sums, losses = _sums(plan, params, part, z_loss)
+        return sums.nll + sums.z + sum(losses.values()), (sums, losses)
 
     def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
         grads, sums = jax.grad(objective, has_aux=True)(params, part)
         grads = {name: constrain(g.astype(jnp.float32), axes[name]) for name, g in grads.items()}
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
     parts = {name: _microbatches(x, accumulate) for name, x in batch.items()}
-    (grads, sums), _ = jax.lax.scan(add, (zeros, Sums(zero, zero, zero)), parts)
+    zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
+    shapes = jax.eval_shape(lambda: objective(params, jax.tree.map(lambda x: x[0], parts))[1])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, sums), _ = jax.lax.scan(add, (zeros, nothing), parts)
     return grads, sums, jnp.sum(batch["bytes"])
 
 
@@ -97,7 +103,9 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
-def _sums(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> Sums:
+def _sums(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> Totals:
+    """Those of the predictions, and the layers' own losses: means, which count as much as all tokens together."""
     model = plan.merge(params)
-    x = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
-    return chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
+    x, losses = model.forward(batch["tokens"], batch["segment_ids"], batch["positions"], modes=batch.get("modes"))
+    sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
+    return sums, {name: value * sums.tokens for name, value in losses.items()}

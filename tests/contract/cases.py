@@ -20,16 +20,26 @@ CHUNK = 16
 LAYER = {"layer_index": 1, "depth": 3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "abc": [{"feature": "silu", "norm_affine": False}],
+    "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
-    "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None}],
+    "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
     "kda": [{"safe_gate": True, "gate_bias": True}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
     "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
-    "mamba2": [{"heads": 2}],
+    "mamba": [{"bcdt_norm": True}],
+    "mamba2": [
+        {"heads": 2},
+        {"heads": 2, "norm": "before_gate", "conv_activation": "none", "dt_min": 0.05},
+        {"norm": "none"},
+    ],
+    "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
+    "nonapprox": [{"qk_norm": "head"}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
+    # Without a norm of the keys, the gradient of their bias is that of a shift of all scores and nearly vanishes.
+    "swa": [{"sinks": False, "qk_norm": "head", "out_gate": "headwise", "bias": True, "out_bias": True}],
 }
 """Options, beside those of the table, that take another path through a mixer."""
 
@@ -49,6 +59,11 @@ class Case:
         """The mixer with these parameters."""
         flat = [(path, variable.replace(params[_name(path)])) for path, variable in self.variables]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a state: without one, a token cannot depend on those before it."""
+        return bool(jax.tree.leaves(self.init(1, 1)))
 
     @property
     def cast_names(self) -> set[str]:

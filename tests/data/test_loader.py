@@ -60,6 +60,15 @@ def test_resume_from_any_step_continues_the_stream(data):
         assert_equal(take(data.train_batches(4, seed=5, start_step=start), steps - start), whole[start:])
 
 
+def test_a_batch_size_cuts_the_same_rows(data):
+    rows = numbers(data, take(data.train_batches(1, seed=5), 60))
+    assert (
+        rows
+        == numbers(data, take(data.train_batches(4, seed=5), 15))
+        == numbers(data, take(data.train_batches(20, 5), 3))
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_order_does_not_depend_on_threads(data, threads):
     other = dataclasses.replace(data, threads=threads)
@@ -123,6 +132,23 @@ def test_too_few_tokens_for_a_row(folder, data):
         open_data(dataclasses.replace(cfg, seq_len=tokens))
     assert caught.value.key == "data.seq_len"
     assert caught.value.allowed == f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
+
+
+@pytest.mark.parametrize("prefix", [1, 5])
+def test_prefix_stands_before_every_document(folder, data, prefix):
+    cfg = DataConfig(path=str(folder), seq_len=16, val_fraction=0.2)
+    longer = open_data(cfg, prefix)
+    for batch in [*take(longer.train_batches(3, seed=0), 20), *longer.val_batches(3)]:
+        assert batch["tokens"].shape == (3, 16)
+        ahead = (batch["positions"] < prefix) | (batch["segment_ids"] == 0)
+        np.testing.assert_array_equal(ahead, batch["tokens"] == longer.tokenizer.pad)
+        assert not batch["weights"][ahead].any()
+    batches = list(longer.val_batches(4))
+    assert sum(b["bytes"].sum() for b in batches) == longer.val.bytes == data.val.bytes
+    assert sum(b["weights"].sum() for b in batches) == data.val.bytes + data.val.documents
+    with pytest.raises(ConfigError, match=r"^model\.prefix\.meta_tokens = 16: expected less than data\.seq_len = 16$"):
+        open_data(cfg, 16)
+    assert len(open_data(cfg, 15).train.rows)
 
 
 @pytest.mark.parametrize(("fraction", "empty"), [(0.0, "validation"), (1.0, "training")])

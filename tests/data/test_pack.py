@@ -14,9 +14,9 @@ def corpus_of(texts):
     return Corpus(np.concatenate(bodies), offsets, np.zeros(len(texts), RECORD), len(texts))
 
 
-def packed(texts, seq_len, *, seed=0, partial=True, documents=None):
+def packed(texts, seq_len, *, seed=0, partial=True, documents=None, prefix=0):
     documents = np.arange(len(texts)) if documents is None else documents
-    return PackedRows(corpus_of(texts), documents, BYTES, seq_len, seed=seed, partial=partial)
+    return PackedRows(corpus_of(texts), documents, BYTES, seq_len, seed=seed, partial=partial, prefix=prefix)
 
 
 @pytest.fixture
@@ -26,30 +26,29 @@ def texts():
     return [bytes([i]) * n for i, n in enumerate(lengths)]
 
 
-def reference(texts, seq_len, seed):
+def reference(texts, seq_len, seed, prefix=0):
     """The definition, a token at a time: (token, target, segment, position, weight) of every place of every row."""
     order = np.random.default_rng(seed).permutation(len(texts))
-    stream = [(t, d) for d in order for t in (BYTES.bos, *texts[d], BYTES.eos)]
-    rows = []
-    for start in range(0, len(stream) - 1, seq_len):
-        row, segment, position = [], 0, 0
-        for i in range(start, start + seq_len):
-            if i + 1 >= len(stream):
-                row.append((BYTES.pad, BYTES.pad, 0, 0, 0))
-                continue
+    stream = [(t, d) for d in order for t in (*[None] * prefix, BYTES.bos, *texts[d], BYTES.eos)]
+    rows, stride = [], seq_len - prefix
+    for start in range(prefix, len(stream) - 1, stride):
+        row, segment, current = [], 0, None
+        for i in range(start, min(start + stride, len(stream) - 1)):
             (token, document), (target, next_document) = stream[i], stream[i + 1]
-            fresh = i == start or stream[i - 1][1] != document
-            segment, position = segment + fresh, 0 if fresh else position + 1
+            if token is None:
+                continue
+            if document != current:
+                segment, position, current = segment + 1, prefix, document
+                row += [(BYTES.pad, BYTES.pad, segment, j, 0) for j in range(prefix - 1)]
+                row += [(BYTES.pad, token, segment, prefix - 1, 0)] * (prefix > 0)
+            target = BYTES.pad if target is None else target
             row.append((token, target, segment, position, int(document == next_document)))
-        rows.append(row)
+            position += 1
+        rows.append(row + [(BYTES.pad, BYTES.pad, 0, 0, 0)] * (seq_len - len(row)))
     return np.array(rows)
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
-@pytest.mark.parametrize("seed", [0, 3])
-def test_rows_are_what_the_definition_says(texts, seq_len, seed):
-    rows = packed(texts, seq_len, seed=seed)
-    expected = reference(texts, seq_len, seed)
+def assert_equal(rows, expected):
     assert len(rows) == len(expected)
     batch = rows.batch(np.arange(len(rows)))
     for i, key in enumerate(("tokens", "targets", "segment_ids", "positions", "weights")):
@@ -59,8 +58,55 @@ def test_rows_are_what_the_definition_says(texts, seq_len, seed):
     assert batch["bytes"].dtype == np.float32
 
 
-def test_every_token_is_predicted_exactly_once(texts):
-    batch = packed(texts, 13).batch(np.arange(len(packed(texts, 13))))
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_are_what_the_definition_says(texts, seq_len, seed):
+    assert_equal(packed(texts, seq_len, seed=seed), reference(texts, seq_len, seed))
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("spare", [1, 2, 3, 13, 40, 5000])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rows_with_a_prefix_are_what_the_definition_says(texts, prefix, spare, seed):
+    seq_len = prefix + spare
+    assert_equal(packed(texts, seq_len, seed=seed, prefix=prefix), reference(texts, seq_len, seed, prefix))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_segment_is_one_whole_prefix_and_tokens_of_one_document(texts, seed):
+    rng = np.random.default_rng(seed)
+    prefix = int(rng.integers(1, 9))
+    batch = packed(texts, 2 * prefix + int(rng.integers(1, 30)), seed=seed, prefix=prefix).batch(np.arange(20))
+    for tokens, segments, positions, weights in zip(
+        *(batch[key] for key in ("tokens", "segment_ids", "positions", "weights")), strict=True
+    ):
+        assert (np.diff(np.flatnonzero(segments)) == 1).all()  # padding is on the right
+        for segment in set(segments) - {0}:
+            own = segments == segment
+            np.testing.assert_array_equal(positions[own], np.arange(own.sum()))
+            assert own.sum() > prefix
+            assert (tokens[own][:prefix] == BYTES.pad).all() and not weights[own][:prefix].any()
+            assert (tokens[own][prefix:] != BYTES.pad).all()
+            assert len(set(tokens[own][prefix:]) - {BYTES.bos, BYTES.eos}) <= 1
+
+
+def test_a_prefix_does_not_double_where_a_document_meets_the_edge_of_a_row():
+    """Two documents of 6 tokens behind 2 places each: place 8 of the stream is where the second and row 1 begin."""
+    rows = packed([bytes(4), bytes(4)], 8, prefix=2)
+    assert [row["segment_ids"].tolist() for row in rows] == [[1] * 8, [1] * 6 + [0] * 2, [1] * 3 + [0] * 5]
+    assert rows[1]["tokens"][:3].tolist() == [BYTES.pad, BYTES.pad, BYTES.bos]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prefix_may_be_longer_than_the_corpus(seed):
+    texts = [b"", b"a", b"bc"]
+    assert_equal(packed(texts, 60, seed=seed, prefix=16), reference(texts, 60, seed, 16))
+
+
+@pytest.mark.parametrize(("seq_len", "prefix"), [(13, 0), (13, 3), (29, 8), (5, 4)])
+def test_every_token_is_predicted_exactly_once(texts, seq_len, prefix):
+    rows = packed(texts, seq_len, prefix=prefix)
+    batch = rows.batch(np.arange(len(rows)))
     predicted = np.bincount(batch["targets"][batch["weights"] > 0], minlength=BYTES.vocab_size)
     expected = np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=BYTES.vocab_size)
     expected[BYTES.eos] = len(texts)  # the end of every document is predicted, its beginning never
@@ -83,12 +129,13 @@ def test_training_drops_the_partial_row(texts):
         np.testing.assert_array_equal(whole[row]["tokens"], kept[row]["tokens"])
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("spare", [0, 1])
-def test_row_count_at_the_boundary(spare):
-    """T + 1 tokens make one row of T predictions, T tokens make none that is full."""
-    text = bytes(8 - 1 + spare)  # with BOS and EOS: T + spare + ... = 9 + spare tokens
-    assert len(packed([text], 9, partial=False)) == spare
-    assert len(packed([text], 9, partial=True)) == 1
+def test_row_count_at_the_boundary(spare, prefix):
+    """A prefix and T + 1 tokens make one row of T predictions, T tokens make none that is full."""
+    text = bytes(8 - 1 + spare)  # with BOS and EOS: 9 + spare tokens
+    assert len(packed([text], 9 + prefix, partial=False, prefix=prefix)) == spare
+    assert len(packed([text], 9 + prefix, partial=True, prefix=prefix)) == 1
 
 
 def test_single_row_equals_its_place_in_a_batch(texts):
@@ -102,10 +149,11 @@ def test_single_row_equals_its_place_in_a_batch(texts):
             rows[outside]
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("extra", [0, 1, 2])
-def test_rows_past_the_end_are_padding(extra):
-    rows = packed([bytes(range(6 + extra))], 4)
-    batch = rows.batch(np.array([len(rows), len(rows) + 100]))
+def test_rows_past_the_end_are_padding(extra, prefix):
+    rows = packed([bytes(range(6 + extra))], 4, prefix=prefix)
+    batch = rows.batch(np.array([len(rows), len(rows) + 1, len(rows) + 100]))
     assert (batch["tokens"] == BYTES.pad).all()
     assert (batch["targets"] == BYTES.pad).all()
     assert not any(batch[key].any() for key in ("segment_ids", "positions", "weights", "bytes"))

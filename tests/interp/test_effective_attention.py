@@ -22,7 +22,7 @@ from tests.tolerances import TOLERANCE, assert_close, assert_equal
 T = 21
 IDS = np.stack([cases.segments([1, 9, 8], T), cases.segments([21], T)])
 X = cases.normal(0, 2, T, cases.D)
-LINEAR = sorted(set(mixers.names()) - {"gated_conv"})  # a convolution with a bias
+LINEAR = sorted(set(mixers.names()) - {"gated_conv", "mlp"})  # a convolution with a bias, and no mixing
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
 TOKEN_IDS = jnp.asarray(np.stack([cases.segments([4, 5], 11), cases.segments([11], 11)]))
 
@@ -123,6 +123,7 @@ def test_channels_with_matrices_of_their_own_are_averaged_in_groups() -> None:
     ("name", "tokens", "groups", "message"),
     [
         ("gated_conv", 2, None, "GatedConv is not linear in its values"),
+        ("mlp", 2, None, "MLP is not linear in its values"),
         ("mamba", 2, 7, "groups = 7: expected a divisor of 24 channels"),
         ("gla", ea.LONGEST + 1, None, "T = 4097: expected at most 4096"),
     ],

@@ -21,7 +21,7 @@ from hydrax.ops.delta import delta_rule
 from hydrax.parallel import rules
 from hydrax.parallel.mesh import MeshConfig, make_mesh
 from tests.contract.cases import normal, segments
-from tests.tolerances import TOLERANCE, assert_close
+from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 pytestmark = pytest.mark.thorough
 
@@ -84,7 +84,7 @@ def test_beta_reaches_two_where_negative_eigenvalues_are_allowed(cls: Any):
         cfg = build(cls.Config, {**WIDTHS, "allow_neg_eigval": allow, "beta_bias": True}).fill(D)
         inputs = DeltaInputs(D, cfg, 2, rngs=nnx.Rngs(0))
         inputs.beta.bias[...] = jnp.array([30.0, -30.0])
-        (_, _, _, beta), _ = inputs(jnp.zeros((1, 1, D)), None)
+        (_, _, _, beta), _ = inputs(x := jnp.zeros((1, 1, D)), Context.of(x), None)
         assert_close("β", beta[0, 0], [bound, 0.0], TOLERANCE["fp32_op"])
 
 
@@ -103,7 +103,7 @@ def test_queries_and_keys(activation: str, norm: str):
     }
     cfg = DeltaConfig(heads=2, key_dim=8, value_dim=4, conv_width=1, qk_activation=activation, qk_norm=norm)
     inputs, x = DeltaInputs(D, cfg, 2, rngs=nnx.Rngs(0)), normal(0, 2, 5, D)
-    (*qk, v, _), _ = inputs(x, None)
+    (*qk, v, _), _ = inputs(x, Context.of(x), None)
     for name, actual in zip("qk", qk, strict=True):
         kernel, taps = getattr(inputs, name).kernel[...], getattr(inputs, f"{name}_conv").weight[0]
         y = acts[activation](np.einsum("btd,dhk->bthk", x, kernel) * taps)
@@ -111,6 +111,31 @@ def test_queries_and_keys(activation: str, norm: str):
         assert_close(name, actual, y / size, TOLERANCE["fp32_op"])
     y = np.einsum("btd,dhv->bthv", x, inputs.v.kernel[...]) * inputs.v_conv.weight[0]
     assert_close("v", v, acts["silu"](y), TOLERANCE["fp32_op"])
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gdn", "kda"])
+def test_rope_turns_normalised_queries_and_keys(name: str):
+    """Half of their channels, as complex numbers, by the positions in each document; values and β stay."""
+    x, ctx = normal(2, 2, T, D), Context.of(jnp.zeros((2, T)), jnp.asarray(SEG))
+    turned, plain = make(name, rope={"theta": 50.0, "fraction": 0.5}), make(name)
+    share(turned, plain)
+    found, bare = (m.inputs(x, ctx, None)[0] for m in (turned, plain))
+    turns = np.exp(1j * np.asarray(ctx.positions)[..., None, None] * 50.0 ** (-np.arange(2) / 2))
+    for part, actual, before in zip("qk", found[:2], bare[:2], strict=True):
+        z = (np.asarray(before[..., :2]) + 1j * np.asarray(before[..., 2:4])) * turns
+        expected = np.concatenate([z.real, z.imag, before[..., 4:]], axis=-1)
+        assert_close(part, actual, expected, TOLERANCE["fp32_op"])
+    for part, actual, before in zip(("v", "beta"), found[2:], bare[2:], strict=True):
+        assert_equal(part, actual, before)
+
+
+def test_rope_counts_from_the_start_of_a_document():
+    """Two calls give what one call gives, though the second starts at a later position."""
+    module, x = make("gdn", rope={}), jnp.asarray(normal(3, 1, T, D))
+    whole, _ = module(x, Context.of(x))
+    _, state = module(x[:, :9], Context.of(x[:, :9]), module.init_state(1, T, jnp.float32))
+    rest, _ = module(x[:, 9:], Context(positions=jnp.arange(9, T)[None]), state)
+    assert_close("y", rest, whole[:, 9:], TOLERANCE["fp32_op"])
 
 
 # ---------------------------------------------------------------------------------------- each reduces to the next

@@ -130,6 +130,36 @@ def test_mamba_is_linear_attention_with_a_head_for_every_channel(monkeypatch: py
     assert_close("memory", state["memory"], state_ref["memory"], TOLERANCE["fp32_op"])
 
 
+def mamba_as_published(mixer: mamba.Mamba, u: np.ndarray) -> np.ndarray:
+    """y of the equations in arXiv 2312.00752, token by token in fp64; δ, b and c RMS-normed (arXiv 2403.19887)."""
+    p = {"/".join(map(str, n)): np.asarray(v[...], np.float64) for n, v in nnx.to_flat_state(nnx.state(mixer))}
+    taps, W = p["x_conv/weight"], mixer.cfg.conv_width
+    inner = np.pad(u @ p["x/kernel"], ((0, 0), (W - 1, 0), (0, 0)))
+    x = silu(sum(taps[i] * inner[:, i : i + u.shape[1]] for i in range(W)) + p["x_conv/bias"])
+    low = {name: x @ p[f"{name}/kernel"] for name in ("b", "c", "step_down")}
+    for name, norm in (("b", "b_norm"), ("c", "c_norm"), ("step_down", "step_norm")):
+        y = low[name]
+        low[name] = y / np.sqrt((y**2).mean(-1, keepdims=True) + mixer.cfg.norm_eps) * p[f"{norm}/weight"]
+    dt = np.logaddexp(0, low["step_down"] @ p["step_up/kernel"] + p["dt_bias"])
+    h, o = np.zeros((len(u), *p["A_log"].shape)), np.zeros_like(x)
+    for t in range(u.shape[1]):
+        decay = np.exp(-dt[:, t, :, None] * np.exp(p["A_log"]))
+        h = decay * h + (dt[:, t] * x[:, t])[..., None] * low["b"][:, t, None]
+        o[:, t] = (h * low["c"][:, t, None]).sum(-1) + p["skip"] * x[:, t]
+    return (o * silu(u @ p["gate/kernel"])) @ p["project/kernel"]
+
+
+def test_mamba_norms_steps_keys_and_queries() -> None:
+    """Inputs so small that the epsilon of the norms counts."""
+    mixer, u = made(mamba.Mamba, bcdt_norm=True), 0.02 * normal(7, 2, T, D)
+    for i, norm in enumerate((mixer.b_norm, mixer.c_norm, mixer.step_norm)):
+        norm.weight[...] = 1 + 0.3 * normal(i, *norm.weight.shape)
+    want = mamba_as_published(mixer, u.astype(np.float64))
+    assert_close("y", run(mixer, jnp.asarray(u))[0], want, TOLERANCE["fp32_op"])
+    paths = {path[0] for path, _ in nnx.to_flat_state(nnx.state(made(mamba.Mamba)))}
+    assert not paths & {"b_norm", "c_norm", "step_norm"}
+
+
 def test_mamba_starts_as_published() -> None:
     mixer = mamba.Mamba(64, mamba.Config(value_dim=4096, dt_rank=16).fill(64), rngs=nnx.Rngs(0))
     assert_close("A", jnp.exp(mixer.A_log[...]), np.tile(np.arange(1, 17), (4096, 1)), TOLERANCE["fp32_op"])

@@ -34,6 +34,11 @@ def hedgehog(x: np.ndarray, phi: nnx.Module) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
+def taylor2(x: np.ndarray, phi: object) -> np.ndarray:
+    pairs = np.stack([x[..., i] * x[..., j] for i in range(K) for j in range(K)], axis=-1)
+    return np.concatenate([np.ones_like(x[..., :1]), x / K**0.25, pairs / np.sqrt(2 * K)], axis=-1)
+
+
 FORMULAS = {
     "dpfp": dpfp,
     "elu1": elu1,
@@ -42,6 +47,7 @@ FORMULAS = {
     "identity": lambda x, phi: x,
     "relu": lambda x, phi: np.maximum(x, 0),
     "t2r": lambda x, phi: np.maximum(affine(phi.map, x), 0),
+    "taylor2": taylor2,
 }
 
 
@@ -66,10 +72,18 @@ def test_values_are_those_of_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table_says_what_is_negative_and_what_is_learned(name: str) -> None:
     phi, row = learned(name), TABLE[name]
-    assert bool(np.all(phi(10 * X) >= 0)) == row.nonnegative
+    y = np.asarray(phi(10 * X)).reshape(-1, row.width(K))
+    assert bool(np.all(y @ y.T >= 0)) == row.nonnegative
     params = [p for _, p in nnx.to_flat_state(nnx.state(phi, nnx.Param))] if isinstance(phi, nnx.Module) else []
     assert sum(p.ndim == 2 for p in params) == row.matrices
     assert all(p.shape == (K,) * p.ndim for p in params)
+
+
+def test_taylor2_is_the_polynomial_of_scaled_scores() -> None:
+    phi = TABLE["taylor2"].make(K, nnx.Rngs(0))
+    q, k = X.astype(np.float64)
+    s = (q * k).sum(-1) / np.sqrt(K)
+    assert_close("φ(q)·φ(k)", (phi(X[0]) * phi(X[1])).sum(-1), 1 + s + s**2 / 2, TOLERANCE["fp32_op"])
 
 
 def test_elu1_stays_positive_and_smooth() -> None:

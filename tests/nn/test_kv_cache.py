@@ -88,16 +88,39 @@ def test_a_token_beyond_a_full_cache_is_dropped() -> None:
         assert_equal(name, after[name], cache[name])
 
 
+@functools.partial(jax.jit, static_argnames="kind")
+def read(q: jax.Array, k: jax.Array, v: jax.Array, cache: dict | None, places: jax.Array, ids: jax.Array, kind: str):
+    """What the queries read, the keys they saw, and the cache after them."""
+    facts = {"positions": places, "segment_ids": ids}
+    keys = kv_cache.collect(k, v, cache, **facts)
+    o = kv_cache.attend(q, keys, **facts, **KINDS[kind])
+    return o, keys, kv_cache.write(cache, k, v, **facts, **KINDS[kind])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_after_a_prefill_see_its_last_document(kind: str) -> None:
     """Ids of a later call need not be those of the prefill: the cache belongs to the document of its token 0."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 3, T, 2, 4))
     ids, places, t = IDS[:3], PLACES[:3], 7
-    attend = jax.jit(functools.partial(kv_cache.attend, **KINDS[kind]))
-    full, nothing = attend(q, k, v, None, positions=places, segment_ids=ids)
-    assert nothing is None
+    full, keys, nothing = read(q, k, v, None, places, ids, kind=kind)
+    assert nothing is None and keys[2:] == (None, None)
     cache = kv_cache.empty(3, SLOTS[kind], 2, 4, 4, jnp.float32)
-    first, cache = attend(*(x[:, :t] for x in (q, k, v)), cache, positions=places[:, :t], segment_ids=ids[:, :t])
-    then, _ = attend(*(x[:, t:] for x in (q, k, v)), cache, positions=places[:, t:], segment_ids=9 * (ids[:, t:] != 0))
+    first, _, cache = read(*(x[:, :t] for x in (q, k, v)), cache, places[:, :t], ids[:, :t], kind=kind)
+    later = 9 * (ids[:, t:] != 0)
+    then, keys, _ = read(*(x[:, t:] for x in (q, k, v)), cache, places[:, t:], later, kind=kind)
+    assert {x.shape[1] for x in keys} == {SLOTS[kind] + T - t}
     assert_close("prefill", first, full[:, :t], TOLERANCE["fp32_op"])
     assert_close("continuation", then, full[:, t:], TOLERANCE["fp32_op"])
+
+
+def test_tokens_without_ids_are_one_document() -> None:
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, T, 2, 4))
+    places, one = jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32)
+    empty = kv_cache.empty(2, T, 2, 4, 4, jnp.float32)
+    found, expected = (read(q, k, v, empty, places, ids, kind="full") for ids in (None, one))
+    jax.tree.map(lambda a, b: assert_equal("result", a, b), found, expected)
+
+
+def test_keys_that_nobody_lends_are_missed() -> None:
+    with pytest.raises(ValueError, match=r"kv = 'shared': expected the keys of another layer in ctx\.keys"):
+        kv_cache.shared(None)

@@ -1,4 +1,5 @@
-"""`slot_attention`: both forms against the recurrence in fp64, with every gradient; the decay that makes a softmax."""
+"""`slot_attention` and `slot_softmax`: both forms against the recurrence in fp64, with every gradient; and the decay
+that makes a softmax."""
 
 import functools
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from hydrax.ops import slots
-from hydrax.ops.slots import slot_attention, softmax_decay
+from hydrax.ops.slots import slot_attention, slot_softmax, softmax_decay
 from hydrax.ops.slots.cases import CASES, Case
 from tests.ops import matrix_state as ms
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
@@ -252,3 +253,132 @@ def test_what_cannot_be_served_is_refused(change: dict, message: str) -> None:
     x = {n: a for n, a in ms.in_jax(problem("even")[0]).items() if n != "initial_state"}
     with pytest.raises(ValueError, match=message):
         slot_attention(**x | change)
+
+
+# ------------------------------------------------------------------------------------------------------- slot_softmax
+
+EXPONENT = 16
+"""Of every slot of the initial states; they are integers, so they are no input with a gradient."""
+
+SCORES = LOGITS | {
+    "huge": lambda rng, shape: 2.0**-4 * rng.integers(-(2**15), 2**15, shape),
+    "rare": lambda rng, shape: np.where(rng.integers(9, size=shape) == 0, 3e4, -3e4) + rng.integers(-2, 3, size=shape),
+}
+"""Scores of any size, those beyond 32 exact in fp32."""
+
+
+def softmax_op(initial_state, **x):
+    """The op with a state [B,H,M,V+1] of numerators and denominators, for `matrix_state`; the exponents show in their
+    sizes."""
+    exponents = jnp.full(initial_state.shape[:-1], EXPONENT)
+    state = exponents, initial_state[..., :-1], initial_state[..., -1]
+    o, (_, numerator, denominator) = slot_softmax(initial_state=state, **x)
+    return o, jnp.concatenate([numerator, denominator[..., None]], axis=-1)
+
+
+def softmax_problem(scores: str, case: Case = CASES["odd"]) -> tuple[ms.Inputs, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (case.B, case.T, case.H, case.M)
+    x = {"q": rng.normal(size=shape), "scores": SCORES[scores](rng, shape)}
+    x["v"] = rng.normal(size=(*shape[:3], case.V))
+    x["initial_state"] = np.concatenate(
+        [rng.normal(size=(case.B, case.H, case.M, case.V)), rng.uniform(1, 2, (case.B, case.H, case.M, 1))], axis=-1
+    )
+    return x, ms.documents(case.B, case.T)
+
+
+def averages_of_slots(x: ms.Inputs, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The definition, token by token over all tokens it sees, each time with weights relative to the largest."""
+    o, states = np.zeros_like(x["v"]), x["initial_state"].copy()
+    for b, t in np.argwhere(ids > 0):
+        seen = (np.arange(ids.shape[1]) <= t) & (ids[b] == ids[b, t])
+        s, sums = x["scores"][b, seen], np.concatenate([x["v"], np.ones_like(x["v"][..., :1])], axis=-1)[b, seen]
+        sums = np.broadcast_to(sums[:, :, None], (*s.shape, sums.shape[-1]))
+        if ids[b, t] == ids[b, 0]:
+            s = np.concatenate([np.full_like(s[:1], EXPONENT), s])
+            sums = np.concatenate([x["initial_state"][b, None], sums])
+        largest = np.maximum(16 * np.round(s / 16), -1e9).max(0)
+        S = (np.exp(s - largest)[..., None] * sums).sum(0)
+        o[b, t] = np.einsum("hm,hmv->hv", x["q"][b, t], S[..., :-1] / S[..., -1:])
+        states[b] = S
+    return {"o": o, "state": states}
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_slots_average_under_scores_of_any_size(scores: str) -> None:
+    x, ids = softmax_problem(scores)
+    expected = ms.in_fp64(softmax_op, x, ids)
+    for what, value in averages_of_slots(x, ids).items():
+        assert_close(what, expected[what], value, 1e-12)
+    ms.assert_matches(ms.in_fp32(ms.evaluator(softmax_op, **CHUNKED), x, ids), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunked_averages_equal_the_recurrence(name: str) -> None:
+    x, ids = softmax_problem("usual", CASES[name])
+    for how in (CHUNKED, {}):
+        ms.assert_matches(ms.in_fp32(ms.evaluator(softmax_op, **how), x, ids), ms.in_fp64(softmax_op, x, ids))
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "chunked"])
+def test_gradients_of_slots_match_finite_differences(impl: str) -> None:
+    x, ids = softmax_problem("bursts")
+    actual = ms.in_fp64(softmax_op, x, ids, impl)
+    for what, (direction, value) in ms.directional_derivatives(x, ids, averages_of_slots).items():
+        assert_close(what, (actual[what] * direction).sum(), value, 1e-7)
+
+
+def test_averages_in_bf16_keep_fp32_sums() -> None:
+    x, ids = softmax_problem("usual")
+    rounded = {n: jnp.asarray(a, jnp.bfloat16 if n in "qv" else jnp.float32) for n, a in x.items()}
+    actual = ms.evaluator(softmax_op, **CHUNKED)(rounded, ids)
+    assert (actual["o"].dtype, actual["state"].dtype) == (jnp.bfloat16, jnp.float32)
+    expected = ms.in_fp64(softmax_op, {n: np.asarray(a, np.float64) for n, a in rounded.items()}, ids)
+    for what, value in expected.items():
+        assert_close(what, actual[what], value, ms.bf16_tolerance(what))
+
+
+def test_averages_do_not_depend_on_the_future() -> None:
+    ms.assert_bit_causal(softmax_op, *softmax_problem("usual"), **CHUNKED)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "chunked"])
+def test_empty_slots_stay_empty_in_padding_and_take_the_first_token_whole(impl: str) -> None:
+    """Zeros are "nothing yet", whatever the scores; also after another document, and in a row of padding."""
+    s, v = jnp.asarray([-1e30, 7.0, -41.0])[None, :, None, None], jnp.asarray([2.0, 3.0, 5.0])[None, :, None, None]
+    run = jax.jit(functools.partial(slot_softmax, impl=impl))
+    o, state = run(jnp.ones_like(s), s, v, segment_ids=jnp.asarray([[1, 2, 3]]))
+    assert_close("o", o, v, TOLERANCE["fp32_op"])
+    assert_equal("exponent", state[0], [[[-48]]])
+    assert_close("numerator", state[1], np.exp(7) * v[:, 2:], TOLERANCE["fp32_op"])
+    o, state = run(jnp.ones_like(s), s, v, segment_ids=jnp.asarray([[0, 0, 0]]))
+    for value in (o, *state):
+        assert_equal("of padding", value, np.zeros_like(value))
+
+
+def test_states_of_adjacent_tokens_make_one() -> None:
+    x, _ = softmax_problem("rising")
+    q, s, v = (jnp.asarray(x[n], jnp.float32) for n in ("q", "scores", "v"))
+    run = jax.jit(lambda *x: slot_softmax(*x)[1])
+    first, second, whole = (run(q[:, part], s[:, part], v[:, part]) for part in np.s_[:29, 29:, :])
+    p = np.maximum(first[0], second[0])
+    assert_equal("exponents", whole[0], p)
+    for i, name in ((1, "numerators"), (2, "denominators")):
+        scaled = [np.exp(part[0] - p).reshape(part[i].shape[:3] + (1,) * (2 - i)) * part[i] for part in (first, second)]
+        assert_close(name, sum(scaled), whole[i], TOLERANCE["fp32_op"])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"impl": "magic"}, "slot_softmax: impl = 'magic'"),
+        ({"scores": jnp.ones((2, 65, 2, 3))}, "scores"),
+        ({"initial_state": (jnp.ones((2, 2, 4)),) * 3}, "initial_state"),
+    ],
+    ids=["impl", "scores", "initial_state"],
+)
+def test_averages_that_cannot_be_formed_are_refused(change: dict, message: str) -> None:
+    x = {n: a for n, a in ms.in_jax(softmax_problem("usual")[0]).items() if n != "initial_state"}
+    with pytest.raises(ValueError, match=message):
+        slot_softmax(**x | change)

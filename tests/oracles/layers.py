@@ -22,6 +22,7 @@ sys.modules["fla"] = None
 transformers: Any = pytest.importorskip("transformers", reason="needs transformers: make oracles")
 
 H, HV, K, V, RANK = 2, 4, 8, 16, 3
+K_ROPE, Q_RANK, LRU = 4, 6, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Layer:
       convert: the reference's weights as the mixer's.
       call: (module, x, cache) -> y.
       cache: config -> an empty cache of the reference.
-      memory: (cache, index) -> the mixer's "memory".
+      entry: name of what is compared in the mixer's state.
+      memory: (cache, index) -> that entry.
       index, depth: position among the layers of the model.
+      buffers: constants that the model gives its layers.
     """
 
     family: str
@@ -47,9 +50,11 @@ class Layer:
     convert: Callable[[Params], Params]
     call: Callable[[Any, Any, Any], Any] = lambda module, x, cache: module(x, cache_params=cache)
     cache: Callable[[Any], Any] = lambda config: transformers.DynamicCache(config=config)
+    entry: str = "memory"
     memory: Callable[[Any, int], Any] = lambda cache, index: cache.get_recurrent_state(index)
     index: int = 0
     depth: int = 2
+    buffers: Params = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def settings(self) -> Any:
@@ -59,7 +64,10 @@ class Layer:
     @functools.cached_property
     def theirs(self) -> Any:
         """The reference's layer, every weight random."""
-        return randomised(getattr(source_of(self.family), self.module)(self.settings, self.index))
+        module = randomised(getattr(source_of(self.family), self.module)(self.settings, self.index))
+        for name, value in self.buffers.items():
+            module.register_buffer(name, torch.tensor(value))
+        return module
 
     @functools.cached_property
     def _assemble(self) -> Callable[[Params], Mixer]:
@@ -211,6 +219,12 @@ def mamba(p: Params) -> Params:
     }
 
 
+def jamba(p: Params) -> Params:
+    """With norms of what the steps, keys and queries are made of."""
+    norms = {"b_norm": "b", "c_norm": "c", "step_norm": "dt"}
+    return mamba(p) | {f"{ours}/weight": p[f"{theirs}_layernorm.weight"] for ours, theirs in norms.items()}
+
+
 def mamba2(p: Params) -> Params:
     z, x, b, c, dt = parts(p["in_proj.weight"], HV * V, HV * V, H * K, H * K, HV)
     x_taps, b_taps, c_taps = parts(p["conv1d.weight"], HV * V, H * K, H * K)
@@ -230,9 +244,73 @@ def mamba2(p: Params) -> Params:
         "decay/A_log": p["A_log"],
         "decay/dt_bias": p["dt_bias"],
         "skip": p["D"],
-        "norm_weight": p["norm.weight"].reshape(HV, V),
+        **({"norm_weight": p["norm.weight"].reshape(HV, V)} if "norm.weight" in p else {}),
         "project/kernel": output(p["out_proj.weight"], HV),
     }
+
+
+def mla(p: Params) -> Params:
+    """Keys and values beside each other per head, the latent beside the rotary key."""
+    k, v = jnp.split(p["kv_b_proj.weight"].reshape(H, K + V, RANK), [K], axis=1)
+    c, k_rope = parts(p["kv_a_proj_with_mqa.weight"], RANK, K_ROPE)
+    given = {
+        "latent/down/kernel": c.T,
+        "latent/norm/weight": p["kv_a_layernorm.weight"],
+        "k_rope/kernel": projection(k_rope, 1),
+        "k/kernel": projection(k.reshape(H * K, RANK), H),
+        "v/kernel": projection(v.reshape(H * V, RANK), H),
+        "project/kernel": output(p["o_proj.weight"], H),
+    }
+    if "q_proj.weight" in p:
+        return {**given, "q/kernel": projection(p["q_proj.weight"], H)}
+    return {
+        **given,
+        "q_latent/down/kernel": p["q_a_proj.weight"].T,
+        "q_latent/norm/weight": p["q_a_layernorm.weight"],
+        "q/kernel": projection(p["q_b_proj.weight"], H),
+    }
+
+
+def attend(module: Any, x: Any, cache: Any, **more: Any) -> Any:
+    """A layer of softmax attention, which is given its mask."""
+    seen = cache.get_seq_length() if cache else 0
+    mask = torch.full((x.shape[1], seen + x.shape[1]), -torch.inf).triu(seen + 1)
+    return module(x, attention_mask=mask, past_key_values=cache, **more)[0]
+
+
+def attend_turned(module: Any, x: Any, cache: Any) -> Any:
+    """The same, given the angles of its positions."""
+    seen = cache.get_seq_length() if cache else 0
+    rotary = source_of("deepseek_v3").DeepseekV3RotaryEmbedding(LAYERS["deepseek_v3"].settings)
+    return attend(module, x, cache, position_embeddings=rotary(x, torch.arange(seen, seen + x.shape[1])[None]))
+
+
+def rglru(p: Params) -> Params:
+    def by_channel(name: str) -> Params:
+        return {"kernel": projection(p[f"linear_{name}.weight"], H), "bias": p[f"linear_{name}.bias"].reshape(H, -1)}
+
+    gates = {"keep": "recurrent_gate", "write": "input_gate"}
+    return {
+        **{f"x/{name}": a for name, a in by_channel("x").items()},
+        **{f"gate/{name}": a for name, a in by_channel("y").items()},
+        "x_conv/weight": taps(p["conv_1d.weight"], H),
+        "x_conv/bias": p["conv_1d.bias"].reshape(H, -1),
+        **{f"{ours}/kernel": p[f"rg_lru.{theirs}_weight"] for ours, theirs in gates.items()},
+        **{f"{ours}/bias": p[f"rg_lru.{theirs}_bias"] for ours, theirs in gates.items()},
+        "rate": p["rg_lru.recurrent_param"].reshape(H, -1),
+        "project/kernel": output(p["linear_out.weight"], H),
+        "project/bias": p["linear_out.bias"],
+    }
+
+
+def recur(module: Any, x: Any, cache: dict | None) -> Any:
+    """A recurrent block, which keeps its state itself; the cache is told how far it is, and what the state is."""
+    seen = cache.get("tokens", 0) if cache is not None else 0
+    positions = torch.arange(seen, seen + x.shape[1]).expand(x.shape[:2])
+    y, _ = module(x, positions, None, use_cache=cache is not None)
+    if cache is not None:
+        cache |= {"tokens": seen + x.shape[1], "memory": module.rg_lru.recurrent_states}
+    return y
 
 
 GATED_DELTA = {
@@ -241,7 +319,25 @@ GATED_DELTA = {
     "linear_key_head_dim": K,
     "linear_value_head_dim": V,
 }
+MAMBA2 = {"heads": H, "value_heads": HV, "key_dim": K, "value_dim": V, "chunk_size": 16}
+FALCON = {
+    "mamba_d_ssm": HV * V,
+    "mamba_n_heads": HV,
+    "mamba_d_head": V,
+    "mamba_d_state": K,
+    "mamba_n_groups": H,
+    "mamba_chunk_size": 16,
+}
 KIMI = {"linear_num_heads": H, "linear_head_dim": K}
+LATENT = {
+    "num_attention_heads": H,
+    "num_key_value_heads": H,
+    "kv_lora_rank": RANK,
+    "qk_nope_head_dim": K,
+    "qk_rope_head_dim": K_ROPE,
+    "v_head_dim": V,
+}
+MLA = {"heads": H, "kv_rank": RANK, "nope_dim": K, "rope_dim": K_ROPE, "value_dim": V}
 GDN = {"heads": H, "value_heads": HV, "key_dim": K, "value_dim": V, "chunk_size": 16}
 
 LAYERS = {
@@ -300,13 +396,74 @@ LAYERS = {
         options={"key_dim": K, "dt_rank": RANK, "chunk_size": 16},
         convert=mamba,
     ),
+    "jamba": Layer(
+        family="jamba",
+        module="JambaMambaMixer",
+        config={"mamba_d_state": K, "mamba_dt_rank": RANK},
+        mixer="mamba",
+        options={"key_dim": K, "dt_rank": RANK, "bcdt_norm": True, "chunk_size": 16},
+        convert=jamba,
+    ),
     "mamba2": Layer(
         family="mamba2",
         module="Mamba2Mixer",
         config={"num_heads": HV, "head_dim": V, "state_size": K, "n_groups": H, "chunk_size": 16},
         mixer="mamba2",
-        options={"heads": H, "value_heads": HV, "key_dim": K, "value_dim": V, "chunk_size": 16},
+        options=MAMBA2,
         convert=mamba2,
         memory=lambda cache, index: cache.get_recurrent_state(index).swapaxes(-1, -2),
+    ),
+    "falcon_h1": Layer(
+        family="falcon_h1",
+        module="FalconH1Mixer",
+        config=FALCON,
+        mixer="mamba2",
+        options={**MAMBA2, "norm": "none"},
+        convert=mamba2,
+        memory=lambda cache, index: cache.get_recurrent_state(index).swapaxes(-1, -2),
+        buffers={"mup_vector": 1.0},
+    ),
+    "falcon_h1_norm": Layer(
+        family="falcon_h1",
+        module="FalconH1Mixer",
+        config={**FALCON, "mamba_rms_norm": True},
+        mixer="mamba2",
+        options={**MAMBA2, "norm": "before_gate"},
+        convert=mamba2,
+        memory=lambda cache, index: cache.get_recurrent_state(index).swapaxes(-1, -2),
+        buffers={"mup_vector": 1.0},
+    ),
+    "deepseek_v3": Layer(
+        family="deepseek_v3",
+        module="DeepseekV3Attention",
+        config={**LATENT, "q_lora_rank": Q_RANK},
+        mixer="mla",
+        options={**MLA, "q_rank": Q_RANK, "rope": {"style": "interleaved"}},
+        convert=mla,
+        call=attend_turned,
+        entry="v",
+        memory=lambda cache, index: cache.layers[index].keys.swapaxes(1, 2),
+    ),
+    "kimi_linear_attention": Layer(  # its rotary channels do not turn
+        family="kimi_linear",
+        module="KimiLinearAttention",
+        config={**LATENT, "layer_types": 2 * ["full_attention"]},
+        mixer="mla",
+        options={**MLA, "rope": {"fraction": 0.0}},
+        convert=mla,
+        call=attend,
+        entry="v",
+        memory=lambda cache, index: cache.layers[index].keys.swapaxes(1, 2),
+    ),
+    "recurrent_gemma": Layer(
+        family="recurrent_gemma",
+        module="RecurrentGemmaRecurrentBlock",
+        config={"num_attention_heads": H, "lru_width": LRU},
+        mixer="rglru",
+        options={"heads": H, "value_dim": LRU // H, "chunk_size": 16},
+        convert=rglru,
+        call=recur,
+        cache=lambda config: {},
+        memory=lambda cache, index: cache["memory"].reshape(-1, H, LRU // H),
     ),
 }

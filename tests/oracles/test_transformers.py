@@ -31,6 +31,15 @@ MAMBA_NAMES = {
     "dt_rank": "time_step_rank",
     "conv_width": "conv_kernel",
 }
+MLA_NAMES = {
+    "heads": "num_attention_heads",
+    "q_rank": "q_lora_rank",
+    "kv_rank": "kv_lora_rank",
+    "nope_dim": "qk_nope_head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "value_dim": "v_head_dim",
+}
+RGLRU_NAMES = {"heads": "num_attention_heads", "value_dim": "head_dim", "conv_width": "conv1d_width"}
 B, T = 2, 37
 PREFIX = 21  # tokens before the first single step
 TOKENS = np.random.default_rng(2).integers(0, VOCABULARY, (B, T))
@@ -103,12 +112,13 @@ def test_decoding(layer: Layer) -> None:
         where = {"layer_index": layer.index, "depth": layer.depth}
         y, state = mixer(x[:, :PREFIX], Context.of(x[:, :PREFIX], **where), mixer.init_state(B, T, x.dtype))
 
-        def step(state: Any, x_t: Array) -> tuple:
-            y, state = mixer.step(x_t, Context.of(x_t[:, None], **where), state)
+        def step(state: Any, token: tuple) -> tuple:
+            x_t, position = token
+            y, state = mixer.step(x_t, Context(jnp.full((B, 1), position), **where), state)
             return state, y
 
-        state, rest = jax.lax.scan(step, state, x[:, PREFIX:].swapaxes(0, 1))
-        return jnp.concatenate([y, rest.swapaxes(0, 1)], axis=1), state["memory"]
+        state, rest = jax.lax.scan(step, state, (x[:, PREFIX:].swapaxes(0, 1), jnp.arange(PREFIX, T)))
+        return jnp.concatenate([y, rest.swapaxes(0, 1)], axis=1), state[layer.entry]
 
     y, memory = decode(weights(layer.theirs), x)
     cache, tensor = layer.cache(layer.settings), torch.tensor(x)
@@ -117,7 +127,7 @@ def test_decoding(layer: Layer) -> None:
         expected = torch.cat([layer.call(layer.theirs, piece, cache) for piece in pieces], dim=1)
         assert_close("prefill", y[:, :PREFIX], expected[:, :PREFIX].numpy(), TOLERANCE["fp32_op"])
         assert_close("steps", y[:, PREFIX:], expected[:, PREFIX:].numpy(), TOLERANCE["fp32_op"])
-        assert_close("memory", memory, layer.memory(cache, layer.index).numpy(), TOLERANCE["fp32_op"])
+        assert_close(layer.entry, memory, layer.memory(cache, layer.index).numpy(), TOLERANCE["fp32_op"])
 
 
 @pytest.fixture(params=MODELS)
@@ -164,6 +174,9 @@ def test_decoding_of_models(model: Model) -> None:
         ("qwen3_next", "gdn", {"preset": "qwen3next"}, {**GDN_NAMES, "norm_eps": "rms_norm_eps"}),
         ("olmo_hybrid", "gdn", {"preset": "olmo"}, {**GDN_NAMES, "allow_neg_eigval": "linear_allow_neg_eigval"}),
         ("mamba", "mamba", {}, MAMBA_NAMES),
+        ("deepseek_v3", "mla", {"preset": "deepseek"}, MLA_NAMES),
+        ("kimi_linear", "mla", {"preset": "kimi"}, MLA_NAMES),
+        ("recurrent_gemma", "rglru", {"preset": "griffin"}, RGLRU_NAMES),
     ],
 )
 def test_sizes_of_published_models(family: str, mixer: str, preset: dict, names: dict) -> None:

@@ -1,7 +1,7 @@
 """DeltaNet (arXiv 2406.06484):  S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,   o_t = K^-½ S_tᵀ q_t."""
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
@@ -40,16 +40,16 @@ class DeltaNet(Mixer):
         self.project = Linear((H, V), d_model, axes=(*values, "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
-        (q, k, v, beta), tails = self.inputs(x, state, **facts)
+        (q, k, v, beta), tails = self.inputs(x, ctx, state)
         o, memory = delta_rule(
             q,
             k,
-            ctx.tap("values", v),
+            v,
             beta,
             initial_state=None if state is None else state["memory"],
+            segment_ids=ctx.segment_ids,
+            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
-            **facts,
         )
         z = self.norm(ctx.tap("reads", o))
         if self.gate is not None:

@@ -68,18 +68,18 @@ class GatedDeltaNet(Mixer):
         self.project = Linear((Hv, V), d_model, axes=(*values, "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
-        (q, k, v, beta), tails = self.inputs(x, state, **facts)
+        (q, k, v, beta), tails = self.inputs(x, ctx, state)
         g, _ = self.decay(self.step_size(x))
         o, memory = delta_rule(
             q,
             k,
-            ctx.tap("values", v),
+            v,
             beta,
             g,
             initial_state=None if state is None else state["memory"],
+            segment_ids=ctx.segment_ids,
+            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
-            **facts,
         )
         z = self.norm(ctx.tap("reads", o))
         if self.gate is not None:

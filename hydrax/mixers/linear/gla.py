@@ -51,7 +51,7 @@ class GLA(Mixer):
         g = jax.nn.log_sigmoid(fp32(self.decay_up(self.decay_down(x)))) / self.cfg.gate_divisor
         o, memory = linear_attention(
             self.q(x),
-            self.k(x),
+            ctx.tap("keys", self.k(x)),
             ctx.tap("values", self.v(x)),
             g,
             initial_state=None if state is None else state["memory"],

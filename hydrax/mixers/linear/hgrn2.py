@@ -58,7 +58,7 @@ class HGRN2(Mixer):
         g, k = forget_gates(self.forget(x), ctx.lower_bound(H * K).reshape(H, K))
         o, memory = linear_attention(
             jax.nn.silu(self.q(x)),
-            k.astype(x.dtype),
+            ctx.tap("keys", k.astype(x.dtype)),
             ctx.tap("values", self.v(x)),
             g,
             scale=self.cfg.scale,

@@ -4,7 +4,7 @@ S_t = (I - β_t k_t k_tᵀ) diag(exp g_t) S_{t-1} + β_t k_t v_tᵀ,      o_t = 
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
@@ -61,18 +61,18 @@ class KimiDeltaAttention(Mixer):
         self.project = Linear((H, V), d_model, axes=(*values, "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
-        (q, k, v, beta), tails = self.inputs(x, state, **facts)
+        (q, k, v, beta), tails = self.inputs(x, ctx, state)
         g, _ = self.decay(self.decay_up(self.decay_down(x)))
         o, memory = delta_rule(
             q,
             k,
-            ctx.tap("values", v),
+            v,
             beta,
             g,
             initial_state=None if state is None else state["memory"],
+            segment_ids=ctx.segment_ids,
+            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
-            **facts,
         )
         z = self.norm(ctx.tap("reads", o))
         if self.gate_up is not None:

@@ -91,7 +91,7 @@ class Lightning(Mixer):
         cfg = self.cfg
         o, memory = linear_attention(
             self._placed(self.q(x), self.q_norm, ctx),
-            self._placed(self.k(x), self.k_norm, ctx),
+            self._placed(ctx.tap("keys", self.k(x)), self.k_norm, ctx),
             ctx.tap("values", ACTIVATIONS[cfg.value_activation](self.v(x))),
             log_decay(cfg.heads, cfg.slope_rule, ctx.layer_index, ctx.depth),
             scale=cfg.scale,

@@ -8,16 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive, PositiveFloat
-from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import features
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.ops.linear import linear_attention
-
-SMALLEST_SUM = 1e-10
-"""Added to zᵀφ(q): where a query meets none of the keys, the output is 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Config(MixerConfig):
     key_dim: Positive | None = None  # K per head, before the feature map; d_model / heads if None
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     feature_map: features.Name = "elu1"  # φ of queries and keys
-    normalise: bool | None = None  # divide by zᵀφ(q), else RMSNorm of each head; if None, divide where φ >= 0
+    normalise: bool | None = None  # divide by zᵀφ(q), else RMSNorm of each head; if None, where φ(q)·φ(k) >= 0
     norm_eps: PositiveFloat = 1e-5  # of that RMSNorm
     chunk_size: Positive | None = None  # tokens per chunk of the training form
 
@@ -77,18 +73,16 @@ class LinearAttention(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         v = ctx.tap("values", self.v(x))
-        if self.norm is None:  # z is the column of S that belongs to values of 1: exact whatever the op does with S
-            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         o, memory = linear_attention(
             self.q_map(self.q(x)),
-            self.k_map(self.k(x)),
-            v,
+            self.k_map(ctx.tap("keys", self.k(x))),
+            features.with_ones(v) if self.norm is None else v,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )
-        o = ctx.tap("reads", _divided(o) if self.norm is None else o)
+        o = ctx.tap("reads", features.divided(o) if self.norm is None else o)
         return o if self.norm is None else self.norm(o), {"memory": memory}
 
     def out(self, z: Array) -> Array:
@@ -96,8 +90,3 @@ class LinearAttention(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), jnp.float32)}
-
-
-def _divided(o: Array) -> Array:
-    """The values of o by its last column; in bf16 both were read with the same rounded weights, which cancels."""
-    return (fp32(o[..., :-1]) / (fp32(o[..., -1:]) + SMALLEST_SUM)).astype(o.dtype)

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
+from hydrax.core.build import Positive, PositiveFloat
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.conv import ShortConv
 from hydrax.nn.decay import MAX_LOG_RATE, inverse_softplus_steps
 from hydrax.nn.linear import Linear
+from hydrax.nn.norm import RMSNorm
 from hydrax.nn.param import param
 from hydrax.ops.scan import selective_scan
 
@@ -24,6 +25,8 @@ class Config(MixerConfig):
     key_dim: Positive = 16  # K, states per channel, N of the paper
     dt_rank: Positive | None = None  # low-rank width of the step sizes; d_model / 16, rounded up, if None
     conv_width: Positive = 4  # taps of the convolution on x
+    bcdt_norm: bool = False  # RMSNorm of W_b x, W_c x and W_down x (Jamba, arXiv 2403.19887)
+    norm_eps: PositiveFloat = 1e-6  # of these norms
     chunk_size: Positive | None = None  # tokens whose states exist at a time in the training form
 
     def fill(self, d_model: int) -> "Config":
@@ -46,6 +49,10 @@ class Mamba(Mixer):
         self.c = Linear(V, K, axes=("inner", "state_k"), rngs=rngs)
         self.step_down = Linear(V, R, axes=("inner", "rank"), rngs=rngs)
         self.step_up = Linear(R, V, axes=("rank", "inner"), scale=3**-0.5, rngs=rngs)  # the spread of U(±R^-½)
+        self.b_norm, self.c_norm, self.step_norm = (
+            RMSNorm(width, axes=(axis,), eps=cfg.norm_eps, rngs=rngs) if cfg.bcdt_norm else None
+            for width, axis in ((K, "state_k"), (K, "state_k"), (R, "rank"))
+        )
         self.dt_bias = param(rngs, inverse_softplus_steps, (V,), ("inner",))
         self.A_log = param(rngs, _log_counts, (V, K), ("inner", "state_k"))
         self.skip = param(rngs, jax.nn.initializers.ones, (V,), ("inner",))
@@ -56,12 +63,13 @@ class Mamba(Mixer):
         past = dict.fromkeys(("memory", "x")) if state is None else state
         facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
         x, tail = self.x_conv(self.x(u), past["x"], **facts)
+        low = _normed(self.step_down(x), self.step_norm)
         o, memory = selective_scan(
             ctx.tap("values", x),
-            jax.nn.softplus(fp32(self.step_up(self.step_down(x))) + self.dt_bias[...]),
+            jax.nn.softplus(fp32(self.step_up(low)) + self.dt_bias[...]),
             -jnp.exp(jnp.minimum(self.A_log[...], MAX_LOG_RATE)),
-            self.b(x),
-            self.c(x),
+            _normed(self.b(x), self.b_norm),
+            _normed(self.c(x), self.c_norm),
             initial_state=past["memory"],
             chunk_size=self.cfg.chunk_size,
             **facts,
@@ -77,6 +85,10 @@ class Mamba(Mixer):
             "memory": jnp.zeros((batch, self.cfg.value_dim, self.cfg.key_dim), jnp.float32),
             "x": self.x_conv.init_state(batch, dtype),
         }
+
+
+def _normed(x: Array, norm: RMSNorm | None) -> Array:
+    return x if norm is None else norm(x)
 
 
 def _log_counts(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ConfigError, NonNegativeFloat, Positive, PositiveFloat
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
@@ -19,6 +19,12 @@ from hydrax.nn.norm import rms_norm
 from hydrax.nn.param import param
 from hydrax.ops.linear import linear_attention
 
+GATED_NORMS = {
+    "after_gate": lambda y, gate, norm: norm(y * gate),
+    "before_gate": lambda y, gate, norm: norm(y) * gate,
+    "none": lambda y, gate, norm: y * gate,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(MixerConfig):
@@ -27,6 +33,9 @@ class Config(MixerConfig):
     key_dim: Positive = 128  # K, the state size N of the paper
     value_dim: Positive | None = None  # V per value head; 64 if None, less if that does not divide 2 d_model
     conv_width: Positive = 4  # taps of the convolutions on x, b, c
+    conv_activation: Literal["none", "silu"] = "silu"  # after these convolutions
+    dt_min: NonNegativeFloat = 0.0  # Δ is at least this; 0.001 where transformers prefills Zamba2 and Nemotron-H
+    norm: Literal["after_gate", "before_gate", "none"] = "after_gate"  # where the output norm stands
     norm_eps: PositiveFloat = 1e-5  # of the output norm
     chunk_size: Positive | None = None  # tokens per chunk of the training form
 
@@ -41,7 +50,10 @@ class Config(MixerConfig):
 
 
 class Mamba2(Mixer):
-    """x, b, c = silu(conv(W u) + bias), Δ = softplus(W_Δ u + b_dt);  y = W_o RMSNorm_group(o ⊙ silu(W_z u))."""
+    """x, b, c = silu(conv(W u) + bias), Δ = softplus(W_Δ u + b_dt);  y = W_o RMSNorm_group(o ⊙ silu(W_z u)).
+
+    Oryx (arXiv 2605.28769) has no silu after the convolutions, Falcon-H1 (2507.22448) a gate without a norm.
+    """
 
     Config: TypeAlias = Config
 
@@ -52,14 +64,17 @@ class Mamba2(Mixer):
         self.c = Linear(d_model, (G, K), axes=("embed", *keys), rngs=rngs)
         self.b = Linear(d_model, (G, K), axes=("embed", *keys), rngs=rngs)
         self.x = Linear(d_model, (Hv, V), axes=("embed", *values), rngs=rngs)
-        self.c_conv = ShortConv((G, K), cfg.conv_width, axes=keys, bias=True, rngs=rngs)
-        self.b_conv = ShortConv((G, K), cfg.conv_width, axes=keys, bias=True, rngs=rngs)
-        self.x_conv = ShortConv((Hv, V), cfg.conv_width, axes=values, bias=True, rngs=rngs)
+        conv: dict[str, Any] = {"width": cfg.conv_width, "bias": True, "rngs": rngs}
+        conv["activation"] = None if cfg.conv_activation == "none" else cfg.conv_activation
+        self.c_conv = ShortConv((G, K), axes=keys, **conv)
+        self.b_conv = ShortConv((G, K), axes=keys, **conv)
+        self.x_conv = ShortConv((Hv, V), axes=values, **conv)
         self.step_size = Linear(d_model, Hv, axes=("embed", "heads"), rngs=rngs)
-        self.decay = StepDecay(Hv, rates=(1.0, 16.0), rngs=rngs)
+        self.decay = StepDecay(Hv, rates=(1.0, 16.0), dt_min=cfg.dt_min, rngs=rngs)
         self.skip = param(rngs, jax.nn.initializers.ones, (Hv,), ("heads",))
         self.gate = Linear(d_model, (Hv, V), axes=("embed", *values), rngs=rngs)
-        self.norm_weight = param(rngs, jax.nn.initializers.ones, (Hv, V), values)
+        ones = jax.nn.initializers.ones
+        self.norm_weight = None if cfg.norm == "none" else param(rngs, ones, (Hv, V), values)
         self.project = Linear((Hv, V), d_model, axes=(*values, "embed"), residual=True, rngs=rngs)
 
     def mix(self, u: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
@@ -71,7 +86,7 @@ class Mamba2(Mixer):
         g, dt = self.decay(self.step_size(u))
         o, memory = linear_attention(
             c,
-            b,
+            ctx.tap("keys", b),
             (dt[..., None] * ctx.tap("values", x)).astype(x.dtype),
             g,
             scale=1.0,
@@ -79,11 +94,12 @@ class Mamba2(Mixer):
             chunk_size=self.cfg.chunk_size,
             **facts,
         )
-        y = (ctx.tap("reads", o) + self.skip[...][:, None] * fp32(x)) * jax.nn.silu(fp32(self.gate(u)))
-        return self._group_norm(y).astype(u.dtype), {"memory": memory, "c": c_tail, "b": b_tail, "x": x_tail}
+        y = ctx.tap("reads", o) + self.skip[...][:, None] * fp32(x)
+        z = GATED_NORMS[self.cfg.norm](y, jax.nn.silu(fp32(self.gate(u))), self._group_norm)
+        return z.astype(u.dtype), {"memory": memory, "c": c_tail, "b": b_tail, "x": x_tail}
 
     def _group_norm(self, y: Array) -> Array:
-        """RMS norm over all value heads of a group, after the gate."""
+        """RMS norm over all value heads of a group."""
         groups = (self.cfg.heads, -1, self.cfg.value_dim)
         grouped = y.reshape(*y.shape[:2], *groups)
         weight = self.norm_weight[...].reshape(groups)

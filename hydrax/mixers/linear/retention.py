@@ -59,7 +59,7 @@ class Retention(Mixer):
         rope = self.cfg.rope
         o, memory = linear_attention(
             rope.turn(self.q(x), ctx.positions),
-            rope.turn(self.k(x), ctx.positions),
+            rope.turn(ctx.tap("keys", self.k(x)), ctx.positions),
             ctx.tap("values", self.v(x)),
             log_decay(self.cfg.heads),
             initial_state=None if state is None else state["memory"],

@@ -29,18 +29,19 @@ class Attention(Mixer):
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.gate = OutGate(d_model, cfg, rngs=rngs)
         axes = ("heads", "head_dim", "embed")
-        self.project = Linear((cfg.heads, cfg.value_dim), d_model, axes=axes, residual=True, rngs=rngs)
+        shape = (cfg.heads, cfg.value_dim)
+        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        q, k, v = self.qkv(x, ctx.positions)
-        o, state = kv_cache.attend(
+        cfg = self.cfg
+        q, keys, state = self.qkv.see(x, ctx, state)
+        o = kv_cache.attend(
             q,
-            k,
-            ctx.tap("values", v),
-            state,
+            keys,
             positions=ctx.positions,
             segment_ids=ctx.segment_ids,
-            softcap=self.cfg.softcap,
+            scale=cfg.scale,
+            softcap=cfg.softcap,
             impl=ctx.impl,
         )
         return self.gate(ctx.tap("reads", o), x), state
@@ -49,5 +50,4 @@ class Attention(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        cfg = self.cfg
-        return kv_cache.empty(batch, max_len, cfg.kv_heads, cfg.key_dim, cfg.value_dim, dtype)
+        return self.cfg.init_cache(batch, max_len, dtype)

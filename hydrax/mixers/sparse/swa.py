@@ -5,7 +5,7 @@ What lies outside the window may stay visible through the first tokens of the do
 """
 
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,23 @@ class SlidingWindowAttention(Mixer):
         self.sinks = param(rngs, jax.nn.initializers.normal(0.02), (cfg.heads,), ("heads",)) if cfg.sinks else None
         self.gate = OutGate(d_model, cfg, rngs=rngs)
         axes = ("heads", "head_dim", "embed")
-        self.project = Linear((cfg.heads, cfg.value_dim), d_model, axes=axes, residual=True, rngs=rngs)
+        shape = (cfg.heads, cfg.value_dim)
+        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        q, k, v = self.qkv(x, ctx.positions)
-        o, state = kv_cache.attend(
+        cfg = self.cfg
+        ring: dict[str, Any] = {"window": cfg.window, "sink_tokens": cfg.sink_tokens}
+        q, keys, state = self.qkv.see(x, ctx, state, **ring)
+        o = kv_cache.attend(
             q,
-            k,
-            ctx.tap("values", v),
-            state,
+            keys,
             positions=ctx.positions,
             segment_ids=ctx.segment_ids,
-            window=self.cfg.window,
             sinks=None if self.sinks is None else self.sinks[...],
-            sink_tokens=self.cfg.sink_tokens,
-            softcap=self.cfg.softcap,
+            scale=cfg.scale,
+            softcap=cfg.softcap,
             impl=ctx.impl,
+            **ring,
         )
         return self.gate(ctx.tap("reads", o), x), state
 
@@ -64,6 +65,4 @@ class SlidingWindowAttention(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        cfg = self.cfg
-        slots = min(max_len, cfg.window + cfg.sink_tokens)
-        return kv_cache.empty(batch, slots, cfg.kv_heads, cfg.key_dim, cfg.value_dim, dtype)
+        return self.cfg.init_cache(batch, min(max_len, self.cfg.window + self.cfg.sink_tokens), dtype)

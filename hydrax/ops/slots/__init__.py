@@ -3,7 +3,8 @@
     K̃_t = diag(exp g_t) K̃_{t-1} + w_t k_tᵀ,      Ṽ_t = diag(exp g_t) Ṽ_{t-1} + w_t v_tᵀ,
     o_t = Ṽ_tᵀ softmax(scale · K̃_t q_t)
 
-Covers ABC (arXiv 2110.02488) and gated slot attention (2409.07146). The letter M stands for slots everywhere here.
+Covers ABC (arXiv 2110.02488) and gated slot attention (2409.07146). Slots of `slot_softmax` have no keys: they average
+the values under scores of their own. The letter M stands for slots everywhere here.
 """
 
 import functools
@@ -21,6 +22,7 @@ from hydrax.ops.scan import linear_scan
 from hydrax.ops.slots import forms
 
 FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
+SOFTMAX = {"recurrent": forms.softmax_recurrent, "chunked": forms.softmax_chunked}
 
 
 def slot_attention(
@@ -62,6 +64,51 @@ def slot_attention(
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     o, state = form(q, k, v, w, g, seg, state, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    o = o.astype(v.dtype)
+    return o if valid is None else o * valid[:, :, None, None], state
+
+
+def slot_softmax(
+    q: Float[Array, "B T H M"],
+    scores: Float[Array, "B T H M"],
+    v: Float[Array, "B T H V"],
+    *,
+    initial_state: tuple[Int[Array, "B H M"], Float[Array, "B H M V"], Float[Array, "B H M"]] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], tuple[Int[Array, "B H M"], Float[Array, "B H M V"], Float[Array, "B H M"]]]:
+    """Every slot averages the values so far by the softmax of its own scores, a query mixes the slots.
+
+        o_t = Σ_m q_tm Σ_{j<=t} e^{s_jm} v_j / Σ_{j<=t} e^{s_jm}
+
+    The state (p, n, d) holds the two sums over the document as e^p n and e^p d: the integer p, within 8 of the largest
+    score, keeps them in range. States of adjacent tokens make p = max(p_1, p_2), n = e^{p_1-p} n_1 + e^{p_2-p} n_2, and
+    d alike. Covers the running softmax of arXiv 2510.11602 and 2405.13956.
+
+    Args:
+      q: how much of each slot is read.
+      scores: s, of any size; those beyond ±1e5 count as that.
+      v: values.
+      initial_state: (p, n, d) before token 0, belonging to the document of token 0; zeros, or None, are empty slots.
+      segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
+      impl: "recurrent" (the definition), "chunked", or None to choose.
+      chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
+
+    Returns:
+      o in the dtype of v, zero at padding, and the final state: int32 exponents, numerators and denominators in fp32.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown `impl`.
+    """
+    state = _average(q, scores, v, initial_state)
+    s = jnp.clip(fp32(scores), -forms.MAX_SCORE, forms.MAX_SCORE)
+    seg, valid, (v,) = layout.at_padding(segment_ids, v)
+    s = s if valid is None else tree.where(valid, s, jnp.full_like(s, 2 * forms.NOTHING))
+    form = select("slot_softmax", impl, SOFTMAX, "recurrent" if q.shape[1] == 1 else "chunked", q.shape)
+    if form is forms.softmax_chunked and chunk_size is not None:
+        form = functools.partial(form, chunk_size=chunk_size)
+    o, state = form(fp32(q), s, v, seg, state)
     o = o.astype(v.dtype)
     return o if valid is None else o * valid[:, :, None, None], state
 
@@ -141,3 +188,18 @@ def _state(q: Array, k: Array, v: Array, w: Array, g: Array, initial: tuple | No
     if (initial[0].shape, initial[1].shape) != shapes:
         raise ValueError(f"initial_state {initial[0].shape}, {initial[1].shape}: expected {shapes[0]}, {shapes[1]}")
     return fp32(initial[0]), fp32(initial[1])
+
+
+def _average(q: Array, s: Array, v: Array, initial: tuple | None) -> tuple[Array, Array, Array]:
+    """The state of `slot_softmax` before token 0, after checking every shape."""
+    (B, T, H, M), V = q.shape, v.shape[-1]
+    if s.shape != q.shape or v.shape[:3] != (B, T, H):
+        raise ValueError(f"q {q.shape}, scores {s.shape}, v {v.shape}: expected [B,T,H,M] twice and [B,T,H,V]")
+    shapes = (B, H, M), (B, H, M, V), (B, H, M)
+    if initial is None:
+        dtypes = jnp.int32, fp32(v).dtype, fp32(v).dtype
+        exponents, numerators, denominators = map(jnp.zeros, shapes, dtypes)
+        return exponents, numerators, denominators
+    if tuple(x.shape for x in initial) != shapes:
+        raise ValueError(f"initial_state {', '.join(str(x.shape) for x in initial)}: expected {shapes}")
+    return initial[0], fp32(initial[1]), fp32(initial[2])

@@ -1,6 +1,10 @@
-"""The forms of `slot_attention`: decayed sums score the slots, a softmax weighs them, linear attention reads them."""
+"""The forms of `slot_attention`: decayed sums score the slots, a softmax weighs them, linear attention reads them.
+
+And those of `slot_softmax`, whose slots keep each sum of exponentials as a number of fp32 and an integer exponent.
+"""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +15,23 @@ from hydrax.core.typing import Array
 from hydrax.ops import documents, layout
 from hydrax.ops.linear import linear_attention
 from hydrax.ops.linear.forms import SUB_BLOCK, Sums, between, decay_sums, decayed_scores, past_decay, to_end
+from hydrax.ops.scan import linear_scan
 from hydrax.ops.spans import join_chunks, over_spans, split_chunks
 
 State = tuple[Array, Array]
 """Keys [B,H,M,K] and values [B,H,M,V] of the slots."""
+
+Average = tuple[Array, Array, Array]
+"""Exponents int32 [B,H,M], numerators [B,H,M,V] and denominators [B,H,M] of the slots of `slot_softmax`."""
+
+MAX_SCORE = 1e5
+"""Bound on what is exponentiated: fp32 still resolves 0.01 there."""
+
+NOTHING = -(10**6)
+"""Exponent of a slot that holds nothing: below that of every score."""
+
+EXPONENTS = 16
+"""Exponents are multiples of this: as long as scores stay within ±8 they are 0, and rounding cannot change them."""
 
 
 def step(q: Array, k: Array, v: Array, w: Array, g: Array, S: Array, *, scale: float) -> tuple[Array, Array]:
@@ -27,8 +44,8 @@ def step(q: Array, k: Array, v: Array, w: Array, g: Array, S: Array, *, scale: f
 
 def _weights(scores: Array) -> Array:
     """The softmax over slots. Compilers may form its exponentials and its maximum from scores of their own, rounded
-    apart: bounded to ±1e5, where fp32 still resolves 0.01, neither difference nor result can overflow."""
-    return jax.nn.softmax(jnp.clip(scores, -1e5, 1e5), axis=-1)
+    apart: where they are bounded, neither difference nor result can overflow."""
+    return jax.nn.softmax(jnp.clip(scores, -MAX_SCORE, MAX_SCORE), axis=-1)
 
 
 def recurrent(
@@ -198,3 +215,70 @@ def _rows(x: Array) -> Array:
 def _tokens(x: Array) -> Array:
     """[B,N,H,M,C] -> [B,N,C,H,M]."""
     return jnp.moveaxis(x, -1, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- slot_softmax
+
+
+def softmax_step(q: Array, s: Array, v: Array, state: Average) -> tuple[Array, Average]:
+    """One token: q, s [B,H,M], v [B,H,V]. The exponent p is the multiple of 16 next to the largest score so far.
+    Outputs do not depend on it, and being an integer it has no gradient."""
+    p, numerator, denominator = state
+    past = _exponents(p, denominator)
+    top = jnp.maximum(past, _exponent(s))
+    keep, w = jnp.exp((past - top).astype(s.dtype)), jnp.exp(s - top)
+    numerator = keep[..., None] * numerator + w[..., None] * v[:, :, None]
+    denominator = keep * denominator + w
+    o = einsum("bhm,bhmv->bhv", _shares(q, denominator), numerator)
+    return o, (_kept(top, denominator), numerator, denominator)
+
+
+def softmax_recurrent(q: Array, s: Array, v: Array, seg: Array | None, state: Average) -> tuple[Array, Average]:
+    """The definition: `softmax_step` over the tokens, in fp32, restarting where the document changes."""
+    return layout.scan_tokens(softmax_step, (q, s, v), seg, state)
+
+
+def softmax_chunked(
+    q: Array, s: Array, v: Array, seg: Array | None, state: Average, *, chunk_size: int = 64
+) -> tuple[Array, Average]:
+    """Linear attention in chunks: of the running exponents p_t, keys e^{s_t - p_t} and log-decays p_{t-1} - p_t."""
+    p, numerator, denominator = state
+    past, top = _running_exponents(_exponent(s), _exponents(p, denominator), seg)
+    g, w = (past - top).astype(s.dtype), jnp.exp(s - top).astype(v.dtype)
+    facts: dict[str, Any] = {"segment_ids": seg, "impl": "chunked", "chunk_size": chunk_size}
+    sums, denominator = linear_scan(jnp.exp(g), w, initial_state=denominator, **facts)
+    q = _shares(q, sums).astype(v.dtype)
+    o, numerator = linear_attention(q, w, v, g, scale=1.0, initial_state=numerator, **facts)
+    return o, (_kept(top[:, -1], denominator), numerator, denominator)
+
+
+def _exponent(s: Array) -> Array:
+    return EXPONENTS * jnp.round(s / EXPONENTS).astype(jnp.int32)
+
+
+def _exponents(p: Array, denominator: Array) -> Array:
+    """The exponents of a state, in which zeros stand for slots that hold nothing."""
+    return jnp.where(denominator > 0, p, NOTHING)
+
+
+def _kept(p: Array, denominator: Array) -> Array:
+    """The inverse of `_exponents`."""
+    return jnp.where(denominator > 0, p, 0)
+
+
+def _shares(q: Array, denominator: Array) -> Array:
+    """What a query reads from each numerator; nothing where nothing is."""
+    return q / jnp.where(denominator > 0, denominator, 1)
+
+
+def _running_exponents(p: Array, first: Array, seg: Array | None) -> tuple[Array, Array]:
+    """The largest exponent of the document before each token (`first` before token 0), and with it: [B,T,H,M]."""
+    starts = jnp.zeros(p.shape[:2], bool) if seg is None else documents.changes(seg)
+    starts = starts[:, :, None, None]
+
+    def then(a: tuple, b: tuple) -> tuple:
+        return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
+
+    _, top = jax.lax.associative_scan(then, (starts, p.at[:, 0].max(first)), axis=1)
+    past = jnp.concatenate([first[:, None], top[:, :-1]], axis=1)
+    return jnp.where(starts, top, past), top

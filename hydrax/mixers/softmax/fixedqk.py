@@ -1,0 +1,76 @@
+"""Softmax attention whose weights are the same for every text (arXiv 2510.11602): queries and keys are made of a fixed
+random stream e_p ~ N(0, σ²) [D] of the positions p, values of the input.
+
+    q_p = W_q e_p,      k_p = W_k e_p,      o_t = Σ_{p<=t} softmax_p(K^-½ q_t·k_p) W_v x_p
+
+The paper runs the stream through the blocks beside the text. Here it enters every layer as it is: a mixer sees its own
+layer, and what the blocks' norms would make of the stream has the size that it has for σ = 1.
+"""
+
+import dataclasses
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hydrax.core.build import NonNegative, PositiveFloat
+from hydrax.core.typing import Array, Float, Int, PyTree
+from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.nn import kv_cache
+from hydrax.nn.attention import QKV, AttentionConfig, OutGate
+from hydrax.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(AttentionConfig, MixerConfig):
+    sigma: PositiveFloat = 1.0  # standard deviation of the stream
+    seed: NonNegative = 0  # of the stream; layers with equal seeds share it
+
+    def fill(self, d_model: int) -> "Config":
+        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
+
+
+class FixedQK(Mixer):
+    """y = W_o (attention(q, k, v) ⊙ σ(W_g x)), with weights learned for pairs of positions."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.qkv = QKV(d_model, cfg, rngs=rngs)
+        self.gate = OutGate(d_model, cfg, rngs=rngs)
+        axes = ("heads", "head_dim", "embed")
+        shape = (cfg.heads, cfg.value_dim)
+        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+
+    def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
+        cfg = self.cfg
+        e = cfg.sigma * stream(ctx.positions, x.shape[-1], cfg.seed)
+        q, keys, state = self.qkv.see(x, ctx, state, e.astype(x.dtype))
+        o = kv_cache.attend(
+            q,
+            keys,
+            positions=ctx.positions,
+            segment_ids=ctx.segment_ids,
+            scale=cfg.scale,
+            softcap=cfg.softcap,
+            impl=ctx.impl,
+        )
+        return self.gate(ctx.tap("reads", o), x), state
+
+    def out(self, z: Array) -> Array:
+        return self.project(z)
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
+        return self.cfg.init_cache(batch, max_len, dtype)
+
+
+def stream(positions: Int[Array, "B T"], width: int, seed: int) -> Float[Array, "B T D"]:
+    """N(0, 1) in fp32, a function of the position alone: the same in training and decoding, whatever the length."""
+    key = jax.random.key(seed, impl="threefry2x32")
+
+    def draw(position: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, position), (width,), jnp.float32)
+
+    return jax.vmap(jax.vmap(draw))(positions)
