@@ -24,7 +24,6 @@ from hydrax.models.lm import LM
 from hydrax.models.stack import Visit, run_period
 from hydrax.ops.identity import LONGEST
 
-
 # ------------------------------------------------------------------------------------------------------------ matrices
 
 

@@ -13,7 +13,7 @@ from hydrax.core.build import ConfigError, build
 from hydrax.models import pattern as patterns
 from hydrax.models.fusion import FusionConfig, Heads, HeadsOptions, Parallel
 from hydrax.models.layers import BlockConfig
-from hydrax.models.mix import Mix, Single
+from hydrax.models.mix import Mix, Single, take_projection
 from hydrax.models.modes import READABLE, Modes, ModesOptions
 from hydrax.models.route import Route, RouteOptions
 
@@ -45,16 +45,17 @@ def mix_of(
         made = patterns.composition(expression)
     except ConfigError as error:
         raise error.under(path) from None
+    key = _key(path)
     if made is None:
         if expression not in mixers.TABLE:
-            raise ConfigError(f"{path}.mixer", expression, f"expected one of {', '.join(mixers.names())}")
+            raise ConfigError(key, expression, f"expected one of {', '.join(mixers.names())}")
         own = f"{path}.options" if options else f"mixers.{expression}"
         return Single(expression, _filled(expression, options_of(expression, options, names, own), width, own))
     kind, parts = made
     for part in parts:
         if kind != "heads" and (part.count, part.indices) != (None, None):
-            raise ConfigError(f"{path}.mixer", expression, f"{kind} takes parts without numbers of heads")
-    where = f"{path}.options" if options else f"{path}.mixer"
+            raise ConfigError(key, expression, f"{kind} takes parts without numbers of heads")
+    where = f"{path}.options" if options else key
     if kind == "heads":
         return _heads(
             names, expression, parts, build(HeadsOptions, options, where), (path, where), width, places, index
@@ -62,16 +63,22 @@ def mix_of(
     members = tuple(_member(names, part.expression, path, width) for part in parts)
     sizes = {"modes": 1, "route": 2}
     if len(members) != sizes.get(kind, max(2, len(members))):
-        raise ConfigError(f"{path}.mixer", expression, f"{kind} takes {sizes.get(kind, 'at least 2')} parts")
+        raise ConfigError(key, expression, f"{kind} takes {sizes.get(kind, 'at least 2')} parts")
     return _COMPOSED[kind](expression, members, options, where, width)
+
+
+def _key(path: str) -> str:
+    """Where the mixer of a block stands, or of a layer that the pattern itself describes."""
+    return path if path == "pattern" else f"{path}.mixer"
 
 
 def _parallel(expression: str, members: tuple[Mix, ...], options: Mapping[str, Any], where: str, width: int) -> Mix:
     fusion = _fusion(build(FusionConfig, options, where), "mean_norm", len(members), where)
-    widths = {member.label: _out_width(member, width) for member in members}
-    if fusion.fusion != "concat" and len(set(widths.values())) > 1:
-        found = ", ".join(f"{label} {n}" for label, n in widths.items())
-        raise ConfigError(f"{where}", expression, f"parts that are added must be equally wide, and are {found}")
+    widths = [math.prod(_out_shape(member, width)) for member in members]
+    if fusion.fusion != "concat" and len(set(widths)) > 1:
+        raise ConfigError(
+            where, expression, f"parts that are added must be equally wide, and are {_listed(members, widths)}"
+        )
     return Parallel(members, fusion)
 
 
@@ -84,9 +91,9 @@ def _modes(expression: str, members: tuple[Mix, ...], options: Mapping[str, Any]
 
 def _route(expression: str, members: tuple[Mix, ...], options: Mapping[str, Any], where: str, width: int) -> Mix:
     full, sparse = members
-    if _out_width(full, width) != _out_width(sparse, width):
-        found = f"{_out_width(full, width)} and {_out_width(sparse, width)}"
-        raise ConfigError(where, expression, f"both parts must be equally wide, and are {found}")
+    widths = [math.prod(_out_shape(member, width)) for member in members]
+    if widths[0] != widths[1]:
+        raise ConfigError(where, expression, f"both parts must be equally wide, and are {_listed(members, widths)}")
     return Route((full, sparse), build(RouteOptions, options, where), width)
 
 
@@ -113,12 +120,14 @@ def _member(names: Names, expression: str, path: str, width: int, **forced: Any)
     if forced and expression in mixers.TABLE:
         own = f"{path}.options" if options else f"mixers.{expression}"
         given = options_of(expression, options, names, own)
-        return Single(expression, _filled(expression, {**forced.pop("defaults"), **given, **forced}, width, own))
+        fields = {f.name for f in dataclasses.fields(mixers.get(expression).Config)}
+        defaults = {name: value for name, value in forced.pop("defaults").items() if name in fields}
+        return Single(expression, _filled(expression, {**defaults, **given, **forced}, width, own))
     if forced:
-        raise ConfigError(f"{path}.mixer", expression, "expected single mixers as the parts of heads(...)")
+        raise ConfigError(_key(path), expression, "expected single mixers as the parts of heads(...)")
     if expression not in mixers.TABLE and patterns.composition(expression) is None:
         known = ", ".join([*names.blocks, *mixers.names()])
-        raise ConfigError(f"{path}.mixer", expression, f"expected parts among {known}")
+        raise ConfigError(_key(path), expression, f"expected parts among {known}")
     return mix_of(names, expression, options, path, width, [0], 0)
 
 
@@ -141,14 +150,16 @@ def _heads(
     head = max(width // total, 1)
     members = []
     for part, indices in zip(parts, own, strict=True):
-        heads = _head_option(names, part.expression)
+        option = _head_option(names, part.expression)
         defaults = {"key_dim": head, "value_dim": head}
-        members.append(_member(names, part.expression, path, width, defaults=defaults, **{heads: len(indices)}))
-    widths = {member.label: member.options.value_dim for member in members}  # type: ignore[attr-defined]
-    if len(set(widths.values())) > 1:
-        found = ", ".join(f"{label} {n}" for label, n in widths.items())
+        members.append(_member(names, part.expression, path, width, defaults=defaults, **{option: len(indices)}))
+    shapes, counts = [_out_shape(member, width) for member in members], list(map(len, own))
+    if [n for n, _ in shapes] != counts:
+        found = _listed(members, [n for n, _ in shapes])
+        raise ConfigError(where, expression, f"expected {_listed(members, counts)} heads, and options make {found}")
+    if len({n for _, n in shapes}) > 1:
+        found = _listed(members, [n for _, n in shapes])
         raise ConfigError(where, expression, f"heads must have the same value_dim, and have {found}")
-    counts = list(map(len, own))
     orders = tuple(
         (place, tuple(i for indices in assigned for i in indices))
         for place, assigned in zip(places, split, strict=True)
@@ -200,9 +211,13 @@ def _head_option(names: Names, expression: str) -> str:
 
 
 @functools.cache
-def _out_width(mix: Mix, d_model: int) -> int:
-    """Channels that the output projection of a part reads."""
-    return math.prod(nnx.eval_shape(lambda: mix.build(d_model, rngs=nnx.Rngs(0))).project.shape_in)
+def _out_shape(mix: Mix, d_model: int) -> tuple[int, int]:
+    """Heads, and values per head, that the output projection of a part reads."""
+    return take_projection(nnx.eval_shape(lambda: mix.build(d_model, rngs=nnx.Rngs(0))))
+
+
+def _listed(members: tuple[Mix, ...] | list[Mix], sizes: list[int]) -> str:
+    return ", ".join(f"{member.label} {n}" for member, n in zip(members, sizes, strict=True))
 
 
 def options_of(name: str, values: Mapping[str, Any], names: Names, path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, PositiveFloat
+from hydrax.core.build import ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers import Context, Mixer
@@ -113,7 +113,7 @@ FUSIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class HeadsOptions(FusionConfig):
-    total: int | None = None  # heads of the layer; the parts' counts added up if None
+    total: Positive | None = None  # heads of the layer; the parts' counts added up if None
     # Heads of the first part, for every layer the block occurs in; the second part takes the rest of `total`.
     assignment: tuple[tuple[int, ...], ...] | None = None
 

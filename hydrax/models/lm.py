@@ -250,7 +250,7 @@ class ParamMeta:
     decay: bool
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None
     cast: bool
-    rule: str
+    rule: str = "gradient"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def composition(expression: str) -> tuple[str, list[Part]] | None:
         raise _PatternError(f"expected a name or one of {', '.join(f'{c}(...)' for c in COMPOSITIONS)}")
     except SyntaxError as error:
         raise ConfigError("mixer", expression, f"{error.msg} at character {error.offset}") from None
-    except _PatternError as error:
+    except (_PatternError, RecursionError) as error:
         raise ConfigError("mixer", expression, str(error)) from None
 
 
@@ -105,7 +105,7 @@ def _stretch(node: ast.expr, depth: int | None) -> Stretch:
         case ast.Call(func=ast.Name(id="loop"), args=[ast.Constant(value=int(n)), *terms], keywords=[]) if n >= 1:
             return Stretch(tuple(_bounded(_walk(term, depth) for term in terms)), n)
         case ast.Call(func=ast.Name(id="loop")):
-            raise _PatternError(f"expected {_usage('loop')}")
+            raise _PatternError(f"cannot read {ast.unparse(node)!r}; expected {_usage('loop')}")
     return Stretch(tuple(_walk(node, depth)))
 
 
@@ -127,9 +127,12 @@ def _walk(node: ast.expr, depth: int | None) -> list[str]:
             values = [_argument(a, depth) for a in args]
             named = {k.arg or "**": _argument(k.value, depth) for k in keywords}
             try:
-                return _HELPERS[helper](depth, *values, **named)
+                found = _HELPERS[helper](depth, *values, **named)
+                if not all(isinstance(name, str) for name in found):
+                    raise TypeError("numbers in place of names")
             except TypeError:
-                raise _PatternError(f"expected {_usage(helper)}") from None
+                raise _PatternError(f"cannot read {ast.unparse(node)!r}; expected {_usage(helper)}") from None
+            return found
     known = ", ".join([*_HELPERS, *COMPOSITIONS, "loop"])
     raise _PatternError(f"cannot read {ast.unparse(node)!r}; expected names, n*(...), or {known}")
 
@@ -146,8 +149,7 @@ def _part(node: ast.expr) -> Part:
             return Part(name, count=n)
         case ast.Subscript(value=ast.Name(id=name), slice=index):
             items = index.elts if isinstance(index, ast.Tuple) else [index]
-            numbers = [i.value for i in items if isinstance(i, ast.Constant) and type(i.value) is int]
-            if len(numbers) == len(items):
+            if len(numbers := _integers(items)) == len(items):
                 return Part(name, indices=tuple(numbers))
         case ast.Name(id=name):
             return Part(name)
@@ -155,6 +157,10 @@ def _part(node: ast.expr) -> Part:
             _parts(node)
             return Part(ast.unparse(node).replace(" ", ""))
     raise _PatternError(f"cannot read the part {ast.unparse(node)!r}; expected name, n*name, name[i,...] or a layer")
+
+
+def _integers(nodes: list[ast.expr]) -> list[int]:
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and type(node.value) is int]
 
 
 def _usage(helper: str) -> str:
@@ -172,8 +178,8 @@ def _argument(node: ast.expr, depth: int | None) -> Any:
     match node:
         case ast.Constant(value=int(n)):
             return n
-        case ast.List(elts=items) if all(isinstance(i, ast.Constant) for i in items):
-            return [i.value for i in items if isinstance(i, ast.Constant)]
+        case ast.List(elts=items) if len(numbers := _integers(items)) == len(items):
+            return numbers
     return _walk(node, depth)
 
 

@@ -81,7 +81,7 @@ class RouteMixer(Mixer):
         seen = fp32(jnp.where(reads, x, 0))
         sums, last = linear_scan(jnp.ones_like(seen), seen, initial_state=past, segment_ids=ctx.segment_ids)
         p = jax.nn.sigmoid(fp32(self.choice(jax.nn.silu(self.hidden(sums / options.prefix)))))[:, :, 0]
-        chosen = (p > 0.5).astype(p.dtype) + p - jax.lax.stop_gradient(p)
+        chosen = (p > 0.5).astype(p.dtype) + (p - jax.lax.stop_gradient(p))  # the difference is exactly 0
         counted = ~reads[:, :, 0] if ctx.segment_ids is None else ~reads[:, :, 0] & (ctx.segment_ids != 0)
         if options.weight > 0:
             share = jnp.sum(jnp.where(counted, p, 0)) / jnp.maximum(jnp.sum(counted), 1)

@@ -112,6 +112,10 @@ def sections(cfg: ModelConfig) -> tuple[Section, ...]:
     found, start = [], 0
     for stretch, n in zip(stretches, loops, strict=True):
         own = layers[start : start + len(stretch.names)]
+        outside = next((i for i, layer in enumerate(own) if layer.producer > i), None)
+        if outside is not None:
+            allowed = f"layer {start + outside} and its producer are not run in the same loop"
+            raise ConfigError("share.kv", cfg.share.kv, allowed)
         found.append(Section(start, _passes(cfg, own, n)))
         start += len(stretch.names)
     return tuple(found)
@@ -128,10 +132,11 @@ def _layers(cfg: ModelConfig, names: list[str]) -> list[LayerSpec]:
     for name in cfg.blocks:  # those that no layer uses must be right, too
         if not places[name]:
             _layer(cfg, name, configs[name], cfg.ffn, [0], 0)
+    layers = _linked(cfg, layers)
     for shared in (name for name, config in configs.items() if config.shared):
         if len({dataclasses.replace(layers[i], producer=0, produces=False) for i in places[shared]}) > 1:
             raise ConfigError(f"blocks.{shared}.shared", True, "its places differ, and cannot have the same weights")
-    return _linked(cfg, layers)
+    return layers
 
 
 def _remembers(memory: MemoryConfig, i: int) -> bool:

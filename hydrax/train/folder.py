@@ -28,7 +28,7 @@ def as_dict(cfg: RunConfig) -> dict[str, Any]:
 
 def layers(cfg: RunConfig) -> list[dict[str, Any]]:
     """The resolved layer list, one entry per layer."""
-    return [plain(dataclasses.asdict(layer)) for layer in resolve(cfg.model)]
+    return [{"mixer": layer.mixer, **plain(dataclasses.asdict(layer))} for layer in resolve(cfg.model)]
 
 
 def enter(workdir: pathlib.Path, cfg: RunConfig) -> Literal["fresh", "resume", "complete"]:

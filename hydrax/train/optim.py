@@ -50,14 +50,13 @@ def make_optimizer(cfg: OptimConfig, steps: int, meta: Mapping[str, ParamMeta]) 
     Parameters whose `meta.rule` is "balance" step by `balance_rate` against the sign of their gradient (arXiv
     2408.15664), and count in no norm.
     """
-    learned = {name: m for name, m in meta.items() if m.rule == "gradient"}
     usual = optax.chain(
         optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
-        _DIRECTIONS[cfg.name](cfg, learned),
-        optax.add_decayed_weights(cfg.weight_decay, mask={name: m.decay for name, m in learned.items()}),
+        _DIRECTIONS[cfg.name](cfg, meta),
+        optax.add_decayed_weights(cfg.weight_decay, mask={name: m.decay for name, m in meta.items()}),
         optax.scale_by_learning_rate(make_schedule(cfg, steps)),
     )
-    if len(learned) == len(meta):
+    if all(m.rule == "gradient" for m in meta.values()):
         return usual
     balance = optax.chain(optax.stateless_with_tree_map(lambda g, p: jnp.sign(g)), optax.scale(-cfg.balance_rate))
     return optax.partition({"gradient": usual, "balance": balance}, {name: m.rule for name, m in meta.items()})

@@ -274,19 +274,22 @@ def test_scores_of_nonapprox_are_bounded_by_a_norm_alone(qk_norm: str) -> None:
     assert (np.abs(state["max"]).max() > 1e3) == (qk_norm == "none")
 
 
-def test_taylor_holds_its_weights_in_bf16() -> None:
-    """Where products of features are hundreds of times w: of equal values the mean is that value, of others it is
-    the formula's."""
-    module = make("taylor", heads=2, value_dim=8)
-    x = jnp.asarray(6 * X, jnp.bfloat16)
+def test_taylor_in_bf16_keeps_weights_that_are_small_sums_of_large_products() -> None:
+    """Long queries and keys that are nearly orthogonal: products of features are hundreds of times their sums w."""
+    module = make("taylor", heads=1, value_dim=8, rope={"fraction": 0.0})
+    rng = np.random.default_rng(0)
+    long, across = 10 * rng.normal(size=(2, 16))
+    across -= long * (long @ across) / (long @ long)
+    for linear, direction in ((module.q, long), (module.k, across)):
+        linear.kernel[...] = jnp.asarray(np.eye(D)[:, :1, None] * direction, jnp.float32)
+    x = jnp.asarray(np.where(np.arange(D) == 0, 1 + 0.1 * X, X), jnp.bfloat16)
     low = module.mix(x, context(np.s_[:], None), None)[0]
     assert low.dtype == jnp.bfloat16
+    q, k, v = (np.asarray(linear(x), np.float64) for linear in (module.q, module.k, module.v))
+    s = np.einsum("bthk,bshk->bhts", q, k) / 4
+    products = np.einsum("bthk,bshk->bhts", q**2, k**2) / 32
+    assert np.median(products / (1 + s + s**2 / 2)) > 100
     with jax.enable_x64(True):
-        q, k, v = (np.asarray(f(x), np.float64) for f in (module.q, module.k, module.v))
-        q, k = (
-            np.asarray(module.cfg.rope.turn(f(x), jnp.asarray(POSITIONS)), np.float64) for f in (module.q, module.k)
-        )
-        s = scores(q, k)
         want = average(1 + s + s**2 / 2, v)
     assert_close("z", low.astype(jnp.float32) * REAL[..., None], want, TOLERANCE["bf16_output"])
 

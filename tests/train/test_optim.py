@@ -99,3 +99,17 @@ def test_the_rate_follows_the_schedule():
     # Adam's direction for a constant gradient is its sign, so sizes are rates.
     np.testing.assert_allclose(np.median(np.abs(first["q"])), 0.1 / 4, rtol=1e-3)
     np.testing.assert_allclose(np.median(np.abs(second["q"])), 0.2 / 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_balancing_biases_step_by_the_sign_and_count_in_no_norm(name):
+    meta = META | {"bias": ParamMeta(("router",), False, None, False, rule="balance")}
+    params, grads = ({**normal(seed), "bias": np.zeros(4, np.float32)} for seed in range(2))
+    grads["bias"] = np.array([3000, -2000, 0, 1e-3], np.float32)
+    tx, usual = optimizer(meta, name=name, balance_rate=0.5, clip=0.1), optimizer(name=name, clip=0.1)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    without = {key: x for key, x in params.items() if key != "bias"}
+    expected, _ = usual.update({key: grads[key] for key in SHAPES}, usual.init(without), without)
+    assert_equal("bias", updates.pop("bias"), np.array([-0.5, 0.5, 0.0, -0.5], np.float32))
+    for key, expected_update in expected.items():
+        assert_equal(key, updates[key], expected_update)

@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import AxisType
 
 from hydrax.core.build import build
+from hydrax.models.lm import blueprint
+from hydrax.models.spec import ModelConfig
 from hydrax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hydrax.parallel.rules import batch_sharding
 from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
@@ -125,3 +127,32 @@ def test_moments_lie_where_their_parameter_does():
     moments = state["opt_state"][1].mu
     assert {k: x.sharding for k, x in moments.items()} == {k: x.sharding for k, x in state["params"].items()}
     assert state["step"].sharding.is_fully_replicated
+
+
+def test_losses_of_layers_and_their_balance_take_part():
+    """The router's own losses reach the objective and the metrics; the selection bias steps by the load alone."""
+    values = {"d_model": 16, "vocab_size": 259, "pattern": "attn", "mixers": {"attn": {"heads": 2}}, "ffn": "moe"}
+    batch = tiny.batch(4, TOKENS)
+
+    def stepped(**moe):
+        config = build(ModelConfig, {**values, "moe": {"experts": 4, "width": 8, "bias": True, **moe}})
+        plan = blueprint(config)
+        tx = make_optimizer(CONFIG, 10, plan.meta)
+        step = make_train_step(plan, tx, make_schedule(CONFIG, 10))
+        rng = np.random.default_rng(0)
+        params = {k: rng.normal(0, 0.3, p.shape).astype(np.float32) for k, p in plan.shapes.items()}
+        zero = jnp.zeros((), jnp.int32)
+        state = {"params": params, "opt_state": tx.init(params), "step": zero, "skipped": zero}
+        return params, *jax.device_get(jax.jit(step)(state, batch))
+
+    params, state, metrics = stepped(balance=0.5, z_loss=0.1)
+    _, other, silent = stepped(balance=0.0, z_loss=0.0)
+    assert metrics["balance"] >= 0.5 * 0.99
+    assert metrics["router_z"] > 0
+    assert {"balance", "router_z"}.isdisjoint(silent)
+    assert metrics["loss"] == silent["loss"]  # what is reported is the loss of predictions
+    name = "periods/0/blocks/0/moe/router"
+    assert np.abs(state["params"][name] - other["params"][name]).max() > 1e-4
+    move = state["params"]["periods/0/blocks/0/moe/bias"] - params["periods/0/blocks/0/moe/bias"]
+    assert set(np.round(np.abs(move).ravel() / CONFIG.balance_rate, 3)) <= {0.0, 1.0}
+    assert move.min() < 0 < move.max()

@@ -1,0 +1,325 @@
+"""Random models from the whole grammar: legal by construction, small, and together on every axis."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from hydrax import mixers
+from hydrax.core.build import build
+from hydrax.mixers import MixerConfig
+from hydrax.models.fusion import FUSIONS
+from hydrax.models.mix import key_facts
+from hydrax.models.modes import READABLE
+from hydrax.models.spec import ModelConfig, sections
+from hydrax.nn.ffn import ACTIVATIONS
+from hydrax.nn.norm import NORMS
+from tests.contract.cases import VARIANTS, D, tiny
+
+VOCABULARY = 67
+COMPOSITIONS = ("heads", "parallel", "modes", "route")
+AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
+PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
+"""Every pair of axes once. The first ten hold every axis."""
+
+LENDERS = ("attn", "fixedqk", "staticqk", "swa")
+"""Mixers whose keys and values other layers may use."""
+
+LINEAR = ("abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "lightning", "linear_attn", "mamba2", "nonapprox",
+          "retention", "taylor")  # fmt: skip
+"""The others that can be parts of heads(...)."""
+
+SPLIT = {**dict.fromkeys(LENDERS, {"kv_heads": 1, "value_dim": 16}), "gdn": {"value_heads": None}}
+"""Options without which a part has not as many values per head as all others, or not the heads it is given."""
+
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "attn": [{"softcap": 2.0}, {"scale": 0.2}],
+    "deltanet": [{"allow_neg_eigval": False}],
+    "gdn": [{"allow_neg_eigval": False}],
+    "gla": [{"gate_divisor": 4.0}],
+    "lightning": [{"scale": 0.5}],
+    "swa": [{"window": 3}, {"window": 11}],
+}
+"""Options that one pass of a loop may have of its own."""
+
+PATTERNS = {
+    2: ["2*({a},{b})", "{a},2*{b},{a}", "fill(({a},{b}),4)", "select([0,2],{a},{b})", "bookend(1,{b},{a})",
+        "every(1,{b},{a})"],
+    3: ["2*({a},{b}),{c}", "{c},2*({a},{b})", "{a},{c},{a},2*{b}", "{b},2*{a},{c},{b}"],
+}  # fmt: skip
+LOOPS = {
+    2: ["loop(2,2*({a},{b}))", "{b},loop(2,{a},{b},{a})", "loop(3,2*{a}),loop(2,2*{b})", "loop(2,{b},2*{a}),{b}"],
+    3: ["{c},loop(2,2*({a},{b}))", "loop(2,2*{a},{b}),{c},{b}", "loop(2,{c},{b}),loop(2,{a},{b},{a})"],
+}
+"""By number of kinds of layers: a and b stand twice, a in one loop."""
+
+
+def random_spec(seed: int) -> ModelConfig:
+    """The model of that number. Seeds that differ by 55 have the same pair of axes in common."""
+    return _Draw(seed).model()
+
+
+@functools.cache
+def width(name: str, cfg: MixerConfig) -> int:
+    """Channels that the output projection of a mixer reads."""
+    return math.prod(nnx.eval_shape(lambda: mixers.get(name)(D, cfg, rngs=nnx.Rngs(0))).project.shape_in)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What can stand for a mixer: an expression with its options, and the channels its output projection reads."""
+
+    expression: str
+    width: int
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Draw:
+    """A model in the making. Mixers come from a queue, so that every one has its turn."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+        extra = [axis for axis in AXES if self.chance(0.2)]
+        together = ["heads", "loop", "kv", "prefix"] if seed % 10 == 9 else []
+        self.axes = {*PAIRS[seed % len(PAIRS)], *extra, *together}
+        self.chunk = self.pick([4, 8])
+        self.mixers = {n: {**tiny(n, self.chunk), **self.pick([{}, {}, *VARIANTS.get(n, [])])} for n in mixers.names()}
+        self.blocks: dict[str, dict[str, Any]] = {}
+        self.queue = np.roll(np.random.default_rng(0).permutation(mixers.names()), -3 * seed).tolist()
+
+    def pick(self, choices: Any) -> Any:
+        return choices[self.rng.integers(len(choices))]
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+    def next(self, *names: str) -> str:
+        """The mixer whose turn it is, among `names` if given."""
+        name = next(name for name in self.queue if not names or name in names)
+        self.queue.remove(name)
+        self.queue.append(name)
+        return name
+
+    # ---------------------------------------------------------------------------------- what mixes tokens in a layer
+
+    def width(self, name: str) -> int:
+        return width(name, build(mixers.get(name).Config, self.mixers[name]).fill(D))
+
+    def single(self, *names: str) -> Piece:
+        name = self.next(*names)
+        return Piece(name, self.width(name))
+
+    def partner(self, piece: Piece, without: tuple[str, ...]) -> Piece:
+        """A mixer for the other part of a composition, as wide as `piece` where there is one."""
+        names = [name for name in mixers.names() if name not in (*without, piece.expression)]
+        return self.single(*[name for name in names if self.width(name) == piece.width] or names)
+
+    def part(self, piece: Piece) -> str:
+        """How a piece stands inside of another: one with options needs a name."""
+        return self.named(piece.expression, piece.options) if piece.options else piece.expression
+
+    def named(self, expression: str, options: dict[str, Any], **fields: Any) -> str:
+        name = f"b{len(self.blocks)}"
+        self.blocks[name] = {"mixer": expression, "options": options, **fields}
+        return name
+
+    def fusion(self, parts: int, among: tuple[str, ...] = tuple(FUSIONS)) -> dict[str, Any]:
+        options: dict[str, Any] = {"fusion": self.pick(among)}
+        if options["fusion"] == "weighted":
+            options["learned"] = self.chance(0.5)
+            if self.chance(0.7):
+                options["weights"] = self.rng.uniform(0.2, 1.5, parts).round(2).tolist()
+        return options
+
+    def heads(self, guest: Piece | None, lends: bool) -> Piece:
+        names = [self.next(*LENDERS) if lends or self.chance(0.4) else self.next(*LINEAR), self.next(*LINEAR)]
+        if self.chance(0.2):
+            names.append(self.next(*LINEAR))
+        parts = [self.named(name, SPLIT[name]) if name in SPLIT else name for name in names]
+        forms = ["{n}*{0},{m}*{1}", "{0}[{n}],{1}", "{0},{1}"] if len(parts) == 2 else ["{0},2*{1},{2}", "{1},{0},{2}"]
+        form, n = self.pick(forms), self.pick([1, 2, 3])
+        options = {**self.fusion(len(parts)), "total": 4}
+        if form == "{0},{1}":
+            # the heads of the first part in the two places of the layer; those of a shared block are as many
+            ragged = self.chance(0.5) and "shared" not in self.axes
+            options["assignment"] = [[1], [0, 3]] if ragged else [[2], [0]]
+        return Piece(f"heads({form.format(*parts, n=n, m=4 - n)})", 4 * 16, options)
+
+    def parallel(self, guest: Piece | None, lends: bool) -> Piece:
+        parts = [guest or self.single(*(LENDERS if lends else ()))]
+        for _ in range(self.pick([1, 1, 1, 2])):
+            parts.append(self.partner(parts[0], LENDERS if lends else ()) if self.chance(0.7) else self.single(*LINEAR))
+        equal = len({part.width for part in parts}) == 1
+        options = self.fusion(len(parts), tuple(FUSIONS) if equal else ("concat",))
+        whole = sum(part.width for part in parts)
+        inner = whole if options["fusion"] == "concat" else parts[0].width
+        return Piece(f"parallel({','.join(map(self.part, parts))})", inner, options)
+
+    def modes(self, guest: Piece | None, lends: bool) -> Piece:
+        part = self.single(*READABLE)
+        options = {
+            "default": self.pick(["attn", "linear"]),
+            "qk_norm": self.pick(["none", "head"]),
+            "rope": {"fraction": self.pick([0.0, 1.0])},
+            "softcap": self.pick([None, 10.0]),
+        }
+        return Piece(f"modes({part.expression})", part.width, options)
+
+    def route(self, guest: Piece | None, lends: bool) -> Piece:
+        full = guest or self.single(*LENDERS)
+        sparse = self.partner(full, LENDERS if lends or self.chance(0.5) else ())
+        options = {"prefix": self.pick([2, 5]), "tie": self.chance(0.7), "width": 8, "weight": self.pick([0.0, 0.1])}
+        return Piece(f"route({self.part(full)},{self.part(sparse)})", full.width, options)
+
+    def pieces(self) -> list[Piece]:
+        """Two or three kinds of layers with all compositions in them; for "kv", the first has one mixer with keys."""
+        kinds, kv = [kind for kind in COMPOSITIONS if kind in self.axes], "kv" in self.axes
+        count = self.pick([2, 2, 3])
+        inner: dict[str, str] = {}
+        for host in (kind for kind in ("parallel", "route") if kind in kinds):
+            free = [kind for kind in kinds if kind != host and kind not in inner.values() and inner.get(kind) != host]
+            if free and (len(kinds) - len(inner) > count - kv or self.chance(0.3)):
+                inner[host] = self.pick(free)
+
+        def composed(kind: str | None, lends: bool = False) -> Piece | None:
+            return None if kind is None else getattr(self, kind)(composed(inner.get(kind)), lends)
+
+        outer = [kind for kind in kinds if kind not in inner.values()]
+        found = []
+        if kv:
+            own = next((kind for kind in outer if kind != "modes" and kind not in inner), None)
+            found = [composed(own, lends=True) or self.single(*LENDERS)]
+            outer = [kind for kind in outer if kind != own]
+        found += [composed(kind) for kind in outer]
+        changing = CHANGES if "loop" in self.axes else ()
+        return found + [self.single(*changing) for _ in range(count - len(found))]
+
+    # ------------------------------------------------------------------------------------------------ the whole model
+
+    def model(self) -> ModelConfig:
+        pieces = self.pieces()
+        properties = self.properties(len(pieces))
+        layers = [self.layer(piece, fields) for piece, fields in zip(pieces, properties, strict=True)]
+        looped = "loop" in self.axes
+        inside = looped and self.chance(0.5)
+        pattern = self.pick((LOOPS if inside else PATTERNS)[len(pieces)])
+        values = {
+            "d_model": D,
+            "pattern": pattern.format(**dict(zip("abc", layers, strict=False))),
+            "num_layers": 4 if pattern.startswith(("select", "bookend", "every")) else None,
+            "vocab_size": VOCABULARY,
+            "blocks": self.blocks,
+            "mixers": self.mixers,
+            **self.channels(),
+            **self.norms(),
+            "embed_scale": self.pick([1.0, 3.0]),
+            "tie": self.chance(0.5),
+            "logit_softcap": self.pick([None, 20.0]),
+            "norm_eps": self.pick([1e-6, 1e-5]),
+            "loop": self.loop(pattern) if looped else {},
+            "memory": self.memory() if "memory" in self.axes else {},
+            "prefix": {"meta_tokens": self.pick([1, 3])} if "prefix" in self.axes else {},
+        }
+        if "kv" in self.axes:
+            values["share"] = {"kv": self.groups(build(ModelConfig, values))}
+        return build(ModelConfig, values)
+
+    def properties(self, kinds: int) -> list[dict[str, Any]]:
+        """What the blocks of the layers say beside their mixer: a keeps its own weights where it lends its keys."""
+        fields: list[dict[str, Any]] = [{} for _ in range(kinds)]
+        shared = int("kv" in self.axes)
+        if "shared" in self.axes:
+            fields[shared] |= {"ffn": self.channel(), **self.sharing()}
+        if "feed" in self.axes:
+            common = self.named(self.next(*(n for n in mixers.names() if n != "staticqk")), {})
+            self.blocks[common] |= {"ffn": self.pick(list(ACTIVATIONS)), **self.sharing()}
+            fields[kinds - 1 - (shared == kinds - 1)] |= {"feed": common}
+        for own in fields:
+            if self.chance(0.3):
+                own |= self.norms()
+        return fields
+
+    def layer(self, piece: Piece, fields: dict[str, Any]) -> str:
+        """How the pattern calls the layer."""
+        if fields or piece.options or self.chance(0.3):
+            return self.named(piece.expression, piece.options, **fields)
+        return piece.expression
+
+    def sharing(self) -> dict[str, Any]:
+        lora = {"lora_rank": 2, "lora_on": self.pick([["mixer", "ffn"], ["mixer"], ["ffn.gate", "ffn.up"]])}
+        return {"shared": True, **(lora if self.chance(0.6) else {})}
+
+    def channel(self) -> str:
+        """A kind of feed-forward network, half of them experts where there are any."""
+        return "moe" if "moe" in self.axes and self.chance(0.5) else self.pick(["none", *ACTIVATIONS])
+
+    def channels(self) -> dict[str, Any]:
+        some = f"fill(({self.channel()},{self.channel()}))" if self.chance(0.4) else None
+        every = "moe" if "moe" in self.axes and "moe" not in str(some) else self.channel()
+        experts = self.moe() if "moe" in self.axes else {}
+        return {"ffn": every, "ffn_pattern": some, "ffn_dim": 24, "ffn_bias": self.chance(0.3), "moe": experts}
+
+    def moe(self) -> dict[str, Any]:
+        groups = self.pick([1, 1, 2])  # a token chooses from one of them
+        top_k, shared = self.pick([1, 2] if groups == 2 else [1, 2, 3]), self.pick([0, 1])
+        return {
+            "experts": 4,
+            "top_k": top_k,
+            "width": 16,
+            "kind": self.pick(list(ACTIVATIONS)),
+            "router": self.pick(["softmax", "sigmoid"]),
+            "renorm": top_k > 1 and self.chance(0.7),
+            "scale": self.pick([1.0, 2.5]),
+            "bias": self.chance(0.5),
+            "shared": shared,
+            "shared_gate": shared > 0 and self.chance(0.5),
+            "groups": groups,
+            "granularity": self.pick(["token", "chunk"]),
+            "chunk": self.chunk,
+            "router_at": self.pick(["ffn", "pre_attn"]),
+        }
+
+    def norms(self) -> dict[str, Any]:
+        weights = {"post_alpha": self.pick([1.0, 1.5]), "post_beta": self.pick([1.0, 0.7])}
+        return {"norm": self.pick(list(NORMS)), "norm_place": self.pick(PLACES), **weights}
+
+    def loop(self, pattern: str) -> dict[str, Any]:
+        """How loops are run; a pattern that has them says how often."""
+        n = self.pick([2, 3])
+        inside = "loop(" in pattern
+        passes = n if not inside else 3 if "loop(3" in pattern else 2
+
+        def own() -> dict[str, Any]:
+            return {name: self.pick(changes) for name, changes in CHANGES.items() if self.chance(0.7)}
+
+        return {
+            "n": 1 if inside else n,
+            "gate": self.pick(["none", "scalar", "channel"]),
+            "norm": self.pick(["none", "final"]),
+            "block_gate": self.chance(0.4),
+            "per_loop": [own() for _ in range(passes)] if self.chance(0.5) else [],
+        }
+
+    def memory(self) -> dict[str, Any]:
+        workspace = {"slots": 4, "rank": 4, "chunk": self.chunk, "write_slots": self.pick([None, 1])}
+        pkm = {"rows": 4, "key_dim": 4, "value_dim": 8, "top_k": 2}
+        kinds = self.pick([{"workspace": workspace}, {"pkm": pkm}, {"workspace": workspace, "pkm": pkm}])
+        # a shared block has them at all its places or at none
+        return {**kinds, "every": 1 if "shared" in self.axes else self.pick([1, 2])}
+
+    def groups(self, cfg: ModelConfig) -> list[list[int]]:
+        """Layers that use the keys and values of one of them: neighbours of the same kind, or all of a kind."""
+        found = []
+        for section in sections(cfg):
+            kinds: dict[str, list[int]] = {}
+            for i, layer in enumerate(section.layers, section.start):
+                facts = key_facts(layer.mix)
+                if len(facts) == 1 and not layer.shared:
+                    kinds.setdefault(str(facts), []).append(i)
+            for members in kinds.values():
+                size = 2 if self.chance(0.6) else len(members)
+                found += [members[i : i + size] for i in range(0, len(members), size)]
+        return [members for members in found if len(members) > 1]
