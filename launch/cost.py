@@ -1,59 +1,55 @@
-"""Prints what a model costs before anything runs: parameters, FLOPs, and the memory of decoding.
+"""Prints what models cost before anything runs: parameters, FLOPs, and the memory of decoding.
 
-python -m launch.cost --config=configs/quickstart.py
-python -m launch.cost --config=lm:340m --config.model.pattern="24*gdn" --seq_len=32768 --batch=8
+    python -m launch.cost --config=configs/quickstart.py
+    python -m launch.cost --config=lm:340m --config.model.pattern="24*gdn" --seq_len=32768 --batch=8
+    python -m launch.cost --config=lm:100m --compare="12*heads(4*gdn, 2*attn)" --compare="model.loop.n=2" \\
+        --match=parameters
+
+With --compare, a row per model: the first is --config, others are made equal to it by --match. An arm is a pattern, a
+change <key>=<value> like those of --config.<key>, several of these with ';' between them, or another config.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+import pathlib
 
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
+from hydrax.core.build import Raw
+from hydrax.core.config import find
 from launch import cli
-
-if TYPE_CHECKING:
-    from hydrax.models.cost import Cost
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "a config file, or the name of one in configs/", required=True, flag_values=FLAGS)
+flags.DEFINE_multi_string("compare", [], "another arm; may be given several times", flag_values=FLAGS)
+flags.DEFINE_string("match", "none", "none, parameters, active, flops or cache", flag_values=FLAGS)
+flags.DEFINE_string("knob", "", "the integer of the model that is turned for it; empty: a width", flag_values=FLAGS)
 flags.DEFINE_integer("seq_len", 2048, "tokens of a sequence", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("batch", 1, "sequences decoded together", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("json", "", "a file for all figures; empty: print them only", flag_values=FLAGS)
 
 
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
-    cfg = cli.run_config(FLAGS.config, overrides)
-
     from hydrax.data.tokenizer import open_tokenizer
-    from hydrax.models.cost import cost
+    from hydrax.eval import costs
+    from hydrax.models.budget import arms
 
-    vocabulary = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size
-    model = dataclasses.replace(cfg.model, vocab_size=vocabulary)
-    Console(width=max(100, Console().width)).print(table(cost(model, seq_len=FLAGS.seq_len, batch=FLAGS.batch)))
-
-
-def table(cost: "Cost") -> Table:
-    """A row per kind of layer, with the sums over its layers."""
-    title = f"{cost.batch} x {cost.seq_len:,} tokens"
-    result = Table("layers", "of", "parameters", "FLOPs/token", "state bytes", "KV bytes", title=title)
-    for column in result.columns[2:]:
-        column.justify = "right"
-    for block in dict.fromkeys(layer.block for layer in cost.layers):
-        layers = [layer for layer in cost.layers if layer.block == block]
-        columns = {"parameters": 1, "flops": 1, "state_bytes": cost.batch, "kv_bytes": cost.batch}
-        sums = (times * sum(getattr(layer, name) for layer in layers) for name, times in columns.items())
-        result.add_row(str(len(layers)), block, *_cells(*sums))
-    result.add_row("", "embedding, logits", f"{cost.embedding_parameters:,}", "", "", "", end_section=True)
-    totals = _cells(cost.parameters, cost.flops_per_token, cost.state_bytes, cost.kv_bytes)
-    result.add_row(str(len(cost.layers)), "forward", *totals)
-    result.add_row("", "training step", "", *_cells(cost.train_flops_per_token), "", "")
-    return result
+    runs = [cli.run_config(FLAGS.config, overrides), *(cli.run_config(*_arm(text, overrides)) for text in FLAGS.compare)]
+    sizes = [run.model.vocab_size or open_tokenizer(run.data.tokenizer).vocab_size for run in runs]
+    models = [dataclasses.replace(run.model, vocab_size=n) for run, n in zip(runs, sizes, strict=True)]
+    what = None if FLAGS.match == "none" else FLAGS.match
+    found = arms(models, what, FLAGS.knob or None, seq_len=FLAGS.seq_len, batch=FLAGS.batch)
+    named = list(zip([models[0].pattern, *FLAGS.compare], found, strict=True))
+    if FLAGS.json:
+        costs.save(pathlib.Path(FLAGS.json), named, what)
+    console = Console(width=max(150, Console().width))
+    console.print(costs.arms(named, what) if FLAGS.compare else costs.layers(found[0].cost))
 
 
-def _cells(*values: float) -> list[str]:
-    return [f"{value:,.0f}" for value in values]
+def _arm(text: str, overrides: cli.Overrides) -> tuple[str, cli.Overrides]:
+    """The config and the overrides of an arm; what holds for --config holds for changes to it."""
+    ...
 
 
 if __name__ == "__main__":

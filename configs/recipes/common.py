@@ -83,7 +83,7 @@ def pretraining(
 ) -> ConfigDict:
     """A model with the vocabulary of its size, and its training: AdamW, clipping at 1, cosine to a tenth, bfloat16.
 
-    `rows` of `seq_len` tokens per step, `tokens` in all. The size `tiny` trains on bytes for seconds instead.
+    `rows` of `seq_len` tokens per step, `tokens` in all. The size `tiny` trains on bytes for 30 steps instead.
     """
     config = common.base()
     config.model.update(model)

@@ -11,7 +11,7 @@ parameters than the others. Layouts, by where attention stays: even (the default
 middle (outside of the middle half), bottom (above the lowest quarter), quarter (every fourth), first, last, bilateral
 (first and last), uniform (nowhere).
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.
-Expected: no published count beyond 500M; widths are ours. Published perplexity on WikiText at 15B tokens, attention
+Expected: 511M parameters, published as 500M; widths are ours. Published perplexity on WikiText at 15B tokens, attention
 38.1; uniform and even: mlp 993.5 and 45.8, taylor 47.9 and 39.4, nonapprox above 9000 and 39.4, fixedqk 84.8 and 39.3,
 staticqk 79.9 and 38.7. Of the layouts only first and last fail. Rates and batches are ours.
 """

@@ -7,7 +7,7 @@
 One byte is one nucleotide, rows are as long as the published contexts. Ratio, feed-forward widths and key heads could
 not be verified; attention knows no positions here.
 Hardware: 8 GPUs of 80 GB for 300m (`--config.mesh.fsdp=8`), 32 for 3b and 7b. Not run by us.
-Expected: no published count beyond the names of the sizes, and no perplexity that was verified. Rates and
+Expected: 355M parameters; nothing published but the names of the sizes, and no perplexity that was verified. Rates and
 batches are ours.
 """
 

@@ -9,7 +9,7 @@ The published prototype, `toy`, sees the future: chunks choose experts by their 
 Here a chunk is routed by the one before it and reads what chunks before it wrote, within its document; blocks are
 ordinary ones, without the prototype's second norm. The widths of 1p6b are ours, within the paper's envelope.
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.
-Expected: no published count, and no published result at scale.
+Expected: 1682M parameters, 1.1B of them active. No published count, and no published result at scale.
 """
 
 from ml_collections import ConfigDict

@@ -9,9 +9,9 @@ The shape of Qwen3 1.7B. Softmax heads know no positions, have an output gate an
 of the position; those of Gated DeltaNet are turned. Each head is normed and scaled before they are joined. The paper
 converts a trained model and keeps the heads that its retrieval needs; from scratch, every layer has as many.
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.
-Expected: no published count. Published for conversions: one head in eight equals one layer in four on RULER from 16K to
-256K within 3%, and has 9.66% more in hard reasoning; without norms a tenth of retrieval is lost. Rates
-and batches are ours.
+Expected: 1928M parameters. Published for conversions: one head in eight equals one layer in four on RULER from 16K to
+256K within 3%, and has 9.66% more in hard reasoning; without norms a tenth of retrieval is lost. Rates and batches are
+ours.
 """
 
 import math

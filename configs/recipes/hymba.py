@@ -31,9 +31,9 @@ SIZES = {
     },
     "tiny": {
         "width": 32,
-        "layers": 8,
-        "full": [0, 4, 7],
-        "share": [[1, 2, 3], [5, 6]],
+        "layers": 6,
+        "full": [0, 5],
+        "share": [[1, 2], [3, 4]],
         "heads": 4,
         "kv_heads": 2,
         "window": 17,

@@ -30,7 +30,7 @@ SIZES = {
     },
     "tiny": {
         "width": 64,
-        "layers": 7,
+        "layers": 5,
         "kda": {"heads": 4, "key_dim": 16, "conv_init": "normal"},
         "mla": {"preset": "kimi", "heads": 4, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "value_dim": 16},
         "ffn_dim": 128,

@@ -26,7 +26,7 @@ SIZES = {
     },
     "tiny": {
         "width": 64,
-        "layers": 8,
+        "layers": 4,
         "heads": 4,
         "gdn": {"preset": "olmo", "heads": 4, "key_dim": 8, "value_dim": 16},
         "ffn_dim": 128,

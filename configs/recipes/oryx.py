@@ -8,9 +8,8 @@
 Mixers: gdn, mamba2. In training, chunks of tokens are read by attention with a probability of their document: none, all
 or between, so that both ways stay good alone. Widths were not published; these make 1.4B without embeddings.
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.
-Expected: no published count. Published at 1.4B: 0.7 points or more above the same model of one mixer in the mean of
-tasks; retrieval of a Transformer with less than a tenth of the tokens read by attention. Rates and batches are
-ours.
+Expected: 1502M parameters. Published at 1.4B: 0.7 points or more above the same model of one mixer in the mean of
+tasks; retrieval of a Transformer with less than a tenth of the tokens read by attention. Rates and batches are ours.
 """
 
 from ml_collections import ConfigDict

@@ -29,7 +29,7 @@ SIZES = {
     },
     "tiny": {
         "width": 64,
-        "layers": 8,
+        "layers": 4,
         "heads": 4,
         "kv_heads": 1,
         "head_dim": 16,

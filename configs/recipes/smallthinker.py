@@ -43,7 +43,7 @@ SIZES = {
     },
     "tiny": {
         "width": 32,
-        "layers": 8,
+        "layers": 4,
         "heads": 4,
         "kv_heads": 2,
         "head_dim": 8,

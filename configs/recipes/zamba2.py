@@ -28,8 +28,8 @@ SIZES = {
     },
     "tiny": {
         "width": 32,
-        "layers": 8,
-        "pattern": "2*mamba2, by_a, mamba2, by_b, mamba2, by_a, mamba2",
+        "layers": 6,
+        "pattern": "2*(mamba2, by_a, by_b)",
         "heads": 4,
         "ffn_dim": 64,
         "rank": 4,

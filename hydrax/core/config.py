@@ -11,7 +11,7 @@ import pathlib
 import traceback
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -49,7 +49,7 @@ def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
 def load_module(path_or_name: str) -> tuple[types.ModuleType, str]:
     """The module of a config file and its argument, the text after `:`."""
     name, _, arg = str(path_or_name).partition(":")
-    path = _find(name)
+    path = find(name) or _refuse(name)
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError("config", path_or_name, "expected a Python file")
@@ -70,12 +70,15 @@ def known() -> list[str]:
     return [n for n in names if not n.endswith(("common", "__init__"))]
 
 
-def _find(name: str) -> pathlib.Path:
+def find(name: str) -> pathlib.Path | None:
+    """The config file of that path or name, if there is one."""
     root = _root()
     folders = [pathlib.Path()] if root is None else [pathlib.Path(), root, root.parent]
-    for path in (folder / f"{name}{end}" for folder in folders for end in ("", ".py")):
-        if path.is_file():
-            return path
+    paths = (folder / f"{name}{end}" for folder in folders for end in ("", ".py"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _refuse(name: str) -> NoReturn:
     near = difflib.get_close_matches(pathlib.Path(name).stem, known(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError("config", name, f"no such file; {hint}expected a path or one of {', '.join(known())}")

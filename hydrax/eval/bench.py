@@ -7,7 +7,6 @@ row to `layer.PASSES`; whatever else can be called can be timed beside it by `ti
 import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,7 +17,7 @@ from hydrax import mixers
 from hydrax.core import tree
 from hydrax.core.build import Check, ConfigError, Positive, PositiveFloat
 from hydrax.eval.layer import PASSES, Layer, Memory, Program, default_config, uncached
-from hydrax.eval.timing import Times, side_by_side
+from hydrax.eval.timing import Times, isolated, side_by_side
 from hydrax.train import folder
 
 Value = TypeVar("Value")
@@ -188,12 +187,8 @@ def _refusal(settings: Settings) -> str | None:
 
 
 def _call(settings: Settings, function: Callable[..., Value], *args: Any) -> Value:
-    """Its value; from a new process if mixers are to be isolated, so that this one leaves the device alone."""
-    if not settings.isolate:
-        return function(*args)
-    new = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=new) as pool:
-        return pool.submit(function, *args).result()
+    """Its value; from a new process if mixers are to be isolated."""
+    return isolated(function, *args) if settings.isolate else function(*args)
 
 
 def _line(error: Exception) -> str:

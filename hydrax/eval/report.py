@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -25,24 +26,33 @@ class Report:
         self._out = out
         self._facts = {"command": command, "environment": environment(settings)}
         self._facts["settings"] = dataclasses.asdict(settings)
-        if out is not None and out.suffix != ".json":
-            raise ConfigError("out", str(out), "expected a path that ends in .json")
-        try:
-            self.add([])
-        except OSError as error:
-            raise ConfigError("out", str(out), f"cannot be written ({error.strerror}); expected a new file") from None
+        self.add([])
 
     def add(self, rows: Sequence[Row]) -> None:
         """Takes the rows of another mixer, and writes the file as a whole."""
         self.rows += rows
         if self._out is not None:
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._out, {**self._facts, "rows": [dataclasses.asdict(row) for row in self.rows]})
+            write(self._out, {**self._facts, "rows": [dataclasses.asdict(row) for row in self.rows]}, "out")
 
     def draw(self) -> None:
         """The picture beside the file."""
         if self._out is not None:
             draw_times(self.rows, self._out.with_suffix(".png"))
+
+
+def write(path: pathlib.Path, values: Any, key: str) -> None:
+    """JSON at a path that the user gave as `key`.
+
+    Raises:
+      ConfigError: it does not end in .json, or cannot be written.
+    """
+    if path.suffix != ".json":
+        raise ConfigError(key, str(path), "expected a path that ends in .json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"cannot be written ({error.strerror}); expected a new file") from None
 
 
 def table(rows: Iterable[Row], settings: Settings) -> Table:

@@ -1,6 +1,8 @@
 """Seconds per call of several programs, measured side by side."""
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 Call = Callable[[], Any]
 
 SHORTEST = 0.02
@@ -27,6 +30,13 @@ class Times:
     p80: float
     samples: int
     calls: int
+
+
+def isolated(function: Callable[..., Value], *args: Any) -> Value:
+    """Its value, from a new process, so that this one leaves the device alone."""
+    new = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=new) as pool:
+        return pool.submit(function, *args).result()
 
 
 def seconds_of(call: Call, times: int = 1) -> float:

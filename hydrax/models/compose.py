@@ -123,11 +123,11 @@ def _member(names: Names, expression: str, path: str, width: int, **forced: Any)
         fields = {f.name for f in dataclasses.fields(mixers.get(expression).Config)}
         defaults = {name: value for name, value in forced.pop("defaults").items() if name in fields}
         return Single(expression, _filled(expression, {**defaults, **given, **forced}, width, own))
-    if forced:
-        raise ConfigError(_key(path), expression, "expected single mixers as the parts of heads(...)")
     if expression not in mixers.TABLE and patterns.composition(expression) is None:
         known = ", ".join([*names.blocks, *mixers.names()])
         raise ConfigError(_key(path), expression, f"expected parts among {known}")
+    if forced:
+        raise ConfigError(_key(path), expression, "expected single mixers as the parts of heads(...)")
     return mix_of(names, expression, options, path, width, [0], 0)
 
 
@@ -151,7 +151,7 @@ def _heads(
     members = []
     for part, indices in zip(parts, own, strict=True):
         option = _head_option(names, part.expression)
-        defaults = {"key_dim": head, "value_dim": head}
+        defaults = {"key_dim": head, "nope_dim": head, "value_dim": head}
         members.append(_member(names, part.expression, path, width, defaults=defaults, **{option: len(indices)}))
     shapes, counts = [_out_shape(member, width) for member in members], list(map(len, own))
     if [n for n, _ in shapes] != counts:

@@ -141,7 +141,8 @@ def _layer(
     """A layer, as it is in each run of passes of a loop; the state is kept for every pass."""
     (parameters, entries), spec = count, passes[0][1]
     length, loops = cfg.prefix.meta_tokens + seq_len, sum(n for n, _ in passes)
-    held = [mix.nbytes(length, itemsize) for mix in _mixes(spec)]
+    kept = [[mix.nbytes(length, itemsize) for mix in _mixes(own)] for _, own in passes]
+    held = [max(sizes) for sizes in zip(*kept, strict=True)]  # every pass has a cache for the widest window
     flops = sum(n * (2 * entries + _mixing(cfg, own, length)) for n, own in passes)
     return LayerCost(
         block=spec.block,

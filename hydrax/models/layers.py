@@ -132,4 +132,4 @@ def _closed(layers: list[LayerSpec], repeats: int, p: int) -> bool:
     """Whether no layer of these repeated periods shares keys and values with one outside of its own period."""
     consumers = {i: i - layer.producer for i, layer in enumerate(layers) if layer.producer}
     inside = all(i // p == source // p for i, source in consumers.items() if i < repeats * p)
-    return inside and all(source >= repeats * p for i, source in consumers.items() if i >= repeats * p)
+    return inside and not any(0 <= source < repeats * p <= i for i, source in consumers.items())

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hydrax import mixers
@@ -54,7 +55,7 @@ class LM(nnx.Module):
         """The blocks that several layers use, by name."""
         fed = {layer.feed.block: Feed(self.cfg, layer.feed, rngs=rngs) for layer in layers if layer.feed is not None}
         own = {layer.block: layer for layer in layers if layer.shared}
-        return fed | {name: Block(self.cfg, layer, depth=self.depth, rngs=rngs) for name, layer in own.items()}
+        return fed | {name: Block(self.cfg, layer, fed, depth=self.depth, rngs=rngs) for name, layer in own.items()}
 
     def __call__(
         self,
@@ -107,19 +108,21 @@ class LM(nnx.Module):
         """The state before the first token, for documents of up to `max_len` tokens: that after the prefix, if any."""
         prefix = self.cfg.prefix.meta_tokens
 
-        def stacked(block: Any, spec: LayerSpec, repeats: int, loops: int) -> PyTree:
-            whole: Any = self.shared[spec.block] if spec.shared else block
-            state = whole.init_state(batch, prefix + max_len, jnp.dtype(dtype), self.shared)
-            return jax.tree.map(lambda x: jnp.zeros((loops, repeats, *x.shape), x.dtype), state)
+        def stacked(blocks: tuple, spec: LayerSpec, repeats: int, loops: int) -> PyTree:
+            """Zeros for every pass and repeat, of the size that the pass with the widest window needs."""
+            wholes: Any = [self.shared[spec.block]] if spec.shared else blocks
+            states = [block.init_state(batch, prefix + max_len, jnp.dtype(dtype), self.shared) for block in wholes]
+            shape = lambda xs: np.max([x.shape for x in xs], axis=0).astype(int)  # noqa: E731
+            return jax.tree.map(lambda *xs: jnp.zeros((loops, repeats, *shape(xs)), xs[0].dtype), *states)
 
-        loops = {g.start: section.loops for section, own in self._by_section() for g, _ in own}
-        layers = [
-            [
-                stacked(block, spec, g.repeats, loops[g.start])
-                for block, spec in zip(period.blocks, g.period, strict=True)
-            ]
-            for g, period in zip(self.groups, self.periods, strict=True)
-        ]
+        layers: list[list[PyTree]] = []
+        for section, own in self._by_section():
+            for g, period in own:
+                passes = [variant(g, i, period, self.cfg, self.shared, self.depth) for i in range(len(g.variants))]
+                blocks = zip(*(p.blocks for p in passes), strict=True)
+                layers.append(
+                    [stacked(b, spec, g.repeats, section.loops) for b, spec in zip(blocks, g.period, strict=True)]
+                )
         zeros = jnp.zeros((batch,), jnp.int32)
         cache = Cache(position=zeros, segment=zeros, layers=layers)
         if not prefix:

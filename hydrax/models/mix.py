@@ -5,6 +5,7 @@ their parts and have an output projection of their own.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -87,6 +88,13 @@ class Single(Mix):
 
     def singles(self) -> list["Single"]:
         return [self]
+
+
+@functools.cache
+def parameter_shapes(mix: Mix, d_model: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by path."""
+    flat = nnx.to_flat_state(nnx.eval_shape(lambda: nnx.state(mix.build(d_model, rngs=nnx.Rngs(0)))))
+    return {"/".join(map(str, path)): p.shape for path, p in flat}
 
 
 def key_facts(mix: Mix) -> list[dict[str, Any]]:

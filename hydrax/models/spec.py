@@ -9,7 +9,7 @@ from hydrax.core.build import ConfigError, NonNegative, Positive, PositiveFloat,
 from hydrax.models import pattern as patterns
 from hydrax.models.compose import mapping, mix_of, options_of, over
 from hydrax.models.layers import FFN, BlockConfig, LayerSpec, Norm, Place, Section
-from hydrax.models.mix import Single, key_facts
+from hydrax.models.mix import Mix, Single, key_facts, parameter_shapes
 from hydrax.nn import ffn
 from hydrax.nn.memory import PKMConfig, WorkspaceConfig
 from hydrax.nn.moe import MoEConfig
@@ -107,8 +107,9 @@ def sections(cfg: ModelConfig) -> tuple[Section, ...]:
         options_of(name, {}, cfg, f"mixers.{name}")
     layers = _layers(cfg, names)
     loops = [_loops(cfg, stretch) for stretch in stretches]
-    if cfg.loop.per_loop and len(cfg.loop.per_loop) not in loops:
-        raise ConfigError("loop.per_loop", len(cfg.loop.per_loop), f"expected options for {max(loops)} passes")
+    if cfg.loop.per_loop and {n for n in loops if n > 1} != {len(cfg.loop.per_loop)}:
+        allowed = f"expected options for every pass, and layers are run {', '.join(map(str, loops))} times"
+        raise ConfigError("loop.per_loop", len(cfg.loop.per_loop), allowed)
     found, start = [], 0
     for stretch, n in zip(stretches, loops, strict=True):
         own = layers[start : start + len(stretch.names)]
@@ -132,6 +133,9 @@ def _layers(cfg: ModelConfig, names: list[str]) -> list[LayerSpec]:
     for name in cfg.blocks:  # those that no layer uses must be right, too
         if not places[name]:
             _layer(cfg, name, configs[name], cfg.ffn, [0], 0)
+    fed = next((layer.feed.block for layer in layers if layer.feed and layer.feed.block in names), None)
+    if fed is not None:
+        raise ConfigError("pattern", cfg.pattern, f"{fed!r} feeds other layers, and cannot be a layer as well")
     layers = _linked(cfg, layers)
     for shared in (name for name, config in configs.items() if config.shared):
         if len({dataclasses.replace(layers[i], producer=0, produces=False) for i in places[shared]}) > 1:
@@ -184,7 +188,7 @@ def _layer(cfg: ModelConfig, name: str, block: BlockConfig, kind: str, places: l
         raise ConfigError(f"{path}.lora_rank", block.lora_rank, "needs shared = true")
     return LayerSpec(
         block=name,
-        mix=mix_of(cfg, block.mixer, block.options, path, cfg.d_model, places, index),
+        mix=_mix(cfg, block, path, cfg.d_model, places, index),
         ffn=kind,
         ffn_dim=width,
         moe=moe,
@@ -199,13 +203,20 @@ def _layer(cfg: ModelConfig, name: str, block: BlockConfig, kind: str, places: l
     )
 
 
+def _mix(cfg: ModelConfig, block: BlockConfig, path: str, width: int, places: list[int], index: int) -> Mix:
+    try:
+        return mix_of(cfg, block.mixer, block.options, path, width, places, index)
+    except RecursionError:
+        raise ConfigError(path, block.mixer, "a block cannot be a part of itself") from None
+
+
 def _feed(cfg: ModelConfig, name: str, key: str) -> LayerSpec:
     block = _block(cfg, name) if name in cfg.blocks else BlockConfig("")
-    if not block.shared or block.feed or block.ffn in ("none", "moe"):
+    if not block.shared or block.feed or (block.ffn or cfg.ffn) in ("none", "moe"):
         shared = [n for n, values in cfg.blocks.items() if values.get("shared")]
         raise ConfigError(key, name, f"expected a block with shared = true and a dense ffn: {', '.join(shared) or '-'}")
-    mix = mix_of(cfg, block.mixer, block.options, f"blocks.{name}", 2 * cfg.d_model, [0], 0)
-    return dataclasses.replace(_layer(cfg, name, dataclasses.replace(block), cfg.ffn, [0], 0), mix=mix)
+    layer = _layer(cfg, name, block, cfg.ffn, [0], 0)
+    return dataclasses.replace(layer, mix=_mix(cfg, block, f"blocks.{name}", 2 * cfg.d_model, [0], 0))
 
 
 def _linked(cfg: ModelConfig, layers: list[LayerSpec]) -> list[LayerSpec]:
@@ -248,8 +259,12 @@ def _passes(cfg: ModelConfig, layers: list[LayerSpec], n: int) -> tuple[tuple[in
     if n == 1 or not cfg.loop.per_loop:
         return ((n, tuple(layers)),)
     runs: list[tuple[int, tuple[LayerSpec, ...]]] = []
-    for i, options in enumerate(cfg.loop.per_loop[:n]):
-        own = tuple(_overridden(layer, options, f"loop.per_loop[{i}]") for layer in layers)
+    for i, options in enumerate(cfg.loop.per_loop):
+        path = f"loop.per_loop[{i}]"
+        for name in options:
+            if name not in mixers.TABLE:
+                raise ConfigError(path, name, f"expected names of {', '.join(mixers.names())}")
+        own = tuple(_overridden(layer, options, path, cfg.d_model) for layer in layers)
         if runs and runs[-1][1] == own:
             runs[-1] = (runs[-1][0] + 1, own)
         else:
@@ -257,13 +272,27 @@ def _passes(cfg: ModelConfig, layers: list[LayerSpec], n: int) -> tuple[tuple[in
     return tuple(runs)
 
 
-def _overridden(layer: LayerSpec, options: Mapping[str, Any], path: str) -> LayerSpec:
-    """The layer with other options of its mixer in one pass."""
-    if not isinstance(layer.mix, Single) or layer.mixer not in options:
-        unknown = [name for name in options if name not in mixers.TABLE]
-        if unknown:
-            raise ConfigError(path, unknown[0], f"expected names of {', '.join(mixers.names())}")
-        return layer
-    given = dataclasses.asdict(layer.options)
-    changed = build(type(layer.options), over(given, mapping(options[layer.mixer], path)), f"{path}.{layer.mixer}")
-    return dataclasses.replace(layer, mix=Single(layer.mixer, changed))
+def _overridden(layer: LayerSpec, options: Mapping[str, Any], path: str, d_model: int) -> LayerSpec:
+    """The layer with other options of its mixers in one pass."""
+    mix = _changed(layer.mix, options, path, d_model)
+    if layer.shared and mix != layer.mix:
+        raise ConfigError(path, dict(options), f"block {layer.block} is shared, and has the same options everywhere")
+    return dataclasses.replace(layer, mix=mix)
+
+
+def _changed(mix: Mix, options: Mapping[str, Any], path: str, d_model: int) -> Mix:
+    """A mixer, or the mixers of a composition, with other options but the same parameters."""
+    if not isinstance(mix, Single):
+        members = tuple(_changed(part, options, path, d_model) for part in mix.members)
+        return dataclasses.replace(mix, members=members)  # type: ignore[type-var]
+    if mix.mixer not in options:
+        return mix
+    path = f"{path}.{mix.mixer}"
+    values = mapping(options[mix.mixer], path)
+    changed = Single(mix.mixer, build(type(mix.options), over(dataclasses.asdict(mix.options), values), path))
+    before, after = (parameter_shapes(m, d_model) for m in (mix, changed))
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            found = f"{name} is {before.get(name)} and would be {after.get(name)}"
+            raise ConfigError(path, dict(values), f"expected options that change no parameter's shape, but {found}")
+    return changed

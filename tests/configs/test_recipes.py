@@ -12,6 +12,32 @@ from hydrax.train.config import RunConfig
 
 RECIPES = [name for name in known() if name.startswith("recipes/")]
 SYSTEMATIC = "recipes/systematic"
+SIZED = [
+    f"{name}:{size}"
+    for name in RECIPES
+    if name != SYSTEMATIC
+    for size in list(getattr(load_module(name)[0], "SIZES", {}))[1:]
+]
+"""Every size but the first, which is the one without an argument."""
+
+PUBLISHED = {
+    "falcon_h1": (521_411_104, 2 * 112 * 1024),  # rows up to a multiple of 128
+    "gemma2": (2_614_341_888, 0),
+    "griffin": (2_682_862_080, 0),
+    "hymba": (1_522_797_824, 127 * 1600),  # rows
+    "jamba": (51_570_323_328, 0),
+    "kimi_linear": (49_122_675_072, 26 * 256),  # selection biases: there, they are no parameters
+    "minimax_01": (456_089_655_296, 0),
+    "nemotron_h": (8_100_852_736, 0),
+    "olmo_hybrid": (7_430_870_688, 0),
+    "qwen3_next": (79_674_391_296, 0),
+    "samba": (421_793_280, 0),
+    "samba:1b3": (1_330_207_488, 0),
+    "smallthinker": (4_035_085_824, 0),
+    "smallthinker:21b": (21_506_562_560, 0),
+    "zamba2": (2_662_214_560, 9 * 2560 * 128),  # gate and up change by a narrow half of their own
+}
+"""Parameters of published models, by transformers where it has them or else the released code; what is ours beside."""
 
 
 @pytest.mark.parametrize("name", known())
@@ -23,10 +49,24 @@ def test_configs_build_and_open_with_their_command(name: str) -> None:
     assert "Expected" in text or name == "lm"
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_have_the_parameters_they_claim(name: str) -> None:
-    claimed = int(re.search(r"(\d+)M\s+parameters", load_module(name)[0].__doc__)[1])
-    assert round(cost(load_config(name).model, seq_len=1).parameters / 1e6) == claimed
+@pytest.mark.parametrize("name", SIZED)
+def test_every_size_builds_and_is_in_the_text(name: str) -> None:
+    cfg = build(RunConfig, load_config(name).to_dict()).model
+    assert cfg.num_layers in (None, len(resolve(cfg)))
+    assert re.search(rf"\b{name.partition(':')[2]}\b", load_module(name)[0].__doc__)
+
+
+@pytest.mark.parametrize("name", RECIPES + [f"recipes/{name}" for name in PUBLISHED if ":" in name])
+def test_recipes_have_the_parameters_that_they_claim_and_that_were_published(name: str) -> None:
+    parameters = cost(load_config(name).model, seq_len=1).parameters
+    if ":" not in name:
+        assert round(parameters / 1e6) == int(re.search(r"(\d+)M\s+parameters", load_module(name)[0].__doc__)[1])
+    published, ours = PUBLISHED.get(name.removeprefix("recipes/"), (parameters, 0))
+    assert parameters == published + ours
+
+
+def test_the_table_of_published_models_has_recipes() -> None:
+    assert {f"recipes/{name}" for name in PUBLISHED} <= {*RECIPES, *SIZED}
 
 
 @pytest.mark.parametrize(

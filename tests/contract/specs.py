@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from flax import nnx
@@ -12,6 +12,7 @@ from hydrax import mixers
 from hydrax.core.build import build
 from hydrax.mixers import MixerConfig
 from hydrax.models.fusion import FUSIONS
+from hydrax.models.layers import Place
 from hydrax.models.mix import key_facts
 from hydrax.models.modes import READABLE
 from hydrax.models.spec import ModelConfig, sections
@@ -32,7 +33,11 @@ LINEAR = ("abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "lightning", "
           "retention", "taylor")  # fmt: skip
 """The others that can be parts of heads(...)."""
 
-SPLIT = {**dict.fromkeys(LENDERS, {"kv_heads": 1, "value_dim": 16}), "gdn": {"value_heads": None}}
+SPLIT = {
+    **{name: {"kv_heads": 1, "value_dim": 16} for name in LENDERS},
+    "gdn": {"value_heads": None},
+    "mamba2": {"heads": 1},
+}
 """Options without which a part has not as many values per head as all others, or not the heads it is given."""
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -86,7 +91,7 @@ class _Draw:
         together = ["heads", "loop", "kv", "prefix"] if seed % 10 == 9 else []
         self.axes = {*PAIRS[seed % len(PAIRS)], *extra, *together}
         self.chunk = self.pick([4, 8])
-        self.mixers = {n: {**tiny(n, self.chunk), **self.pick([{}, {}, *VARIANTS.get(n, [])])} for n in mixers.names()}
+        self.mixers = {n: {**tiny(n), **self.pick([{}, {}, *VARIANTS.get(n, [])])} for n in mixers.names()}
         self.blocks: dict[str, dict[str, Any]] = {}
         self.queue = np.roll(np.random.default_rng(0).permutation(mixers.names()), -3 * seed).tolist()
 
@@ -139,7 +144,9 @@ class _Draw:
         if self.chance(0.2):
             names.append(self.next(*LINEAR))
         parts = [self.named(name, SPLIT[name]) if name in SPLIT else name for name in names]
-        forms = ["{n}*{0},{m}*{1}", "{0}[{n}],{1}", "{0},{1}"] if len(parts) == 2 else ["{0},2*{1},{2}", "{1},{0},{2}"]
+        forms = (
+            ["{n}*{0},{m}*{1}", "{0}[{n}],{1}", "{0},{1}"] if len(parts) == 2 else ["{0},2*{1},{2}", "{1},{0},2*{2}"]
+        )
         form, n = self.pick(forms), self.pick([1, 2, 3])
         options = {**self.fusion(len(parts)), "total": 4}
         if form == "{0},{1}":
@@ -284,15 +291,15 @@ class _Draw:
 
     def norms(self) -> dict[str, Any]:
         weights = {"post_alpha": self.pick([1.0, 1.5]), "post_beta": self.pick([1.0, 0.7])}
-        return {"norm": self.pick(list(NORMS)), "norm_place": self.pick(PLACES), **weights}
+        return {"norm": self.pick(list(NORMS)), "norm_place": self.pick(get_args(Place)), **weights}
 
     def loop(self, pattern: str) -> dict[str, Any]:
         """How loops are run; a pattern that has them says how often."""
-        n = self.pick([2, 3])
-        inside = "loop(" in pattern
-        passes = n if not inside else 3 if "loop(3" in pattern else 2
+        inside, n = "loop(" in pattern, self.pick([2, 3])
+        # shared blocks have the same options in all passes, and loops of different length no passes in common
+        own = self.chance(0.6) and "shared" not in self.axes and "loop(3" not in pattern
 
-        def own() -> dict[str, Any]:
+        def options() -> dict[str, Any]:
             return {name: self.pick(changes) for name, changes in CHANGES.items() if self.chance(0.7)}
 
         return {
@@ -300,7 +307,7 @@ class _Draw:
             "gate": self.pick(["none", "scalar", "channel"]),
             "norm": self.pick(["none", "final"]),
             "block_gate": self.chance(0.4),
-            "per_loop": [own() for _ in range(passes)] if self.chance(0.5) else [],
+            "per_loop": [options() for _ in range(2 if inside else n)] if own else [],
         }
 
     def memory(self) -> dict[str, Any]:

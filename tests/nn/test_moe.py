@@ -28,7 +28,7 @@ X, H, CT = np.random.default_rng(0).normal(size=(3, 2, T, D)).astype(np.float32)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "softmax": {},
-    "raw_gates": {"top_k": 1, "renorm": False, "kind": "relu2", "scale": 2.5},
+    "raw_gates": {"top_k": 1, "renorm": False, "kind": "relu2", "scale": 2.5, "groups": 3, "top_groups": 1},
     "all": {"top_k": E, "shared": 2},
     "softmax_bias": {"bias": True, "z_loss": 0.0},
     "groups": {"router": "sigmoid", "bias": True, "groups": 3, "top_groups": 2, "scale": 2.5},
@@ -361,6 +361,14 @@ def test_lowers_for_gpus_and_never_adds_in_an_order_that_hardware_chooses(name: 
 
 
 @pytest.mark.parametrize("name", ["groups", "capacity"])
+def test_fp32_is_multiplied_in_full(name: str) -> None:
+    made = layer(name)
+    program = str(jax.make_jaxpr(made.gradients)(made.params, X, H, SEG, CT))
+    precisions = re.findall(r"precision=(.*)", program)
+    assert len(precisions) > 6 and all("HIGHEST" in p for p in precisions)
+
+
+@pytest.mark.parametrize("name", ["groups", "capacity"])
 def test_a_mesh_changes_no_result(name: str) -> None:
     made, mesh = layer(name), make_mesh(build(MeshConfig, {"fsdp": 4, "expert": 2}))
     batch = [np.concatenate([a, a[:, ::-1], -a, 2 * a]) for a in (X, H)]
@@ -394,8 +402,10 @@ def test_parameters_say_how_they_are_initialised_and_optimised() -> None:
 
 
 def test_experts_are_as_wide_as_a_dense_ffn_unless_told() -> None:
-    moe = nnx.eval_shape(lambda: MoE(64, MoEConfig(), rngs=nnx.Rngs(0)))
-    assert moe.experts.up.shape == (8, 64, 256)
+    for width, expected in ((None, 256), (24, 24)):
+        moe = nnx.eval_shape(lambda w=width: MoE(64, MoEConfig(shared=3, width=w), rngs=nnx.Rngs(0)))
+        assert moe.experts.up.shape == (8, 64, expected)
+        assert moe.shared.up.kernel.shape == (64, 3 * expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Time to compile a training step: it follows the period of the layers, not their number, since periods are scanned."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.eval.layer import uncached
+from hydrax.eval.timing import isolated
+from hydrax.models.lm import blueprint
+from hydrax.models.spec import resolve
+from hydrax.train import folder
+from hydrax.train.config import RunConfig
+from hydrax.train.optim import make_optimizer, make_schedule
+from hydrax.train.state import init_state
+from hydrax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model: seconds of every sample, the best of them, and that beside the best of the first model."""
+
+    pattern: str
+    layers: int
+    seconds: list[float]
+    best: float
+    ratio: float
+
+
+def compare(cfgs: Sequence[RunConfig], repeats: int, record: Callable[[RunConfig, float], None]) -> list[Row]:
+    """A row per run. Samples alternate, so that other processes meet all models alike; each has a new process."""
+    samples: list[list[float]] = [[] for _ in cfgs]
+    for _ in range(repeats):
+        for own, cfg in zip(samples, cfgs, strict=True):
+            own.append(isolated(compile_seconds, cfg))
+            record(cfg, own[-1])
+    best = [min(own) for own in samples]
+    return [
+        Row(cfg.model.pattern, len(resolve(cfg.model)), own, low, low / best[0])
+        for cfg, own, low in zip(cfgs, samples, best, strict=True)
+    ]
+
+
+def compile_seconds(cfg: RunConfig) -> float:
+    """Seconds from a config to its training step in fp32, traced and compiled, in this process and without a cache."""
+    began = time.perf_counter()
+    plan = blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll)
+    tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
+    schedule = make_schedule(cfg.optim, cfg.train.steps)
+    step = make_train_step(plan, tx, schedule, accumulate=cfg.train.accumulate, z_loss=cfg.optim.z_loss)
+    state = jax.eval_shape(lambda: init_state(plan, tx, jax.random.key(0)))
+    shape = (cfg.train.batch_size, cfg.data.seq_len)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch |= {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in (("weights", shape), ("bytes", shape[:1]))}
+    with uncached():
+        jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return time.perf_counter() - began
+
+
+def environment() -> dict[str, Any]:
+    """Where it was measured."""
+    return {**isolated(folder.environment), "cores": os.cpu_count()}
