@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from absl import flags, logging
 
 from hydrax.core.build import ConfigError, Raw, build
-from hydrax.core.config import load_config
+from hydrax.core.config import find, load_config
 
 if TYPE_CHECKING:
     from hydrax.train.config import RunConfig
@@ -56,6 +56,25 @@ def run_config(name: str, overrides: Overrides) -> "RunConfig":
     from hydrax.train.config import RunConfig
 
     return build(RunConfig, load_config(name, **overrides).to_dict())
+
+
+def arm_config(text: str, name: str, overrides: Overrides) -> "RunConfig":
+    """The configuration of an arm beside that of `name` and `overrides`: with changes to it, or another one.
+
+    `text` is changes `<key>=<value>` with semicolons between them; in place of the first may stand a pattern, or the
+    name of another config, to which the `overrides` do not apply.
+    """
+    changes = dict(overrides)
+    for i, piece in enumerate(part.strip() for part in text.split(";")):
+        if change := re.fullmatch(r"([\w.]+)\s*=\s*(.*)", piece):
+            changes[change[1].removeprefix(PREFIX)] = Raw(change[2])
+        elif i > 0:
+            raise ConfigError("compare", piece, "expected <key>=<value> behind a semicolon")
+        elif set(piece) & set(":/") or (re.fullmatch(r"[\w.-]+", piece) and find(piece)):
+            name, changes = piece, {}
+        else:
+            changes["model.pattern"] = Raw(piece)
+    return run_config(name, changes)
 
 
 def _parse(flag_values: flags.FlagValues, argv: list[str], doc: str) -> Overrides:

@@ -8,7 +8,6 @@ Every sample is made in a new process, and no program comes from a cache. The fi
 import dataclasses
 import pathlib
 import shlex
-import sys
 
 from absl import flags
 from rich.console import Console
@@ -45,7 +44,9 @@ def main(overrides: cli.Overrides) -> None:
         table.add_row(row.pattern, str(row.layers), f"{row.best:.1f}", f"{row.ratio:.2f}")
     console.print(table)
     if FLAGS.out:
-        command = shlex.join(["python", "-m", "launch.compile_time", *sys.argv[1:]])
+        given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
+        given += [f"--config.{key}={value}" for key, value in overrides.items()]
+        command = shlex.join(["python", "-m", "launch.compile_time", *given])
         results = {"command": command, "environment": compile_time.environment()}
         write_json(pathlib.Path(FLAGS.out), {**results, "rows": [dataclasses.asdict(row) for row in rows]})
 

@@ -15,15 +15,13 @@ import pathlib
 from absl import flags
 from rich.console import Console
 
-from hydrax.core.build import Raw
-from hydrax.core.config import find
 from launch import cli
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "a config file, or the name of one in configs/", required=True, flag_values=FLAGS)
-flags.DEFINE_multi_string("compare", [], "another arm; may be given several times", flag_values=FLAGS)
+flags.DEFINE_multi_string("compare", [], "another arm of the comparison", flag_values=FLAGS)
 flags.DEFINE_string("match", "none", "none, parameters, active, flops or cache", flag_values=FLAGS)
-flags.DEFINE_string("knob", "", "the integer of the model that is turned for it; empty: a width", flag_values=FLAGS)
+flags.DEFINE_string("knob", "", "the model's integer to turn for it; empty: ffn_dim, or a state's", flag_values=FLAGS)
 flags.DEFINE_integer("seq_len", 2048, "tokens of a sequence", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("batch", 1, "sequences decoded together", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("json", "", "a file for all figures; empty: print them only", flag_values=FLAGS)
@@ -35,21 +33,16 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.eval import costs
     from hydrax.models.budget import arms
 
-    runs = [cli.run_config(FLAGS.config, overrides), *(cli.run_config(*_arm(text, overrides)) for text in FLAGS.compare)]
+    runs = [cli.run_config(FLAGS.config, overrides)]
+    runs += [cli.arm_config(text, FLAGS.config, overrides) for text in FLAGS.compare]
     sizes = [run.model.vocab_size or open_tokenizer(run.data.tokenizer).vocab_size for run in runs]
     models = [dataclasses.replace(run.model, vocab_size=n) for run, n in zip(runs, sizes, strict=True)]
-    what = None if FLAGS.match == "none" else FLAGS.match
-    found = arms(models, what, FLAGS.knob or None, seq_len=FLAGS.seq_len, batch=FLAGS.batch)
+    found = arms(models, FLAGS.match, FLAGS.knob or None, seq_len=FLAGS.seq_len, batch=FLAGS.batch)
     named = list(zip([models[0].pattern, *FLAGS.compare], found, strict=True))
     if FLAGS.json:
-        costs.save(pathlib.Path(FLAGS.json), named, what)
-    console = Console(width=max(150, Console().width))
-    console.print(costs.arms(named, what) if FLAGS.compare else costs.layers(found[0].cost))
-
-
-def _arm(text: str, overrides: cli.Overrides) -> tuple[str, cli.Overrides]:
-    """The config and the overrides of an arm; what holds for --config holds for changes to it."""
-    ...
+        costs.save(pathlib.Path(FLAGS.json), named, FLAGS.match)
+    table = costs.arms(named, FLAGS.match) if FLAGS.compare else costs.layers(found[0].cost)
+    Console(width=max(150, Console().width)).print(table)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def comments(cls: type) -> dict[str, str]:
 def _flags(flag_values: flags.FlagValues) -> Iterator[str]:
     for name in flag_values:
         flag = flag_values[name]
-        yield _entry(f"--{name}", dataclasses.MISSING if flag.default is None else flag.default, flag.help or "")
+        text = " ".join((flag.help or "").split())
+        yield _entry(f"--{name}", dataclasses.MISSING if flag.default is None else flag.default, text)
 
 
 def _keys() -> Iterator[str]:

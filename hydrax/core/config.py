@@ -11,7 +11,7 @@ import pathlib
 import traceback
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -49,7 +49,11 @@ def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
 def load_module(path_or_name: str) -> tuple[types.ModuleType, str]:
     """The module of a config file and its argument, the text after `:`."""
     name, _, arg = str(path_or_name).partition(":")
-    path = find(name) or _refuse(name)
+    path = find(name)
+    if path is None:
+        near = difflib.get_close_matches(pathlib.Path(name).stem, known(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError("config", name, f"no such file; {hint}expected a path or one of {', '.join(known())}")
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError("config", path_or_name, "expected a Python file")
@@ -76,12 +80,6 @@ def find(name: str) -> pathlib.Path | None:
     folders = [pathlib.Path()] if root is None else [pathlib.Path(), root, root.parent]
     paths = (folder / f"{name}{end}" for folder in folders for end in ("", ".py"))
     return next((path for path in paths if path.is_file()), None)
-
-
-def _refuse(name: str) -> NoReturn:
-    near = difflib.get_close_matches(pathlib.Path(name).stem, known(), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError("config", name, f"no such file; {hint}expected a path or one of {', '.join(known())}")
 
 
 def _root() -> pathlib.Path | None:

@@ -35,21 +35,21 @@ def layers(cost: Cost) -> Table:
     return result
 
 
-def arms(named: Sequence[tuple[str, Arm]], what: str | None) -> Table:
-    """A row per arm. What they are matched in, else their parameters, is also given relative to the first."""
-    knob = ["knob"] if what else []
-    columns = ("arm", "parameters", "active", "FLOPs/token", "state", "KV", *knob, f"{what or 'parameters'} vs first")
+def arms(named: Sequence[tuple[str, Arm]], what: str) -> Table:
+    """A row per arm. What they are matched in, or else their parameters, is also given relative to the first."""
+    knob, related = ([], "parameters") if what == "none" else (["knob"], what)
+    columns = ("arm", "parameters", "active", "FLOPs/token", "state", "KV", *knob, f"{related} vs first")
     result = _table(named[0][1].cost, *columns)
     for name, arm in named:
         cost = arm.cost
         counts = [_short(n) for n in (cost.parameters, cost.active_parameters, cost.flops_per_token)]
         held = [f"{_short(n)}B" for n in (cost.state_bytes, cost.kv_bytes)]
-        turned = ["" if arm.knob is None else f"{arm.knob} = {arm.value}"] if what else []
-        result.add_row(escape(name), *counts, *held, *turned, f"{arm.difference:+.2%}")
+        turned = "" if arm.knob is None else f"{arm.knob} = {arm.value}"
+        result.add_row(escape(name), *counts, *held, *([turned] if knob else []), f"{arm.difference:+.2%}")
     return result
 
 
-def save(out: pathlib.Path, named: Sequence[tuple[str, Arm]], what: str | None) -> None:
+def save(out: pathlib.Path, named: Sequence[tuple[str, Arm]], what: str) -> None:
     """The arms as JSON: costs, layer by layer, and the models themselves; raises what `report.write` raises."""
     rows: list[dict[str, Any]] = [
         {

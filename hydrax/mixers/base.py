@@ -103,8 +103,8 @@ class Mixer(nnx.Module):
 
     Where queries, keys and gates fix a linear map from values to what is read, `mix` taps both: "values" after their
     convolution and activation, "reads" before skip, norm and gate. Both are [B,T,heads,V] if the channels of a head
-    share that map, [B,T,channels] if every channel has its own. Mixers with a convolution on their keys tap "keys"
-    [B,T,heads,K] after it and before any norm.
+    share that map, [B,T,channels] if every channel has its own. Mixers with keys tap "keys" [B,T,heads,K] after a
+    convolution and before any norm, feature map or rotation.
 
     The output projection is the attribute `project`; whoever joins several mixers sets it to None and has its own.
     """

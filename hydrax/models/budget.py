@@ -51,22 +51,27 @@ class Arm:
 
 def arms(
     models: Sequence[ModelConfig],
-    what: str | None = None,
+    what: str = "none",
     knob: str | None = None,
     *,
     seq_len: int,
     batch: int = 1,
     tolerance: float = TOLERANCE,
 ) -> list[Arm]:
-    """The models and what they cost, all but the first matched to the first; as they are if `what` is None.
+    """The models and what they cost, all but the first matched to the first; `what` none leaves them as they are.
 
-    The difference is that in `what`, or in parameters. The rest is as in `match`.
+    The difference is that in `what`, or in parameters. The rest is as in `match`, and so are the errors.
     """
+    if what not in ("none", *MEASURES):
+        raise ConfigError("match", what, f"expected one of none, {', '.join(MEASURES)}")
+    if what != "none" and len(models) < 2:
+        raise ConfigError("match", what, "expected another model to be matched to the first")
+    if what == "none" and knob is not None:
+        raise ConfigError("knob", knob, f"needs match = one of {', '.join(MEASURES)}")
     first = Arm(models[0], cost(models[0], seq_len=seq_len, batch=batch))
-    if what is not None:
+    if what != "none":
         return [first, *(match(cfg, first.cost, what, knob, tolerance=tolerance) for cfg in models[1:])]
-    costs = [cost(cfg, seq_len=seq_len, batch=batch) for cfg in models[1:]]
-    others = zip(models[1:], costs, strict=True)
+    others = [(cfg, cost(cfg, seq_len=seq_len, batch=batch)) for cfg in models[1:]]
     return [first, *(Arm(cfg, own, own.parameters / first.cost.parameters - 1) for cfg, own in others)]
 
 

@@ -211,7 +211,7 @@ class LM(nnx.Module):
                 x, ys = once(x, jax.tree.map(lambda leaf: leaf[0], xs))
                 ys = jax.tree.map(lambda leaf: leaf[None], ys)
             else:
-                x, ys = jax.lax.scan(once, x, xs)
+                x, ys = jax.lax.scan(once, x, xs, length=n)
             made.append(ys[0])
             lost.append(jax.tree.map(jnp.sum, ys[1]))
             start += n

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 import launch.bench
+import launch.compile_time
 import launch.cost
 import launch.sample
 import launch.train
@@ -18,6 +19,7 @@ MAINS = {
     "sample": launch.sample.main,
     "cost": launch.cost.main,
     "bench": launch.bench.main,
+    "compile_time": launch.compile_time.main,
 }
 CONFIG = """
 from configs import common
@@ -91,6 +93,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "cost": {"config": config},
         "sample": {"workdir": workdir},
         "bench": {},
+        "compile_time": {"config": config},
     }
     given = {arg.lstrip("-").partition("=")[0] for arg in extra}
     return [*(f"--{k}={v}" for k, v in needed[command].items() if k not in given), *extra]

@@ -135,6 +135,8 @@ OTHERS = [
         ["--out={folder}/nothing.py/x.json"],
         r"out = '.*/x\.json': cannot be written \(.*\); expected a new file",
     ),
+    ("compile_time", ["--patterns=gla;gln"], r"model\.pattern = 'gln': 'gln' is neither a mixer nor a block"),
+    ("compile_time", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
     ("bench", ["--seq_len=64"], r"--seq_len = '64': unknown flag; did you mean --seq_lens\?"),
 ]
 

@@ -91,6 +91,19 @@ def test_bench_prints_and_saves_what_it_measured(tmp_path):
     assert (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow  # every sample is a process of its own
+def test_compile_times_are_compared_and_saved(config, tmp_path):
+    given = [f"--config={config}", "--patterns=gla; 4*gla", "--repeats=2"]
+    outcome = run("compile_time", *given, f"--out={tmp_path / 'x.json'}", "--config.data.seq_len=8")
+    assert (outcome.code, outcome.err) == (0, "")
+    saved = json.loads((tmp_path / "x.json").read_text())
+    assert saved["command"].endswith("--patterns=gla; 4*gla' --repeats=2 --config.data.seq_len=8")
+    first, second = saved["rows"]
+    assert (first["layers"], second["layers"]) == (1, 4)
+    assert first["ratio"] == 1 and second["ratio"] == second["best"] / first["best"]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) == row["best"] > 0 for row in saved["rows"])
+
+
 @pytest.mark.parametrize("command", MAINS)
 def test_help(command):
     outcome = run(command, "--help")

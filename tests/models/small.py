@@ -12,9 +12,9 @@ from hydrax.core.build import build
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers import Context, Mixer
 from hydrax.models import lm
-from hydrax.models.layers import LayerSpec
+from hydrax.models.layers import LayerSpec, groups
 from hydrax.models.mix import Mix
-from hydrax.models.spec import ModelConfig, resolve
+from hydrax.models.spec import ModelConfig, resolve, sections
 
 D, VOCABULARY = 16, 23
 MODEL = {
@@ -66,7 +66,7 @@ def below(params: Mapping[str, Array], prefix: str) -> Params:
 def unstacked(made: lm.Blueprint, params: Params) -> Params:
     """The parameters of a model as it has them with `scan=False`."""
     found = {path: p for path, p in params.items() if not path.startswith("periods/")}
-    for j, g in enumerate(made.abstract_model().groups):
+    for j, g in enumerate(g for section in sections(made.cfg) for g in groups(section)):
         for i in range(len(g.period)):
             for path, p in below(params, f"periods/{j}/blocks/{i}/").items():
                 for r in range(g.repeats):
@@ -152,10 +152,13 @@ def visible(positions: np.ndarray, seg: np.ndarray, window: int | None = None, s
     return (seg[:, :, None] == seg[:, None]) & (seg[:, :, None] != 0) & (distance >= 0) & (near | first)
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, softcap: float | None = None
+) -> np.ndarray:
     """o [B,T,H,V]; every key head serves as many query heads in a row."""
     k, v = (np.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     z = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
+    z = z if softcap is None else softcap * np.tanh(z / softcap)
     weights = softmax(np.where(seen[:, None], z, -1e30))
     return np.einsum("bhts,bshv->bthv", np.where(seen[:, None], weights, 0), v)
 
