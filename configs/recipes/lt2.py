@@ -25,7 +25,7 @@ SIZES = {
         "ffn_dim": 5632,
         "vocab": 128_256,
     },
-    "tiny": {"width": 32, "layers": 10, "heads": 4, "gdn": {"heads": 2, "key_dim": 8}, "ffn_dim": 64},
+    "tiny": {"width": 32, "layers": 5, "heads": 4, "gdn": {"heads": 2, "key_dim": 8}, "ffn_dim": 64},
 }
 LAYERS = {
     "hybrid": "every(4, gdn, attn)",

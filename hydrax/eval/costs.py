@@ -17,13 +17,13 @@ UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 
 
 def layers(cost: Cost) -> Table:
-    """A row per kind of layer, with the sums over its layers."""
+    """A row per kind of layer, with the sums over its layers; 9 x 2 are nine layers that are run twice."""
     result = _table(cost, "layers", "of", "parameters", "FLOPs/token", "state bytes", "KV bytes")
-    for block in dict.fromkeys(layer.block for layer in cost.layers):
-        own = [layer for layer in cost.layers if layer.block == block]
+    for block, passes in dict.fromkeys((layer.block, layer.passes) for layer in cost.layers):
+        own = [layer for layer in cost.layers if (layer.block, layer.passes) == (block, passes)]
         columns = {"parameters": 1, "flops": 1, "state_bytes": cost.batch, "kv_bytes": cost.batch}
         sums = (times * sum(getattr(layer, name) for layer in own) for name, times in columns.items())
-        result.add_row(str(len(own)), escape(block), *_whole(*sums))
+        result.add_row(f"{len(own)}" if passes == 1 else f"{len(own)} x {passes}", escape(block), *_whole(*sums))
     if cost.shared_parameters:
         result.add_row("", "weights in common", *_whole(cost.shared_parameters))
     result.add_row("", "embedding, logits", *_whole(cost.embedding_parameters), end_section=True)

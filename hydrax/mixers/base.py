@@ -25,7 +25,7 @@ class Context:
       layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
       lower_bounds: by width W, [layers,W] fp32 in [0,1): how little the gates of each layer may forget.
       embeddings: [B,T,D], what the first layer read: the token embeddings.
-      modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. None: the
+      modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. -1, None: the
         block's own choice.
       keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
       impl: passed to the ops.

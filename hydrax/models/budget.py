@@ -120,7 +120,7 @@ class _Search:
     """For the value of a knob at which a measure, monotone in it, is closest to a target.
 
     An evaluation takes a fraction of a second, so there should be few: the line through two of them says where to look
-    next, and the middle of the interval does where that does not halve it.
+    next, and the (geometric) middle of the interval does where that does not halve it.
     """
 
     def __init__(self, cfg: ModelConfig, knob: str, what: str, reference: Cost):
@@ -140,7 +140,7 @@ class _Search:
             low = max((n for n, f in self.found.items() if (f < self.target) == rising), default=0)
             high = min((n for n, f in self.found.items() if (f < self.target) != rising), default=REACH * low)
             between = low in self.found and high in self.found
-            guess = (low + high) / 2 if between and high - low > width / 2 else self._line(low, high, between)
+            guess = math.sqrt(low * high) if between and high - low > width / 2 else self._line(low, high, between)
             value = None if guess is None else self._valid(guess, low, high)
             if value is None:
                 break
@@ -186,10 +186,10 @@ class _Search:
 
     def _is_valid(self, value: int) -> bool:
         if value not in self.models and value not in self.errors:
-            values = copy.deepcopy(self.values)
+            values = {"model": copy.deepcopy(self.values)}
             try:
-                override(values, self.knob, value)
-                self.models[value] = build(ModelConfig, values, "model")
+                override(values, f"model.{self.knob}", value)
+                self.models[value] = build(ModelConfig, values["model"], "model")
             except ConfigError as error:
                 self.errors[value] = error
         return value in self.models

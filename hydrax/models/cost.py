@@ -25,11 +25,13 @@ from hydrax.nn import memory, moe
 class LayerCost:
     """One layer: `flops` forward per token, `state_bytes` (fixed) or `kv_bytes` (growing) of one decoded sequence.
 
-    `parameters` are its own; those it has in common with others are `Cost.shared_parameters`.
+    All `passes` of a loop are in these. `parameters` are its own; those it has in common with others are
+    `Cost.shared_parameters`.
     """
 
     block: str
     mixer: str
+    passes: int
     parameters: int
     flops: float
     state_bytes: int
@@ -138,19 +140,20 @@ def _place(j: int, i: int, spec: LayerSpec) -> str:
 def _layer(
     cfg: ModelConfig, passes: list[tuple[int, LayerSpec]], count: tuple[int, int], seq_len: int, itemsize: int
 ) -> LayerCost:
-    """A layer, as it is in each run of passes of a loop; the state is kept for every pass."""
+    """A layer, as it is in each run of passes of a loop. Every pass has a state, of the size that the widest needs."""
     (parameters, entries), spec = count, passes[0][1]
     length, loops = cfg.prefix.meta_tokens + seq_len, sum(n for n, _ in passes)
-    kept = [[mix.nbytes(length, itemsize) for mix in _mixes(own)] for _, own in passes]
-    held = [max(sizes) for sizes in zip(*kept, strict=True)]  # every pass has a cache for the widest window
+    held = [[mix.nbytes(length, itemsize) for mix in _mixes(own)] for _, own in passes]
+    fixed, growing = (max(sum(sizes[i] for sizes in mixes) for mixes in held) for i in (0, 1))
     flops = sum(n * (2 * entries + _mixing(cfg, own, length)) for n, own in passes)
     return LayerCost(
         block=spec.block,
         mixer=spec.mixer,
+        passes=loops,
         parameters=parameters,
         flops=flops * length / seq_len,
-        state_bytes=loops * (sum(fixed for fixed, _ in held) + _beside(cfg, spec, itemsize)),
-        kv_bytes=loops * sum(growing for _, growing in held),
+        state_bytes=loops * (fixed + _beside(cfg, spec, itemsize)),
+        kv_bytes=loops * growing,
     )
 
 

@@ -93,7 +93,7 @@ class LM(nnx.Module):
         prefix = 0 if segment_ids is not None or positions is not None else self.cfg.prefix.meta_tokens
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
-            modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)), mode="edge")
+            modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
         ctx = mixers.Context.of(tokens, segment_ids, impl=impl, modes=modes, taps=taps or {})
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
@@ -161,8 +161,10 @@ class LM(nnx.Module):
         """What the first layer reads, and the context with all that the model tells its layers."""
         x = self.embed(tokens) * self.cfg.embed_scale
         if self.meta is not None:
-            places = ctx.positions[:, :, None]
-            x = jnp.where(places < len(self.meta), self.meta[...][jnp.minimum(ctx.positions, len(self.meta) - 1)], x)
+            inside = ctx.positions < len(self.meta)
+            x = jnp.where(inside[..., None], self.meta[...][jnp.minimum(ctx.positions, len(self.meta) - 1)], x)
+            if ctx.modes is not None:  # the cache holds the prefix before anyone chooses a mode for it
+                ctx = dataclasses.replace(ctx, modes=jnp.where(inside, -1, ctx.modes))
         x = constrain(x, ("batch", "seq", "act_embed"))
         bounds = {b.width: b() for b in self.bounds}
         return x, dataclasses.replace(ctx, depth=self.depth, lower_bounds=bounds, embeddings=x)

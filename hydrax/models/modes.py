@@ -89,9 +89,11 @@ class ModesMixer(Mixer):
         def read(o: Array) -> Array:
             o = ctx.tap("reads", o)
             attended, taken["cache"] = self._attend(x, taken["keys"], taken["values"], ctx, state)
+            own = self.cfg.options.default == "attn"
             if ctx.modes is None:
-                return attended.astype(o.dtype) if self.cfg.options.default == "attn" else o
-            return jnp.where((ctx.modes == 1)[:, :, None, None], attended.astype(o.dtype), o)
+                return attended.astype(o.dtype) if own else o
+            chosen = jnp.where(ctx.modes < 0, own, ctx.modes == 1)
+            return jnp.where(chosen[:, :, None, None], attended.astype(o.dtype), o)
 
         taps = {**ctx.taps, "keys": take("keys"), "values": take("values"), "reads": read}
         past = None if state is None else state["linear"]

@@ -71,6 +71,7 @@ class RouteMixer(Mixer):
         full, full_state = self.full.mix(x, ctx, past["full"])
         sparse, sparse_state = self.sparse.mix(x, ctx, past["sparse"])
         g = g[:, :, None, None]
+        full, sparse = (z.reshape(*z.shape[:2], *self.shape) for z in (full, sparse))
         z = (g * fp32(full) + (1 - g) * fp32(sparse)).astype(full.dtype)
         return z, {"full": full_state, "sparse": sparse_state, "router": router}
 

@@ -1,58 +1,53 @@
-"""The recipes at the size of a test: the same structure, held to all that holds for every model."""
+"""The recipes at the size of a test: the same structure, and all that holds for random hybrids must hold for them."""
 
+import dataclasses
 import functools
 
-import numpy as np
 import pytest
 
-from hydrax.core.build import build
 from hydrax.core.config import known, load_config, load_module
-from hydrax.data.modes import modes
-from hydrax.train.config import RunConfig
-from tests.contract import checks
+from hydrax.models.spec import ModelConfig, model_config
+from tests.contract import test_hybrids as hybrids
+
+pytestmark = pytest.mark.thorough
 
 RECIPES = [name for name in known() if "tiny" in getattr(load_module(name)[0], "SIZES", {})]
-EVERY_RECIPE = pytest.mark.parametrize("name", RECIPES, ids=lambda name: name.removeprefix("recipes/"))
 
 
-@functools.cache
-def config(name: str) -> RunConfig:
-    return build(RunConfig, load_config(f"{name}:tiny").to_dict())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe(hybrids.Hybrid):
+    """A recipe in the place of a random model."""
+
+    name: str = ""
+
+    @functools.cached_property
+    def cfg(self) -> ModelConfig:
+        return model_config(load_config(f"{self.name}:tiny").model)
 
 
-@functools.cache
-def case(name: str) -> checks.Case:
-    return checks.Case.of(config(name).model)
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda name: name.removeprefix("recipes/"))
+def recipe(request) -> Recipe:
+    return Recipe(0, request.param)
 
 
-@pytest.mark.thorough
-@EVERY_RECIPE
-def test_documents_causality_and_decoding(name: str):
-    """One test: they have programs in common."""
-    checks.packed_documents_are_separate(case(name))
-    checks.the_past_ignores_the_future(case(name))
-    checks.decoding_is_training(case(name))
-
-
-@EVERY_RECIPE
-def test_cache_bytes(name: str):
-    checks.cache_bytes_are_priced(case(name))
-
-
-@pytest.mark.slow
-@EVERY_RECIPE
-def test_scanned_layers_equal_unrolled_ones(name: str):
-    checks.scanned_layers_equal_unrolled_ones(case(name))
+def test_documents_causality_decoding_and_cache(recipe: Recipe):
+    """One test for all that needs the same compiled programs."""
+    hybrids.test_packed_documents_equal_separate_ones(recipe)
+    hybrids.test_the_past_ignores_the_future(recipe)
+    hybrids.test_documents_padding_and_neighbours_do_not_matter(recipe)
+    hybrids.test_prefill_then_steps_equal_the_whole_pass(recipe)
+    hybrids.test_cache_bytes_are_what_cost_says(recipe)
 
 
 @pytest.mark.slow
-@EVERY_RECIPE
-def test_training(name: str):
-    batch = checks.batch_of(case(name))
-    rows = np.arange(len(batch["tokens"]))
-    schedule = modes(config(name).data.modes, batch, rows)
-    checks.training_learns(case(name), config(name).optim, batch if schedule is None else {**batch, "modes": schedule})
+def test_scanned_layers_equal_unrolled_ones(recipe: Recipe):
+    hybrids.test_scanned_layers_equal_unrolled_ones(recipe)
 
 
-def test_all_hybrids_are_there():
-    assert len(RECIPES) >= 19
+@pytest.mark.slow
+def test_training(recipe: Recipe):
+    hybrids.test_it_trains(recipe)
+
+
+def test_every_published_hybrid_is_there():
+    assert len(RECIPES) == 19

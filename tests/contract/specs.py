@@ -11,9 +11,9 @@ from flax import nnx
 from hydrax import mixers
 from hydrax.core.build import build
 from hydrax.mixers import MixerConfig
-from hydrax.models.fusion import FUSIONS
-from hydrax.models.layers import Place
-from hydrax.models.mix import key_facts
+from hydrax.models.fusion import FUSIONS, Heads
+from hydrax.models.layers import LayerSpec, Place, groups
+from hydrax.models.mix import Mix, Single, key_facts
 from hydrax.models.modes import READABLE
 from hydrax.models.spec import ModelConfig, sections
 from hydrax.nn.ffn import ACTIVATIONS
@@ -51,15 +51,18 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 """Options that one pass of a loop may have of its own."""
 
 PATTERNS = {
-    2: ["2*({a},{b})", "{a},2*{b},{a}", "fill(({a},{b}),4)", "select([0,2],{a},{b})", "bookend(1,{b},{a})",
-        "every(1,{b},{a})"],
-    3: ["2*({a},{b}),{c}", "{c},2*({a},{b})", "{a},{c},{a},2*{b}", "{b},2*{a},{c},{b}"],
-}  # fmt: skip
-LOOPS = {
-    2: ["loop(2,2*({a},{b}))", "{b},loop(2,{a},{b},{a})", "loop(3,2*{a}),loop(2,2*{b})", "loop(2,{b},2*{a}),{b}"],
-    3: ["{c},loop(2,2*({a},{b}))", "loop(2,2*{a},{b}),{c},{b}", "loop(2,{c},{b}),loop(2,{a},{b},{a})"],
+    (2, False): ["2*({a},{b})", "fill(({a},{b}),4)", "select([0,2],{a},{b})", "every(1,{b},{a})", "bookend(1,{b},{a})"],
+    (2, True): ["2*(2*{a},{b})", "{a},2*{b},{a}", "bookend(1,{a},{b})"],
+    (3, False): ["2*({a},{b}),{c}", "{c},2*({a},{b})", "2*{a},{b},{c}"],
+    (3, True): ["2*{a},{b},{c}", "{c},{a},{b},{a}"],
 }
-"""By number of kinds of layers: a and b stand twice, a in one loop."""
+LOOPS = {
+    (2, False): ["loop(2,2*({a},{b}))", "{a},loop(2,{a},{b})", "loop(3,2*{a}),loop(2,{b})"],
+    (2, True): ["loop(2,{a},{b},{a})", "{b},loop(2,2*{a},{b})", "loop(3,2*{a}),loop(2,2*{b})"],
+    (3, False): ["loop(2,2*{a},{b}),{c}", "{c},loop(2,2*({a},{b}))", "loop(2,{c}),loop(2,2*{a},{b})"],
+    (3, True): ["{c},loop(2,2*{a},{b})", "loop(2,{a},{b},{a}),{c}"],
+}
+"""By number of kinds of layers, and whether the first must be twice in one loop for its keys to be shared."""
 
 
 def random_spec(seed: int) -> ModelConfig:
@@ -87,7 +90,7 @@ class _Draw:
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
-        extra = [axis for axis in AXES if self.chance(0.2)]
+        extra = [axis for axis in AXES if self.chance(0.12)]
         together = ["heads", "loop", "kv", "prefix"] if seed % 10 == 9 else []
         self.axes = {*PAIRS[seed % len(PAIRS)], *extra, *together}
         self.chunk = self.pick([4, 8])
@@ -118,9 +121,10 @@ class _Draw:
         return Piece(name, self.width(name))
 
     def partner(self, piece: Piece, without: tuple[str, ...]) -> Piece:
-        """A mixer for the other part of a composition, as wide as `piece` where there is one."""
+        """A mixer that is as wide as `piece`, for another part beside it."""
         names = [name for name in mixers.names() if name not in (*without, piece.expression)]
-        return self.single(*[name for name in names if self.width(name) == piece.width] or names)
+        alike = [name for name in names if self.width(name) == piece.width]
+        return self.single(*alike) if alike else Piece(self.named("mlp", {"inner_dim": piece.width}), piece.width)
 
     def part(self, piece: Piece) -> str:
         """How a piece stands inside of another: one with options needs a name."""
@@ -150,14 +154,14 @@ class _Draw:
         form, n = self.pick(forms), self.pick([1, 2, 3])
         options = {**self.fusion(len(parts)), "total": 4}
         if form == "{0},{1}":
-            # the heads of the first part in the two places of the layer; those of a shared block are as many
+            # the heads of the first part in each place of the layer; in those of a shared block they are as many
             ragged = self.chance(0.5) and "shared" not in self.axes
-            options["assignment"] = [[1], [0, 3]] if ragged else [[2], [0]]
+            options["assignment"] = 2 * ([[1], [0, 3]] if ragged else [[2], [0]])
         return Piece(f"heads({form.format(*parts, n=n, m=4 - n)})", 4 * 16, options)
 
     def parallel(self, guest: Piece | None, lends: bool) -> Piece:
         parts = [guest or self.single(*(LENDERS if lends else ()))]
-        for _ in range(self.pick([1, 1, 1, 2])):
+        for _ in range(self.pick([1, 1, 1, 1, 2])):
             parts.append(self.partner(parts[0], LENDERS if lends else ()) if self.chance(0.7) else self.single(*LINEAR))
         equal = len({part.width for part in parts}) == 1
         options = self.fusion(len(parts), tuple(FUSIONS) if equal else ("concat",))
@@ -188,7 +192,7 @@ class _Draw:
         inner: dict[str, str] = {}
         for host in (kind for kind in ("parallel", "route") if kind in kinds):
             free = [kind for kind in kinds if kind != host and kind not in inner.values() and inner.get(kind) != host]
-            if free and (len(kinds) - len(inner) > count - kv or self.chance(0.3)):
+            if free and (len(kinds) - len(inner) > count - kv or self.chance(0.2)):
                 inner[host] = self.pick(free)
 
         def composed(kind: str | None, lends: bool = False) -> Piece | None:
@@ -212,7 +216,7 @@ class _Draw:
         layers = [self.layer(piece, fields) for piece, fields in zip(pieces, properties, strict=True)]
         looped = "loop" in self.axes
         inside = looped and self.chance(0.5)
-        pattern = self.pick((LOOPS if inside else PATTERNS)[len(pieces)])
+        pattern = self.pick((LOOPS if inside else PATTERNS)[len(pieces), "kv" in self.axes])
         values = {
             "d_model": D,
             "pattern": pattern.format(**dict(zip("abc", layers, strict=False))),
@@ -330,3 +334,50 @@ class _Draw:
                 size = 2 if self.chance(0.6) else len(members)
                 found += [members[i : i + size] for i in range(0, len(members), size)]
         return [members for members in found if len(members) > 1]
+
+
+def features(cfg: ModelConfig) -> set[str]:
+    """What is in a model: its axes, mixers and fusions by name, and other choices as "key value"."""
+    found = {f"tie {cfg.tie}", f"softcap {cfg.logit_softcap is not None}"}
+    found |= {name for name, given in (("prefix", cfg.prefix.meta_tokens), ("kv", cfg.share.kv)) if given}
+    for section in sections(cfg):
+        inside = section.loops > 1
+        if inside:
+            found |= {"loop", f"gate {cfg.loop.gate}", f"loop norm {cfg.loop.norm}", f"eta {cfg.loop.block_gate}"}
+            found |= {"passes differ"} if len(section.passes) > 1 else set()
+        found |= {"scanned" for g in groups(section) if g.repeats > 1}
+        for layer in section.layers:
+            found |= _of_layer(layer)
+            if inside and layer.producer and isinstance(layer.mix, Heads):
+                found.add("heads with the keys of others in a loop")
+    found |= {name for name in ("workspace", "pkm") if "memory" in found and getattr(cfg.memory, name)}
+    return found
+
+
+def _of_layer(layer: LayerSpec) -> set[str]:
+    found = _of_mix(layer.mix) | {f"ffn {layer.ffn}", f"norm {layer.norm}", f"place {layer.norm_place}"}
+    given = {
+        "shared": layer.shared,
+        "lora": layer.lora_rank or (layer.feed and layer.feed.lora_rank),
+        "memory": layer.memory,
+        "feed": layer.feed,
+        "moe": layer.moe,
+    }
+    found |= {name for name, value in given.items() if value}
+    if layer.feed is not None:
+        found |= _of_mix(layer.feed.mix)
+    if layer.moe is not None:
+        names = ("router", "granularity", "router_at", "bias", "shared", "shared_gate", "renorm", "groups")
+        found |= {f"{name} {getattr(layer.moe, name)}" for name in names}
+    return found
+
+
+def _of_mix(mix: Mix) -> set[str]:
+    if isinstance(mix, Single):
+        return {mix.mixer}
+    kind = type(mix).__name__.lower()
+    found = {kind}.union(*map(_of_mix, mix.members))
+    if found.intersection(COMPOSITIONS) - {kind} or any(type(part) is type(mix) for part in mix.members):
+        found.add(f"inside {kind}")
+    fusion = getattr(mix, "fusion", None)
+    return found | (set() if fusion is None else {f"{kind} {fusion.fusion}"})

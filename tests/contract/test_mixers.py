@@ -28,7 +28,10 @@ def mixer(name: str) -> Case:
     return case(name)
 
 
-@pytest.fixture(params=[(n, i) for n in mixers.names() for i in (None, *range(len(VARIANTS.get(n, ()))))], ids=str)
+OTHERS = [pytest.param((name, i), marks=pytest.mark.slow) for name in VARIANTS for i in range(len(VARIANTS[name]))]
+
+
+@pytest.fixture(params=[*((name, None) for name in mixers.names()), *OTHERS], ids=str)
 def variant(request) -> Case:
     """A mixer with the options of the table, or with others that take another path through it."""
     return case(*request.param)
@@ -128,8 +131,13 @@ def test_forms_agree(variant: Case):
 
 
 LENGTHS = (1, 63, 64, 65, 257)
+OF_EACH_OP = {"abc", "attn", "gdn", "gla", "hgrn", "kda", "lightning", "mamba"}
+"""A mixer for every op and kind of decay. Others meet them at all lengths in `make test-all`."""
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in OF_EACH_OP else pytest.mark.slow) for n in mixers.names()]
+)
 def test_every_length(name: str):
     """Chunks of the default size, documents at their edges: output, state and gradients equal the fp64 recurrence."""
     mixer, longest = case(name, chunk_size=64), max(LENGTHS)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -72,6 +73,24 @@ def unstacked(made: lm.Blueprint, params: Params) -> Params:
                 for r in range(g.repeats):
                     found[f"periods/{g.start + r * len(g.period) + i}/blocks/0/{path}"] = p[r : r + 1]
     return found
+
+
+def in_pieces(made: lm.Blueprint, params: Params, ids: np.ndarray, split: int) -> Array:
+    """Logits of the rows `ids`, read in one call up to `split` and then token by token."""
+
+    @jax.jit
+    def run(params: Params) -> Array:
+        model = made.merge(params)
+        first, cache = model.prefill(jnp.asarray(ids[:, :split]), model.init_cache(*ids.shape))
+
+        def step(cache: Any, token: Array) -> tuple[Any, Array]:
+            logits, cache = model.step(token, cache)
+            return cache, logits
+
+        _, rest = jax.lax.scan(step, cache, jnp.asarray(ids[:, split:].T))
+        return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1)
+
+    return run(params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,3 +187,19 @@ def conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float = 0.0) -> n
     W = len(weight)
     padded = np.concatenate([np.zeros_like(x[:, : W - 1]), x], axis=1)
     return sum(weight[i] * padded[:, i : i + x.shape[1]] for i in range(W)) + bias
+
+
+def swa_layer(
+    p: Mapping[str, np.ndarray],
+    x: np.ndarray,
+    positions: np.ndarray,
+    seen: np.ndarray,
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """x + W_o attention(norm x) of a layer without FFN, and its keys and values, or those it is given."""
+    h = rms(x, p["mixer_norm/weight"])
+    q = rope(np.tensordot(h, p["mixer/qkv/q/kernel"], 1), positions)
+    if keys is None:
+        k, v = (np.tensordot(h, p[f"mixer/qkv/{name}/kernel"], 1) for name in "kv")
+        keys = rope(k, positions), v
+    return x + np.tensordot(attention(q, *keys, seen), p["mixer/project/kernel"], 2), keys

@@ -126,18 +126,18 @@ def hidden_from_products(mix: Mix, T: int) -> float:
     return total - 2 * heads * (key_dim + value_dim) * (T * T - T * (T + 1) / 2)
 
 
-GATE = {"gate": "scalar"}
 FED = {"c": {"mixer": "attn", "shared": True}, "f": {"mixer": "lightning", "feed": "c"}}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("pattern", "values"),
     [
         *[("6*lightning", {"ffn": ffn, "tie": tie}) for ffn in ("swiglu", "mlp", "none") for tie in (True, False)],
         ("lightning,attn", {"ffn_pattern": "none,geglu"}),
         ("3*attn", {"ffn": "none"}),
-        ("lightning,loop(3,lightning,attn)", {"loop": GATE}),
-        ("2*(lightning,attn)", {"loop": {"n": 2, **GATE}}),
+        ("lightning,loop(3,lightning,attn)", {}),
+        ("2*(lightning,attn)", {"loop": {"n": 2}}),
         ("2*heads(2*attn,2*lightning)", {"mixers": {}}),
         ("heads(attn,lightning)", {"mixers": {"attn": {"kv_heads": 1}}, "norm_place": "sandwich"}),
         ("2*parallel(attn,lightning)", {}),
@@ -147,6 +147,7 @@ FED = {"c": {"mixer": "attn", "shared": True}, "f": {"mixer": "lightning", "feed
         ("attn,lightning,attn", {"share": {"kv": [[0, 2]]}}),
         ("s,lightning,s", {"blocks": {"s": {"mixer": "attn", "shared": True}}}),
         ("lightning,f,f", {"blocks": FED}),
+        ("f,lightning,f", {"blocks": {**FED, "f": {**FED["f"], "shared": True}}}),
         ("2*lightning", {"ffn": "moe", "moe": {"experts": 8, "top_k": 3, "shared": 2, "shared_gate": True}}),
         ("2*lightning", {"ffn": "moe", "moe": {"kind": "relu2", "router_at": "pre_attn"}}),
         ("2*(lightning,attn)", {"memory": {"pkm": PKM, "every": 2}}),
@@ -186,8 +187,8 @@ def test_passes_with_options_of_their_own_cost_what_these_do():
     alone = [cost(config("swa", mixers={"swa": {"window": w}}), seq_len=50) for w in windows]
     looped = cost(config("swa", mixers={"swa": {"window": windows[0]}}, loop=loops), seq_len=50)
     assert looped.layers[0].flops == sum(one.layers[0].flops for one in alone)
-    assert looped.kv_bytes == 3 * alone[0].kv_bytes
     assert looped.parameters == alone[0].parameters
+    assert [layer.passes for layer in looped.layers] == [3]
 
 
 def test_softmax_attention_counts_visible_keys():
@@ -199,6 +200,7 @@ def test_softmax_attention_counts_visible_keys():
     assert row.flops(options, T) == pytest.approx(2 * heads * 2 * width * np.mean(visible))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("pattern", "values"),
     [
@@ -209,9 +211,10 @@ def test_softmax_attention_counts_visible_keys():
         ("modes(gdn),modes(mamba2),modes(gla)", {}),
         ("2*route(attn,swa),route(parallel(swa,attn),attn)", {}),
         ("gla,loop(3,gdn,attn),swa", {}),
-        ("2*(gla,attn)", {"loop": {"n": 2, "block_gate": True, **GATE}}),
+        ("2*(gla,attn)", {"loop": {"n": 2, "block_gate": True, "gate": "channel"}}),
         ("2*(gla,attn),attn,swa,swa", {"share": {"kv": [[1, 3, 4], [5, 6]]}}),
         ("loop(2,gla,attn,attn)", {"share": {"kv": [[1, 2]]}}),
+        ("swa,gla", {"loop": {"n": 3, "per_loop": [{"swa": {"window": w}} for w in (7, 3, 16)]}}),
         ("gla,attn,swa,modes(gdn)", {"prefix": {"meta_tokens": 5}}),
         ("4*(gla,attn)", {"memory": {"workspace": WORKSPACE, "pkm": PKM, "every": 2}}),
         ("2*(gla,attn)", {"ffn": "moe", "moe": {"granularity": "chunk"}}),

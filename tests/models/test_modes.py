@@ -60,7 +60,7 @@ def layer(case: str, default: str = "attn") -> tuple[Layer, Layer]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def output(made: Layer, modes: Array | None) -> Array:
-    return made(made.params, X, segment_ids=SEG, modes=modes)[0]
+    return made(made.params, X, segment_ids=SEG, modes=modes, impl="recurrent")[0]
 
 
 def by_attention(case: str, x: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_both_states_advance_whatever_is_read(case: str):
     @jax.jit
     def after(modes: Array) -> tuple[Array, PyTree]:
         state = both.merge().init_state(2, T, jnp.float32)
-        return both(both.params, X, state, modes=modes)
+        return both(both.params, X, state, modes=modes, impl="recurrent")
 
     @jax.jit
     def stepwise(modes: Array) -> tuple[Array, PyTree]:
@@ -144,7 +144,7 @@ def test_both_states_advance_whatever_is_read(case: str):
 
         def step(state: PyTree, inputs: tuple) -> tuple[PyTree, Array]:
             x, mode, t = inputs
-            ctx = Context(jnp.full((2, 1), t), modes=mode[:, None])
+            ctx = Context(jnp.full((2, 1), t), modes=mode[:, None], impl="recurrent")
             y, state = mixer(x[:, None], ctx, state)
             return state, y[:, 0]
 
@@ -155,7 +155,9 @@ def test_both_states_advance_whatever_is_read(case: str):
     y, state = after(RANDOM)
     for modes in (jnp.zeros_like(RANDOM), jnp.ones_like(RANDOM)):
         assert_trees_equal(after(modes)[1], state)
-    alone = jax.jit(lambda: single(single.params, X, single.merge().init_state(2, T, jnp.float32))[1])()
+    alone = jax.jit(
+        lambda: single(single.params, X, single.merge().init_state(2, T, jnp.float32), impl="recurrent")[1]
+    )()
     assert_trees_close("state of the recurrence", state["linear"], alone, TOLERANCE["fp32_op"])
     steps, last = stepwise(RANDOM)
     assert_close("y", steps, y, TOLERANCE["fp32_op"])
@@ -171,7 +173,7 @@ def test_switching_changes_no_output_before_it():
     """In a model of several layers, where later layers read what earlier ones wrote in another mode."""
     made = plan("2*modes(gdn)", ffn="none", mixers={"gdn": CASES["gdn grouped"][1]})
     params, ids = drawn(made.shapes), tokens(2, T)
-    run = jax.jit(lambda modes: made.merge(params)(ids, SEG, modes=modes))
+    run = jax.jit(lambda modes: made.merge(params).hidden(ids, SEG, modes=modes))
     whole, t = run(RANDOM), 7
     late = run(RANDOM.at[:, t].set(1 - RANDOM[:, t]))
     assert_equal("before", late[:, :t], whole[:, :t])

@@ -90,11 +90,15 @@ def config_of(family: str, **options: Any) -> Any:
 
 
 def randomised(module: Any) -> Any:
-    """The module in evaluation mode, its weights normal, matrices divided by the root of their fan-in."""
+    """The module in evaluation mode, its weights normal, matrices divided by the root of their fan-in.
+
+    Biases that select experts are weights in all but name.
+    """
     rng = np.random.default_rng(0)
+    biases = [b for name, b in module.named_buffers() if name.endswith("correction_bias")]
     with torch.no_grad():
-        for parameter in module.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        for parameter in [*module.parameters(), *biases]:
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
             parameter.copy_(torch.tensor(rng.normal(size=parameter.shape) / np.sqrt(fan_in)))
     return module.eval()
 

@@ -11,7 +11,7 @@ from hydrax.core.typing import Array
 from hydrax.mixers import Context
 from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import selective_scan
-from tests.oracles.layers import HV, LAYERS, H, K, Layer, V, config_of, source_of, transformers, weights
+from tests.oracles.layers import HV, LAYERS, H, K, Layer, V, config_of, source_of, weights
 from tests.oracles.models import MODELS, VOCABULARY, Model
 from tests.oracles.parity import FORMS, D, compare, resolved, torch
 from tests.tolerances import TOLERANCE, assert_close
@@ -160,7 +160,7 @@ def test_decoding_of_models(model: Model) -> None:
         return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1)
 
     logits = decode(weights(model.theirs), TOKENS)
-    cache = {model.cache: transformers.DynamicCache(config=model.settings), "use_cache": True}
+    cache = {model.cache: model.memory(model.settings), "use_cache": True}
     with torch.no_grad():
         pieces = [torch.tensor(TOKENS[:, :PREFIX]), *torch.tensor(TOKENS[:, PREFIX:]).split(1, dim=1)]
         expected = torch.cat([model.theirs(piece, **cache).logits for piece in pieces], dim=1).numpy()
