@@ -4,6 +4,7 @@
         --config.data.tokenizer=<tokenizer.json of 32000 tokens>
     python -m launch.train --config=recipes/zamba2:tiny --workdir=runs/zamba2_tiny
 
+The activation is the tanh form of GELU, the published one the exact form.
 A shared block reads the stream beside the embeddings, twice the width, without residuals and positions; every place
 has a low-rank change of its gate and up projections and a matrix of its own for what comes out.
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.

@@ -38,13 +38,14 @@ class Block(nnx.Module):
         norm = functools.partial(NORMS[spec.norm], cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
         before, after = spec.norm_place != "reordered", spec.norm_place in ("reordered", "sandwich")
         self.name, self.spec = f"{spec.block}", spec
+        self.mixer_norm = norm() if before else None
         self.mixer = spec.mix.build(cfg.d_model, rngs=rngs)
-        self.mixer_norm, self.mixer_post_norm = norm() if before else None, norm() if after else None
+        self.mixer_post_norm = norm() if after else None
         channels = spec.ffn != "none"
         self.ffn_norm = norm() if channels and before else None
-        self.ffn_post_norm = norm() if channels and after else None
         ffn = functools.partial(FFN, cfg.d_model, spec.ffn_dim, spec.ffn, bias=cfg.ffn_bias, rngs=rngs)
         self.ffn = None if spec.ffn_dim is None else ffn()
+        self.ffn_post_norm = norm() if channels and after else None
         self.moe = MoE(cfg.d_model, spec.moe, rngs=rngs) if spec.moe is not None else None
         memory = cfg.memory if spec.memory else None
         self.workspace = Workspace(cfg.d_model, memory.workspace, rngs=rngs) if memory and memory.workspace else None

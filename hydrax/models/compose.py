@@ -163,7 +163,6 @@ def _heads(
     orders = tuple(
         (place, tuple(i for indices in assigned for i in indices))
         for place, assigned in zip(places, split, strict=True)
-        if list(map(len, assigned)) == counts
     )
     return Heads(tuple(members), _fusion(options, "scale_norm", len(parts), where), orders)
 

@@ -25,7 +25,17 @@ class Recipe(hybrids.Hybrid):
         return model_config(load_config(f"{self.name}:tiny").model)
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=lambda name: name.removeprefix("recipes/"))
+QUICK = {"gemma2", "griffin", "hybridna", "hydrahead", "lt2", "minimax_01", "oryx", "smallthinker"}
+"""Those that every run of the tests can afford; `make test-all` checks all."""
+
+PARAMS = [
+    pytest.param(name, id=short, marks=() if short in QUICK else pytest.mark.slow)
+    for name in RECIPES
+    for short in [name.removeprefix("recipes/")]
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def recipe(request) -> Recipe:
     return Recipe(0, request.param)
 

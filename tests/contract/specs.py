@@ -21,6 +21,7 @@ from hydrax.nn.norm import NORMS
 from tests.contract.cases import VARIANTS, D, tiny
 
 VOCABULARY = 67
+ORDER = 5  # with which the first ten models have all mixers
 COMPOSITIONS = ("heads", "parallel", "modes", "route")
 AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
@@ -86,7 +87,7 @@ class Piece:
 
 
 class _Draw:
-    """A model in the making. Mixers come from a queue, so that every one has its turn."""
+    """A model in the making. Mixers come from a queue: those that are due, so that ten models have all, come first."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -96,7 +97,10 @@ class _Draw:
         self.chunk = self.pick([4, 8])
         self.mixers = {n: {**tiny(n), **self.pick([{}, {}, *VARIANTS.get(n, [])])} for n in mixers.names()}
         self.blocks: dict[str, dict[str, Any]] = {}
-        self.queue = np.roll(np.random.default_rng(0).permutation(mixers.names()), -3 * seed).tolist()
+        decade, place = divmod(seed, 10)
+        order = np.random.default_rng(ORDER + decade).permutation(mixers.names()).tolist()
+        first, last = (len(order) * i // 10 for i in (place, place + 1))
+        self.queue, self.due = order[first:] + order[:first], order[first:last]
 
     def pick(self, choices: Any) -> Any:
         return choices[self.rng.integers(len(choices))]
@@ -109,6 +113,7 @@ class _Draw:
         name = next(name for name in self.queue if not names or name in names)
         self.queue.remove(name)
         self.queue.append(name)
+        self.due = [other for other in self.due if other != name]
         return name
 
     # ---------------------------------------------------------------------------------- what mixes tokens in a layer
@@ -188,11 +193,10 @@ class _Draw:
     def pieces(self) -> list[Piece]:
         """Two or three kinds of layers with all compositions in them; for "kv", the first has one mixer with keys."""
         kinds, kv = [kind for kind in COMPOSITIONS if kind in self.axes], "kv" in self.axes
-        count = self.pick([2, 2, 3])
         inner: dict[str, str] = {}
         for host in (kind for kind in ("parallel", "route") if kind in kinds):
             free = [kind for kind in kinds if kind != host and kind not in inner.values() and inner.get(kind) != host]
-            if free and (len(kinds) - len(inner) > count - kv or self.chance(0.2)):
+            if free and (len(kinds) - len(inner) > 2 or self.chance(0.2)):
                 inner[host] = self.pick(free)
 
         def composed(kind: str | None, lends: bool = False) -> Piece | None:
@@ -205,8 +209,11 @@ class _Draw:
             found = [composed(own, lends=True) or self.single(*LENDERS)]
             outer = [kind for kind in outer if kind != own]
         found += [composed(kind) for kind in outer]
-        changing = CHANGES if "loop" in self.axes else ()
-        return found + [self.single(*changing) for _ in range(count - len(found))]
+        if len(found) > 1 and len(self.due) > 1:
+            found.append(self.parallel(None, False))
+        while len(found) < 2 or (self.due and len(found) < 3):
+            found.append(self.single(*self.due or (CHANGES if "loop" in self.axes else ())))
+        return found[:3]
 
     # ------------------------------------------------------------------------------------------------ the whole model
 
@@ -243,7 +250,8 @@ class _Draw:
         fields: list[dict[str, Any]] = [{} for _ in range(kinds)]
         shared = int("kv" in self.axes)
         if "shared" in self.axes:
-            fields[shared] |= {"ffn": self.channel(), **self.sharing()}
+            own = "moe" if "moe" in self.axes and self.chance(0.5) else self.channel()
+            fields[shared] |= {"ffn": own, **self.sharing()}
         if "feed" in self.axes:
             common = self.named(self.next(*(n for n in mixers.names() if n != "staticqk")), {})
             self.blocks[common] |= {"ffn": self.pick(list(ACTIVATIONS)), **self.sharing()}
@@ -264,14 +272,15 @@ class _Draw:
         return {"shared": True, **(lora if self.chance(0.6) else {})}
 
     def channel(self) -> str:
-        """A kind of feed-forward network, half of them experts where there are any."""
-        return "moe" if "moe" in self.axes and self.chance(0.5) else self.pick(["none", *ACTIVATIONS])
+        return self.pick(["none", *ACTIVATIONS])
 
     def channels(self) -> dict[str, Any]:
-        some = f"fill(({self.channel()},{self.channel()}))" if self.chance(0.4) else None
-        every = "moe" if "moe" in self.axes and "moe" not in str(some) else self.channel()
-        experts = self.moe() if "moe" in self.axes else {}
-        return {"ffn": every, "ffn_pattern": some, "ffn_dim": 24, "ffn_bias": self.chance(0.3), "moe": experts}
+        """Feed-forward networks, with experts in every layer, in every second, or in none."""
+        moe = "moe" in self.axes
+        kinds = ["moe" if moe else self.channel(), self.channel()]
+        some = f"fill(({','.join(kinds[:: self.pick([1, -1])])}))" if self.chance(0.5) else None
+        given = {"ffn": kinds[0], "ffn_pattern": some, "moe": self.moe() if moe else {}}
+        return {**given, "ffn_dim": 24, "ffn_bias": self.chance(0.3)}
 
     def moe(self) -> dict[str, Any]:
         groups = self.pick([1, 1, 2])  # a token chooses from one of them

@@ -1,6 +1,6 @@
 """Random hybrids: what holds for every mixer must hold for whatever the grammar makes of them.
 
-`make test` checks the first ten, `make test-all` fifty, and `make fuzz N=200 START=1000` as many as one likes.
+`make test` checks documents, causality and decoding of the first five, `make test-all` everything of fifty, and `make fuzz N=200 START=1000` as many as one likes.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ from hydrax import mixers
 from hydrax.core import tree
 from hydrax.core.typing import Array
 from hydrax.models import cost, lm
-from hydrax.models.spec import ModelConfig
+from hydrax.models.fusion import FUSIONS
+from hydrax.models.layers import FFN, Place
+from hydrax.models.spec import ModelConfig, resolve
+from hydrax.nn.norm import NORMS
 from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
 from hydrax.train.step import make_train_step
 from tests.contract.cases import CHUNK, D, inside, segments
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.thorough
 
 FIXED = range(50)
 START, COUNT = int(os.environ.get("FUZZ_START", 0)), int(os.environ.get("FUZZ_COUNT", len(FIXED)))
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 10 else []) for seed in range(START, START + COUNT)]
+SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 5 else []) for seed in range(START, START + COUNT)]
 
 LENGTHS = (1, CHUNK - 1, 1, CHUNK, 3)
 SPLITS = (0, 1, CHUNK - 1, CHUNK + 1, sum(LENGTHS) - 1)
@@ -149,14 +153,27 @@ def logits(h: Hybrid) -> Logits:
     another[0] = (text[0] + 1 + another[0] % (VOCABULARY - 1)) % VOCABULARY  # no token is the same
     document = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     rows = [h.row(LENGTHS, text), h.row((n,), text), *documents(h)]
-    rows += [h.row((n,), np.where(np.arange(n) < cut, text, another)) for cut in CUTS]
-    rows += [h.row(LENGTHS, np.where(document == OTHER, another, text))]
     company = [h.row((3, n - 3), another, filler=3) for _ in rows[2:]]
-    first = np.asarray(forward(h)(h.params, batch(rows)))
-    again = np.asarray(forward(h)(h.params, batch([h.row(LENGTHS, text, 3), h.row((n,), text, 3), *company])))
-    ends = np.cumsum([2, len(LENGTHS), len(CUTS)])
-    alone, changed = first[ends[0] : ends[1]], first[ends[1] : ends[2]]
-    return Logits(first[0], first[1], alone, changed, first[-1], again[0], again[1])
+
+    def run(rows: list[Row]) -> np.ndarray:
+        return np.asarray(forward(h)(h.params, batch(rows)))
+
+    def instead(at: int, row: Row) -> np.ndarray:
+        """In the same place of the batch: XLA may round the rows of a matrix product by where they stand."""
+        return run([*rows[:at], row, *rows[at + 1 :]])[at]
+
+    first, again = run(rows), run([h.row(LENGTHS, text, 3), h.row((n,), text, 3), *company])
+    changed = [instead(1, h.row((n,), np.where(np.arange(n) < cut, text, another))) for cut in CUTS]
+    other = instead(0, h.row(LENGTHS, np.where(document == OTHER, another, text)))
+    return Logits(first[0], first[1], first[2:], np.stack(changed), other, again[0], again[1])
+
+
+def assert_same(h: Hybrid, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    """Bit by bit. Experts take the tokens of all rows in groups, and round by where in its group a token stands."""
+    if any(layer.moe for layer in resolve(h.cfg)):
+        assert_close(name, actual, expected, 1e-6)
+    else:
+        assert_equal(name, actual, expected)
 
 
 def test_packed_documents_equal_separate_ones(hybrid: Hybrid):
@@ -169,7 +186,7 @@ def test_the_past_ignores_the_future(hybrid: Hybrid):
     y = logits(hybrid)
     for cut, changed in zip(CUTS, y.changed, strict=True):
         at = hybrid.prefix + cut
-        assert_equal(f"logits before {cut}", changed[:at], y.whole[:at])
+        assert_same(hybrid, f"logits before {cut}", changed[:at], y.whole[:at])
         assert np.any(changed[at] != y.whole[at]), f"logits at {cut} do not depend on their own token"
 
 
@@ -177,11 +194,12 @@ def test_documents_padding_and_neighbours_do_not_matter(hybrid: Hybrid):
     """In one call another document of the row changes; in the other what is no text, and all other rows."""
     y, row = logits(hybrid), hybrid.row(LENGTHS, hybrid.text())
     beside = (row.segment_ids != OTHER + 1) & (row.segment_ids != 0)
-    assert_equal("beside another document", y.other[beside], y.packed[beside])
+    assert_same(hybrid, "beside another document", y.other[beside], y.packed[beside])
     assert np.all(np.any(y.other != y.packed, axis=-1)[row.segment_ids == OTHER + 1][hybrid.prefix :])
-    assert_equal("packed among others", y.packed_again[row.segment_ids != 0], y.packed[row.segment_ids != 0])
+    real = row.segment_ids != 0
+    assert_same(hybrid, "packed among others", y.packed_again[real], y.packed[real])
     real = hybrid.prefix + sum(LENGTHS)
-    assert_equal("whole among others", y.whole_again[:real], y.whole[:real])
+    assert_same(hybrid, "whole among others", y.whole_again[:real], y.whole[:real])
 
 
 # --------------------------------------------------------------------------------------------------------- other forms
@@ -220,6 +238,7 @@ def test_prefill_then_steps_equal_the_whole_pass(hybrid: Hybrid):
         assert_close(f"{name}: steps after {split}", rest, want[real][split:], TOLERANCE["fp32_model"])
 
 
+@pytest.mark.slow
 def test_scanned_layers_equal_unrolled_ones(hybrid: Hybrid):
     """The same parameters by layer, and a row without documents: the model puts the prefix there itself."""
     h, unrolled = hybrid, lm.blueprint(hybrid.cfg, scan=False)
@@ -305,6 +324,7 @@ def trained(h: Hybrid) -> tuple[dict[str, Array], dict[str, Array]]:
     return train(h)(h.params, examples([h.row(LENGTHS, h.text()), *[nothing] * (len(LENGTHS) - 1)]))
 
 
+@pytest.mark.slow
 def test_it_trains(hybrid: Hybrid):
     _, metrics = trained(hybrid)
     for name, values in metrics.items():
@@ -313,35 +333,36 @@ def test_it_trains(hybrid: Hybrid):
     assert metrics["loss"][-1] < metrics["loss"][0], f"the loss goes from {metrics['loss'][0]} to {metrics['loss'][-1]}"
 
 
+@pytest.mark.slow
 def test_gradients_of_packed_documents_equal_separate_ones(hybrid: Hybrid):
     grads, _ = trained(hybrid)
     apart, _ = train(hybrid)(hybrid.params, examples(documents(hybrid)))
     assert_trees_close("gradient", grads, apart, TOLERANCE["fp32_model"])
 
 
-def test_gradients_and_logits_equal_those_of_the_definition(hybrid: Hybrid):
-    """The recurrences of all mixers, in fp64."""
+@pytest.mark.slow
+def test_forms_agree(hybrid: Hybrid):
+    """Logits in fp32, and gradients in fp64, are those of the recurrences, which are the definition."""
     h, given = hybrid, examples([hybrid.row(LENGTHS, hybrid.text())])
-    if h.seed % 2:
-        pytest.skip("every second one")
+    if h.seed % 5:
+        pytest.skip("every fifth")
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loss(impl, params, given):
+    @functools.partial(jax.grad, argnums=1, has_aux=True)
+    def gradient(impl, params, given):
         model = h.plan.merge(params)
         x, losses = model.forward(given["tokens"], given["segment_ids"], modes=given["modes"], impl=impl)
         y = model.logits(x)[..., :VOCABULARY]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(y), given["targets"][..., None], axis=-1)[..., 0]
-        return jnp.sum(nll * given["weights"]) / jnp.sum(given["weights"]) + sum(losses.values()), y
+        return jnp.sum(nll * given["weights"]) + sum(losses.values()), y
 
     with jax.enable_x64(True):
-        wide = {name: jnp.asarray(x, jnp.float64) for name, x in h.params.items()}
-        want, y = jax.grad(loss, argnums=1, has_aux=True)("recurrent", wide, given)
+        params = {name: jnp.asarray(x, jnp.float64) for name, x in h.params.items()}
+        want, y = gradient("recurrent", params, given)
+        got, _ = gradient(None, params, given)
     real = given["segment_ids"][0] != 0
     assert_close("logits", logits(h).packed[real], y[0][real], TOLERANCE["fp32_model"])
-    learned = [name for name, meta in h.plan.meta.items() if meta.rule == "gradient"]
-    got = trained(h)[0]
-    for name in learned:
-        assert_close(f"gradient of {name}", got[name], want[name], TOLERANCE["fp32_model"])
+    assert_trees_close("gradient", got, want, TOLERANCE["fp32_op"])
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -349,9 +370,18 @@ def test_gradients_and_logits_equal_those_of_the_definition(hybrid: Hybrid):
 
 def test_the_fixed_ones_cover_the_grammar():
     found = [features(random_spec(seed)) for seed in FIXED]
-    everywhere = set().union(*found)
-    first = set().union(*found[:10])
-    assert set(mixers.names()) <= first
+    first, everywhere = set().union(*found[:10]), set().union(*found)
+    assert set(mixers.names()) <= first, "try another specs.ORDER"
     assert set(AXES) <= first
-    missing = [pair for pair in itertools.combinations(AXES, 2) if not any(set(pair) <= f for f in found)]
-    assert not missing
+    assert [pair for pair in itertools.combinations(AXES, 2) if not any(set(pair) <= f for f in found)] == []
+    wanted = {f"{kind} {name}" for kind in ("heads", "parallel") for name in FUSIONS}
+    wanted |= {f"ffn {name}" for name in get_args(FFN)} | {f"norm {name}" for name in NORMS}
+    wanted |= {f"place {name}" for name in get_args(Place)} | {f"gate {name}" for name in ("none", "scalar", "channel")}
+    wanted |= {f"{name} {value}" for name in ("tie", "softcap", "bias", "eta", "renorm") for value in (True, False)}
+    wanted |= {"router softmax", "router sigmoid", "router_at ffn", "router_at pre_attn", "groups 2", "shared 1"}
+    wanted |= {"granularity token", "granularity chunk", "shared_gate True", "loop norm none", "loop norm final"}
+    wanted |= {"lora", "workspace", "pkm", "scanned", "passes differ", "inside parallel", "inside route"}
+    wanted |= {"heads with the keys of others in a loop"}
+    assert wanted - everywhere == set()
+    whole = {"heads", "loop", "kv", "prefix"}
+    assert sum(whole <= f for f in found) >= 5

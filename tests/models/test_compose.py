@@ -352,6 +352,7 @@ def test_groups_reach_into_compositions():
         ("attn,4*swa,attn", [[1, 2], [3, 4]], [(1, 1), (2, 2), (1, 1)]),
         ("4*attn", [[0, 3]], [(1, 1), (1, 2), (1, 1)]),  # the two between repeat alone
         ("4*attn", [[1, 2]], [(1, 1)] * 4),
+        ("4*attn", [[0, 2], [1, 3]], [(1, 1)] * 4),  # equal, but their keys go from one pair to the other
         ("2*(gla,attn),attn", [[1, 4]], [(1, 1)] * 5),  # a period that serves another layer does not repeat
     ],
 )

@@ -136,21 +136,25 @@ def test_one_pass_without_gates_is_the_plain_stack():
     assert_equal("hidden", hidden(once, params | gates), hidden(plain, params))
 
 
-@pytest.mark.parametrize("pattern", ["gla", "chosen"])
-def test_passes_are_copies_of_the_layers(pattern: str):
+@pytest.mark.parametrize("name", ["gla", "chosen"])
+def test_passes_are_copies_of_the_layers(name: str):
     """Every pass starts its recurrences from nothing, and adds its losses."""
-    made = plan(pattern, loop={"n": 3}, blocks=BLOCKS, scan=False)
-    copies = plan(f"3*({pattern})", blocks=BLOCKS, scan=False)
-    params, depth = drawn(made.shapes), len(pattern.split(","))
-    copied = {path: p for path, p in params.items() if not path.startswith("periods/")}
-    for i in range(3 * depth):
-        copied |= {f"periods/{i}/{path}": p for path, p in below(params, f"periods/{i % depth}/").items()}
+    made, copies = plan(name, loop={"n": 3}, blocks=BLOCKS), plan(f"3*{name}", blocks=BLOCKS)
+    params = drawn(made.shapes)
+    copied = {path: jnp.tile(p, (3, *[1] * (p.ndim - 1))) if "periods" in path else p for path, p in params.items()}
     run = lambda plan: jax.jit(lambda p: plan.merge(p).forward(IDS, jnp.asarray(SEG)))  # noqa: E731
     (x, losses), (want, lost) = run(made)(params), run(copies)(copied)
     assert_close("hidden", x, want, TOLERANCE["fp32_model"])
-    assert losses.keys() == lost.keys() == ({"route"} if pattern == "chosen" else set())
-    for name, value in lost.items():
-        assert_close(name, losses[name], value, TOLERANCE["fp32_model"])
+    assert losses.keys() == lost.keys() == ({"route"} if name == "chosen" else set())
+    for loss, value in lost.items():
+        assert_close(loss, losses[loss], value, TOLERANCE["fp32_model"])
+
+
+def test_losses_of_layers_add_in_a_scan_or_not():
+    made, apart = (plan("2*chosen", blocks=BLOCKS, scan=scan) for scan in (True, False))
+    params = drawn(made.shapes)
+    run = lambda plan, p: jax.jit(lambda p: plan.merge(p).forward(IDS, jnp.asarray(SEG))[1]["route"])(p)  # noqa: E731
+    assert_close("loss", run(made, params), run(apart, unstacked(made, params)), TOLERANCE["fp32_model"])
 
 
 def test_parameters_do_not_depend_on_the_number_of_passes():
@@ -179,9 +183,8 @@ def test_windows_reach_further_with_every_pass(n: int, depth: int, window: int):
 
 
 DECODED: dict[str, dict[str, Any]] = {
-    "gates": {"pattern": "swa,gla", "loop": {"n": 2, "gate": "channel", "block_gate": True, "norm": "final"}},
     "growing": {"pattern": "2*swa", "loop": {"n": 3, "per_loop": [{}, {"swa": {"window": 9}}, {"swa": {"window": 2}}]}},
-    "middle": {"pattern": "attn,loop(2,swa,gla),swa"},
+    "middle": {"pattern": "attn,loop(2,swa,gla),swa", "loop": {"gate": "channel", "block_gate": True}},
 }
 
 

@@ -107,6 +107,21 @@ def test_the_parts_are_the_layers_of_their_mixers(tie: bool):
         assert_close(str(mix.label), y, want, TOLERANCE["fp32_op"])
 
 
+def test_parts_may_have_other_heads_of_the_same_width():
+    """They meet as the full part's heads, under its projection."""
+    mixers = {"swa": {"heads": 4, "key_dim": 3, "value_dim": 2, "window": 2}}
+    block = {"mixer": "route(attn,swa)", "options": {"prefix": P, "width": WIDTH}}
+    (spec,) = layers("x", blocks={"x": block}, mixers=mixers)
+    made, single = Layer.of(spec.mix), Layer.of(spec.mix.members[1])
+    rows = made.params["project/kernel"]
+    assert rows.shape == (2, 4, D)
+    own = below(made.params, "sparse/") | {"project/kernel": rows.reshape(4, 2, D)}
+    want, _ = jax.jit(lambda p: single(p, X, segment_ids=SEG))(own)
+    y, *_ = outputs(made, biased(made.params, -50.0))
+    sparse = (np.asarray(SEG) != 0) & ~full_tokens([False] * 5)
+    assert_close("y", np.asarray(y)[sparse], np.asarray(want)[sparse], TOLERANCE["fp32_op"])
+
+
 def test_tied_parameters_are_one_set():
     tied, apart = layer(), layer(tie=False)
     attention = {f"qkv/{name}/kernel" for name in "qkv"}
@@ -168,7 +183,8 @@ def test_a_loss_holds_the_share_of_full_tokens():
     assert_close("loss", loss(made.params, SEG), 2.0 * (mean - 0.25) ** 2, TOLERANCE["fp32_op"])
     assert float(loss(made.params, jnp.where(jnp.arange(T) < P, 1, 0) * jnp.ones_like(SEG))) == 0.0
     records: dict[str, Any] = {}
-    jax.eval_shape(lambda: layer()(layer().params, X, records=records))
+    bare = layer()
+    jax.eval_shape(lambda: bare(bare.params, X, records=records))
     assert "route" not in records
 
 

@@ -67,12 +67,12 @@ from hydrax.models.spec import ModelConfig, resolve
     ],
 )
 def test_mistakes_end_in_one_line(values: dict, message: str):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as error:
         resolve(build(ModelConfig, {"d_model": 32, **values}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_options_come_from_the_block_then_the_mixer_then_the_default():
