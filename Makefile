@@ -35,8 +35,11 @@ test-fast: .venv
 test-all: .venv
 	$(PYTEST) -m "$(EVERYWHERE)"
 
+N ?= 50
+START ?= 0
+
 fuzz: .venv
-	$(PYTEST) -m "slow and not gpu and not oracle" tests/contract
+	FUZZ_START=$(START) FUZZ_COUNT=$(N) $(PYTEST) tests/contract/test_hybrids.py
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Random hybrids: what holds for every mixer must hold for whatever the grammar makes of them.
 
-`make test` checks documents, causality and decoding of the first five, `make test-all` everything of fifty, and `make fuzz N=200 START=1000` as many as one likes.
+`make test` checks documents, causality and decoding of the first five, `make test-all` everything of fifty, and
+`make fuzz N=200 START=1000` as many as one likes.
 """
 
 import dataclasses
