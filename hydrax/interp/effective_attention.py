@@ -10,7 +10,6 @@ activation) and what follows the reads (skip, norm, gate, output projection).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from hydrax.core.typing import Array, Float, Int
 from hydrax.mixers import Context, Mixer
 from hydrax.models.block import Block
 from hydrax.models.lm import LM
-from hydrax.models.stack import Visit, run_period
+from hydrax.models.stack import Made, Visit, run_period
 from hydrax.ops.identity import LONGEST
 
 # ------------------------------------------------------------------------------------------------------------ matrices
@@ -89,13 +88,13 @@ def walk(
     if any(section.loops > 1 for section in lm.sections):
         raise ValueError("walk: expected a model without loops")
     x, ctx = lm.enter(tokens, Context.of(tokens, segment_ids))
-    keys: dict[int, Any] = {}
+    made: Made = {}
     for group, period in zip(lm.groups, lm.periods, strict=True):
         graph, params = nnx.split(period)
         for r in range(group.repeats):
             own = nnx.merge(graph, jax.tree.map(lambda p, r=r: p[r], params))
-            run = run_period(group, own, x, ctx, r, None, shared=lm.shared, keys=keys, visit=visit)
-            x, keys = run.x, keys | run.keys
+            run = run_period(group, own, x, ctx, r, None, shared=lm.shared, made=made, visit=visit)
+            x, made = run.x, made | run.made
     return lm.norm(x)
 
 

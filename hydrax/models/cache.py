@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core.typing import Array, Int, PyTree
@@ -35,7 +36,7 @@ def context(cache: Cache, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B 
 
 
 def advance(cache: Cache, ctx: Context, layers: list[list[PyTree]]) -> Cache:
-    """The cache after the last real token of each row; rows of padding alone stay where they are."""
+    """The cache after the last real token of each row, in its own dtypes; rows of padding alone stay where they are."""
     assert ctx.segment_ids is not None
     last = jnp.sum(ctx.segment_ids != 0, axis=1, keepdims=True) - 1
 
@@ -45,5 +46,5 @@ def advance(cache: Cache, ctx: Context, layers: list[list[PyTree]]) -> Cache:
     return Cache(
         position=at_last(ctx.positions + 1, cache.position),
         segment=at_last(ctx.segment_ids, cache.segment),
-        layers=layers,
+        layers=jax.tree.map(lambda new, old: new.astype(old.dtype), layers, cache.layers),
     )

@@ -53,6 +53,8 @@ class LayerSpec:
     memory: bool = False
     producer: int = 0  # how many layers back those keys and values were made that it attends to; 0: by itself
     produces: bool = False  # whether later layers attend to its keys and values
+    opens: bool = False  # whether it is the first of a block of layers with a gate
+    closes: int = 0  # how many layers the gated block has whose last it is; 0: it is not the last of one
 
     @property
     def mixer(self) -> str:
@@ -105,8 +107,8 @@ def groups(section: Section, *, scan: bool = True) -> list[Group]:
     """Cuts the layers into repeated periods, so that compile time grows with the period and not with the depth.
 
     From the left, the period that covers most layers with at least two repeats wins (the shortest among equals);
-    what does not repeat stands alone, as everything does without `scan`. Layers that share keys and values repeat
-    together or not at all.
+    what does not repeat stands alone, as everything does without `scan`. Layers that share keys and values, and those
+    at both ends of a gated block, repeat together or not at all.
     """
     columns = list(zip(*(layers for _, layers in section.passes), strict=True))
     found, start = [], 0
@@ -129,7 +131,8 @@ def _repeats(columns: list[tuple[LayerSpec, ...]], p: int) -> int:
 
 
 def _closed(layers: list[LayerSpec], repeats: int, p: int) -> bool:
-    """Whether no layer of these repeated periods shares keys and values with one outside of its own period."""
-    consumers = {i: i - layer.producer for i, layer in enumerate(layers) if layer.producer}
-    inside = all(i // p == source // p for i, source in consumers.items() if i < repeats * p)
-    return inside and not any(0 <= source < repeats * p <= i for i, source in consumers.items())
+    """Whether no layer of these repeated periods uses what one outside of its own period made."""
+    uses = [(i, i - layer.producer) for i, layer in enumerate(layers) if layer.producer]
+    uses += [(i, i + 1 - layer.closes) for i, layer in enumerate(layers) if layer.closes]
+    inside = all(i // p == source // p for i, source in uses if i < repeats * p)
+    return inside and not any(0 <= source < repeats * p <= i for i, source in uses)

@@ -18,7 +18,7 @@ from hydrax.models.cache import Cache, advance, context
 from hydrax.models.layers import Group, LayerSpec, Section, groups
 from hydrax.models.sharing import Feed
 from hydrax.models.spec import BYTE_VOCABULARY, ModelConfig, model_config, sections
-from hydrax.models.stack import REMAT, Losses, Passes, Period, added, init_group, run_group, variant
+from hydrax.models.stack import REMAT, Losses, Made, Passes, Period, added, init_group, run_group, variant
 from hydrax.nn.bounds import LowerBounds
 from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import NORMS
@@ -231,13 +231,13 @@ class LM(nnx.Module):
     ) -> tuple[Array, tuple[list, Losses]]:
         entry, new = x, []
         losses: Losses = {}
-        keys: dict[int, Any] = {}
+        made: Made = {}
         for i, (g, period) in enumerate(periods):
             given = None if states is None else states[i]
             run = run_group(
-                g, period, x, ctx, given, shared=self.shared, keys=keys, remat=self.remat, unroll=self.unroll
+                g, period, x, ctx, given, shared=self.shared, made=made, remat=self.remat, unroll=self.unroll
             )
-            x, keys = run.x, run.keys
+            x, made = run.x, run.made
             new.append(run.states)
             losses = added(losses, run.losses)
         if self.cfg.loop.norm == "final" and section.loops > 1:

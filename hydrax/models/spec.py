@@ -25,7 +25,7 @@ class LoopConfig:
     n: Positive = 1  # passes; loop(n, ...) in a pattern says it for a part of the layers
     gate: Literal["none", "scalar", "channel"] = "none"  # ρ, initially 0
     norm: Literal["none", "final"] = "none"  # final: the model's last norm follows every pass
-    block_gate: bool = False  # h ← h + η h_before after every period, η a scalar per period, initially 0
+    block_gate: NonNegative = 0  # layers of a block: h ← h + η h_before after each, η scalars, initially 0; 0: none
     per_loop: tuple[Mapping[str, Any], ...] = ()  # for each pass, {mixer: options} that change no parameter's shape
 
 
@@ -112,7 +112,7 @@ def sections(cfg: ModelConfig) -> tuple[Section, ...]:
         raise ConfigError("loop.per_loop", len(cfg.loop.per_loop), allowed)
     found, start = [], 0
     for stretch, n in zip(stretches, loops, strict=True):
-        own = layers[start : start + len(stretch.names)]
+        own = _gated(layers[start : start + len(stretch.names)], cfg.loop.block_gate)
         outside = next((i for i, layer in enumerate(own) if layer.producer > i), None)
         if outside is not None:
             allowed = f"layer {start + outside} and its producer are not run in the same loop"
@@ -244,6 +244,17 @@ def _linked(cfg: ModelConfig, layers: list[LayerSpec]) -> list[LayerSpec]:
             mix = layers[j].mix.replaced(kv="shared")
             layers[j] = dataclasses.replace(layers[j], mix=mix, producer=j - members[0])
     return layers
+
+
+def _gated(layers: list[LayerSpec], size: int) -> list[LayerSpec]:
+    """The layers in blocks of `size`, each with a gate; the last block may be shorter."""
+    if not size:
+        return layers
+    ends = [i == len(layers) - 1 or i % size == size - 1 for i in range(len(layers))]
+    return [
+        dataclasses.replace(layer, opens=i % size == 0, closes=i % size + 1 if end else 0)
+        for i, (layer, end) in enumerate(zip(layers, ends, strict=True))
+    ]
 
 
 def _loops(cfg: ModelConfig, stretch: patterns.Stretch) -> int:

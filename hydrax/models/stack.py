@@ -32,16 +32,22 @@ Losses = dict[str, Array]
 Visit = Callable[[Block, Array, mixers.Context], mixers.Context]
 """Called with every layer before it runs; what it returns is the layer's context."""
 
+Made = dict[tuple[str, int], Any]
+"""What layers make for later ones, by kind and layer: "keys" (and values), the "stream" before a gated block."""
+
 Shared = Mapping[str, Any]
 """Blocks that several layers use, by name."""
 
 
 class Period(nnx.Module):
-    """The layers that one group repeats; of those with common weights, what is their own."""
+    """The layers that one group repeats; of those with common weights, what is their own.
 
-    def __init__(self, blocks: list[Block | Adapter], gate: nnx.Param | None):
+    `gates` has η for every layer that closes a gated block, None for the others.
+    """
+
+    def __init__(self, blocks: list[Block | Adapter], gates: list[nnx.Param | None]):
         self.blocks = nnx.List(blocks)
-        self.gate = gate
+        self.gates = nnx.List(gates)
 
 
 class Passes(nnx.Module):
@@ -63,7 +69,7 @@ class Run(NamedTuple):
     x: Float[Array, "B T D"]
     states: PyTree
     losses: Losses
-    keys: dict[int, Any]  # keys and values of layers that serve later ones, by layer
+    made: Made
 
 
 def init_group(group: Group, cfg: ModelConfig, shared: Shared, *, depth: int, key: Array) -> Period:
@@ -79,8 +85,8 @@ def init_group(group: Group, cfg: ModelConfig, shared: Shared, *, depth: int, ke
             _own(cfg, spec, shared, depth=depth, rngs=nnx.Rngs(params=jax.random.fold_in(key, first + i)))
             for i, spec in enumerate(group.period)
         ]
-        zero = param(nnx.Rngs(0), jax.nn.initializers.zeros, (), ()) if cfg.loop.block_gate else None
-        graph, state = nnx.split(Period(blocks, zero))
+        zeros = [param(nnx.Rngs(0), jax.nn.initializers.zeros, (), ()) if s.closes else None for s in group.period]
+        graph, state = nnx.split(Period(blocks, zeros))
         graphs.append(graph)
         return state
 
@@ -107,30 +113,30 @@ def run_group(
     states: list[PyTree] | None,
     *,
     shared: Shared,
-    keys: dict[int, Any],
+    made: Made,
     remat: str,
     unroll: int,
 ) -> Run:
     """All layers of a group, `unroll` periods per iteration of the scan.
 
-    `states` holds, per layer of the period, a state stacked over the repeats. `keys` are those of earlier groups, and
-    those that this group's single layers make for later ones are added; periods that repeat keep theirs.
+    `states` holds, per layer of the period, a state stacked over the repeats. `made` is what earlier groups keep for
+    later layers, and what this group's single layers keep is added; periods that repeat have theirs for themselves.
     """
     graph, params = nnx.split(period)
 
     def repeat(x: Array, xs: tuple) -> tuple[Array, tuple]:
         params, states, r = xs
-        run = run_period(group, nnx.merge(graph, params), x, ctx, r, states, shared=shared, keys=keys)
-        out = run.keys if group.repeats == 1 else {}
+        run = run_period(group, nnx.merge(graph, params), x, ctx, r, states, shared=shared, made=made)
+        out = run.made if group.repeats == 1 else {}
         return constrain(run.x, ("batch", "seq", "act_embed")), (run.states, run.losses, out)
 
     if REMAT[remat] is not None:
         # A real loop keeps a period apart from its recomputation; straight-line code needs a barrier, or both merge.
         repeat = jax.checkpoint(repeat, policy=REMAT[remat], prevent_cse=unroll >= group.repeats)
     xs = (params, states, jnp.arange(group.repeats))
-    x, (new, losses, made) = jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))
-    keys = keys | jax.tree.map(lambda k: k[0], made)
-    return Run(x, None if states is None else new, jax.tree.map(jnp.sum, losses), keys)
+    x, (new, losses, more) = jax.lax.scan(repeat, x, xs, unroll=min(unroll, group.repeats))
+    made = made | jax.tree.map(lambda k: k[0], more)
+    return Run(x, None if states is None else new, jax.tree.map(jnp.sum, losses), made)
 
 
 def added(a: Losses, b: Losses) -> Losses:
@@ -147,29 +153,32 @@ def run_period(
     states: list[PyTree] | None,
     *,
     shared: Shared,
-    keys: dict[int, Any],
+    made: Made,
     visit: Visit | None = None,
 ) -> Run:
     """The layers of repeat r of a group."""
     first = group.start + r * len(group.period)
-    entry, new = x, []
+    new: list[PyTree] = []
     losses: Losses = {}
-    made: dict[int, Any] = {}
-    for i, (spec, own) in enumerate(zip(group.period, period.blocks, strict=True)):
+    more: Made = {}
+    for i, (spec, own, gate) in enumerate(zip(group.period, period.blocks, period.gates, strict=True), group.start):
+        if spec.opens:
+            more["stream", i] = x
         block = own.applied(shared[spec.block]) if isinstance(own, Adapter) else own
         records: dict[str, Any] = {}
-        given = (keys | made).get(group.start + i - spec.producer) if spec.producer else None
-        here = dataclasses.replace(ctx.at(first + i), records=records, keys=given)
+        given = (made | more).get(("keys", i - spec.producer)) if spec.producer else None
+        here = dataclasses.replace(ctx.at(first + i - group.start), records=records, keys=given)
         here = here if visit is None else visit(block, x, here)
-        x, state = block(x, here, None if states is None else states[i], shared)
+        x, state = block(x, here, None if states is None else states[i - group.start], shared)
         new.append(state)
         own_keys = records.pop("keys", None)
         if spec.produces:
-            made[group.start + i] = own_keys
+            more["keys", i] = own_keys
+        if gate is not None:
+            entry = (made | more)["stream", i + 1 - spec.closes]
+            x = x + (fp32(gate[...]) * fp32(entry)).astype(x.dtype)
         losses = added(losses, records)
-    if period.gate is not None:
-        x = x + (fp32(period.gate[...]) * fp32(entry)).astype(x.dtype)
-    return Run(x, new if states is not None else None, losses, made)
+    return Run(x, new if states is not None else None, losses, more)
 
 
 def _own(cfg: ModelConfig, spec: LayerSpec, shared: Shared, *, depth: int, rngs: nnx.Rngs) -> Block | Adapter:

@@ -319,7 +319,7 @@ class _Draw:
             "n": 1 if inside else n,
             "gate": self.pick(["none", "scalar", "channel"]),
             "norm": self.pick(["none", "final"]),
-            "block_gate": self.chance(0.4),
+            "block_gate": self.pick([0, 0, 1, 2, 3]),
             "per_loop": [options() for _ in range(2 if inside else n)] if own else [],
         }
 
@@ -352,7 +352,7 @@ def features(cfg: ModelConfig) -> set[str]:
     for section in sections(cfg):
         inside = section.loops > 1
         if inside:
-            found |= {"loop", f"gate {cfg.loop.gate}", f"loop norm {cfg.loop.norm}", f"eta {cfg.loop.block_gate}"}
+            found |= {"loop", f"gate {cfg.loop.gate}", f"loop norm {cfg.loop.norm}", f"eta {cfg.loop.block_gate > 0}"}
             found |= {"passes differ"} if len(section.passes) > 1 else set()
         found |= {"scanned" for g in groups(section) if g.repeats > 1}
         for layer in section.layers:

@@ -29,6 +29,7 @@ from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
 from hydrax.train.step import make_train_step
 from tests.contract.cases import CHUNK, D, inside, segments
 from tests.contract.specs import AXES, VOCABULARY, features, random_spec
+from tests.models.small import unstacked
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 pytestmark = pytest.mark.thorough
@@ -245,23 +246,11 @@ def test_scanned_layers_equal_unrolled_ones(hybrid: Hybrid):
     h, unrolled = hybrid, lm.blueprint(hybrid.cfg, scan=False)
     if unrolled.shapes == h.plan.shapes:
         pytest.skip("no layers repeat")
-    # without scan, every layer is a period of its own: gates of periods have no counterpart
-    params = {name: x * (not is_period_gate(name)) for name, x in h.params.items()}
-    apart = {name: jnp.zeros(shape.shape) for name, shape in unrolled.shapes.items() if is_period_gate(name)}
-    apart |= {name: x for name, x in params.items() if not name.startswith("periods/")}
-    for index, g in enumerate(h.plan.merge(h.params).groups):
-        for (i, _), r in itertools.product(enumerate(g.period), range(g.repeats)):
-            own, layer = f"periods/{index}/blocks/{i}/", f"periods/{g.start + r * len(g.period) + i}/blocks/0/"
-            apart |= {layer + k.removeprefix(own): x[r : r + 1] for k, x in params.items() if k.startswith(own)}
     tokens, modes = h.text()[:, None]
-    y = jax.jit(lambda p: unrolled.merge(p)(tokens, modes=modes))(apart)
+    y = jax.jit(lambda p: unrolled.merge(p)(tokens, modes=modes))(unstacked(h.plan, h.params))
     whole = h.row((sum(LENGTHS),), h.text())
     rows = batch([whole] * (2 + len(LENGTHS) + len(CUTS) + 1))
-    assert_close("logits", y[0], forward(h)(params, rows)[0][whole.places], TOLERANCE["fp32_model"])
-
-
-def is_period_gate(name: str) -> bool:
-    return name.startswith("periods/") and name.count("/") == 2
+    assert_close("logits", y[0], forward(h)(h.params, rows)[0][whole.places], TOLERANCE["fp32_model"])
 
 
 def test_cache_bytes_are_what_cost_says(hybrid: Hybrid):

@@ -67,11 +67,13 @@ def below(params: Mapping[str, Array], prefix: str) -> Params:
 def unstacked(made: lm.Blueprint, params: Params) -> Params:
     """The parameters of a model as it has them with `scan=False`."""
     found = {path: p for path, p in params.items() if not path.startswith("periods/")}
-    for j, g in enumerate(g for section in sections(made.cfg) for g in groups(section)):
-        for i in range(len(g.period)):
-            for path, p in below(params, f"periods/{j}/blocks/{i}/").items():
-                for r in range(g.repeats):
-                    found[f"periods/{g.start + r * len(g.period) + i}/blocks/0/{path}"] = p[r : r + 1]
+    all_groups = [g for section in sections(made.cfg) for g in groups(section)]
+    for path in params.keys() - found.keys():
+        _, j, kind, i, *rest = path.split("/")
+        g = all_groups[int(j)]
+        for r in range(g.repeats):
+            layer = g.start + r * len(g.period) + int(i)
+            found["/".join(["periods", f"{layer}", kind, "0", *rest])] = params[path][r : r + 1]
     return found
 
 

@@ -211,7 +211,7 @@ def test_softmax_attention_counts_visible_keys():
         ("modes(gdn),modes(mamba2),modes(gla)", {}),
         ("2*route(attn,swa),route(parallel(swa,attn),attn)", {}),
         ("gla,loop(3,gdn,attn),swa", {}),
-        ("2*(gla,attn)", {"loop": {"n": 2, "block_gate": True, "gate": "channel"}}),
+        ("2*(gla,attn)", {"loop": {"n": 2, "block_gate": 2, "gate": "channel"}}),
         ("2*(gla,attn),attn,swa,swa", {"share": {"kv": [[1, 3, 4], [5, 6]]}}),
         ("loop(2,gla,attn,attn)", {"share": {"kv": [[1, 2]]}}),
         ("swa,gla", {"loop": {"n": 3, "per_loop": [{"swa": {"window": w}} for w in (7, 3, 16)]}}),

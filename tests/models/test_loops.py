@@ -19,6 +19,7 @@ from tests.models.small import (
     drawn,
     fp64,
     in_pieces,
+    layers,
     plan,
     rms,
     swa_layer,
@@ -44,10 +45,13 @@ def hidden(made: Any, params: Params) -> Array:
 # ------------------------------------------------------------------------------------------------------- plain loops
 
 
-def looped(params: Params, sections: list[tuple[int, list[list[int]]]], norm: str = "none") -> np.ndarray:
+def looped(
+    params: Params, sections: list[tuple[int, list[list[int]]]], norm: str = "none", block: int = 1
+) -> np.ndarray:
     """The hidden states of a model of swa layers without FFN.
 
     `sections` are (first layer, for every pass the windows of its layers); parameters are those of `scan=False`.
+    Every `block` layers may have a gate.
     """
     p = fp64(params)
     x = p["embed/weight"][IDS]
@@ -55,10 +59,11 @@ def looped(params: Params, sections: list[tuple[int, list[list[int]]]], norm: st
         for n, windows in enumerate(passes):
             entry = x
             for j, window in enumerate(windows):
-                own, before = below(p, f"periods/{first + j}/"), x
+                own = below(p, f"periods/{first + j}/")
+                before = x if j % block == 0 else before
                 seen = visible(POSITIONS, SEG, window)
                 x, _ = swa_layer({k: v[0] for k, v in below(own, "blocks/0/").items()}, x, POSITIONS, seen)
-                x = x + own.get("gate", np.zeros(1))[0] * before
+                x = x + own.get("gates/0", np.zeros(1))[0] * before
             if norm == "final" and len(passes) > 1:
                 x = rms(x, p["norm/weight"])
             x = x + p.get(f"passes/{i}/gates", np.zeros((len(passes), 1)))[n] * entry
@@ -75,29 +80,33 @@ def test_passes_follow_one_another(gate: str, norm: str):
     assert_close("hidden", hidden(made, params), want, TOLERANCE["fp32_model"])
 
 
-def test_every_period_keeps_some_of_what_came_in():
-    """h <- h + η h_before, a scalar for each time that a period occurs, the same in all passes."""
-    loop = {"n": 2, "block_gate": True, "gate": "scalar"}
-    made = plan("3*swa", ffn="none", loop=loop)
-    params = drawn(made.shapes)
-    assert params["periods/0/gate"].shape == (3,)
-    apart = unstacked(made, params) | {f"periods/{i}/gate": params["periods/0/gate"][i : i + 1] for i in range(3)}
-    want = looped(apart, [(0, [[WINDOW] * 3] * 2)])
-    assert_close("hidden", hidden(made, params), want, TOLERANCE["fp32_model"])
+FAR = {"far": {"mixer": "swa", "options": {"window": 7}}}
+BLOCKED = {
+    "every layer": ("3*swa", 1, ["0"], [3]),
+    "what repeats": ("2*(swa,far)", 2, ["1"], [2]),
+    "a block of two periods": ("5*swa", 2, ["1", "0"], [2, 1]),
+    "all, over groups of its own": ("far,4*swa,far", 6, ["0"], [1]),
+    "the last is shorter": ("far,4*swa", 3, ["0", "0"], [1, 1]),
+}
+"""Pattern, layers of a block; in which layers of which periods gates are, and how often these occur."""
 
 
-def test_a_period_of_several_layers_is_gated_as_a_whole():
-    far = {"far": {"mixer": "swa", "options": {"window": 7}}}
-    made = plan("2*(swa,far)", ffn="none", loop={"n": 1, "block_gate": True}, blocks=far)
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("case", BLOCKED)
+def test_every_block_of_layers_keeps_some_of_what_came_in(case: str, scan: bool):
+    """h <- h + η h_before, a scalar for every block of layers, the same in all passes and however layers are run."""
+    pattern, block, places, repeats = BLOCKED[case]
+    options = {"ffn": "none", "loop": {"n": 2, "block_gate": block, "gate": "scalar"}, "blocks": FAR}
+    made, apart = plan(pattern, **options), plan(pattern, scan=False, **options)
     params = drawn(made.shapes)
-    p, x = fp64(params), fp64(params)["embed/weight"][IDS]
-    for r in range(2):
-        entry = x
-        for i, window in enumerate((WINDOW, 7)):
-            own = {k: v[r] for k, v in below(p, f"periods/0/blocks/{i}/").items()}
-            x, _ = swa_layer(own, x, POSITIONS, visible(POSITIONS, SEG, window))
-        x = x + p["periods/0/gate"][r] * entry
-    assert_close("hidden", hidden(made, params), rms(x, p["norm/weight"]), TOLERANCE["fp32_model"])
+    gates = {path: p for path, p in params.items() if "/gates/" in path and path.startswith("periods")}
+    assert [path.split("/")[-1] for path in gates] == places
+    assert [p.shape for p in gates.values()] == [(n,) for n in repeats]
+    by_layer = unstacked(made, params)
+    windows = [7 if layer.block == "far" else WINDOW for layer in layers(pattern, **options)]
+    run, own = (made, params) if scan else (apart, by_layer)
+    want = looped(by_layer, [(0, [windows] * 2)], block=block)
+    assert_close("hidden", hidden(run, own), want, TOLERANCE["fp32_model"])
 
 
 @pytest.mark.parametrize("norm", ["none", "final"])
@@ -128,11 +137,11 @@ BLOCKS = {"chosen": {"mixer": "route(attn,swa)", "options": {"prefix": 3, "width
 
 def test_one_pass_without_gates_is_the_plain_stack():
     values = {"ffn": "mlp"}
-    once = plan("2*(swa,attn)", loop={"n": 1, "gate": "channel", "block_gate": True, "norm": "final"}, **values)
+    once = plan("2*(swa,attn)", loop={"n": 1, "gate": "channel", "block_gate": 2, "norm": "final"}, **values)
     plain = plan("2*(swa,attn)", **values)
     params = drawn(plain.shapes)
     gates = {path: jnp.zeros(s.shape) for path, s in once.shapes.items() if path not in params}
-    assert {path: g.shape for path, g in gates.items()} == {"passes/0/gates": (1, D), "periods/0/gate": (2,)}
+    assert {path: g.shape for path, g in gates.items()} == {"passes/0/gates": (1, D), "periods/0/gates/1": (2,)}
     assert_equal("hidden", hidden(once, params | gates), hidden(plain, params))
 
 
@@ -158,7 +167,7 @@ def test_losses_of_layers_add_in_a_scan_or_not():
 
 
 def test_parameters_do_not_depend_on_the_number_of_passes():
-    def counted(gate: str, n: int, block_gate: bool = False) -> int:
+    def counted(gate: str, n: int, block_gate: int = 0) -> int:
         loop = {"n": n, "gate": gate, "block_gate": block_gate}
         return cost.cost(config("2*(swa,gla),attn", loop=loop), seq_len=8).parameters
 
@@ -166,7 +175,7 @@ def test_parameters_do_not_depend_on_the_number_of_passes():
     assert [counted("none", n) for n in (2, 5)] == [plain] * 2
     assert [counted("scalar", n) - plain for n in (1, 3)] == [1, 3]
     assert [counted("channel", n) - plain for n in (1, 3)] == [D, 3 * D]
-    assert counted("none", 3, block_gate=True) - plain == 3  # two periods of two layers, and one layer
+    assert counted("none", 3, block_gate=2) - plain == 3  # two blocks of two layers, and one layer
 
 
 @pytest.mark.parametrize(("n", "depth", "window"), [(1, 2, 4), (2, 2, 4), (3, 1, 5)])
@@ -184,7 +193,7 @@ def test_windows_reach_further_with_every_pass(n: int, depth: int, window: int):
 
 DECODED: dict[str, dict[str, Any]] = {
     "growing": {"pattern": "2*swa", "loop": {"n": 3, "per_loop": [{}, {"swa": {"window": 9}}, {"swa": {"window": 2}}]}},
-    "middle": {"pattern": "attn,loop(2,swa,gla),swa", "loop": {"gate": "channel", "block_gate": True}},
+    "middle": {"pattern": "attn,loop(2,swa,gla),swa", "loop": {"gate": "channel", "block_gate": 1}},
 }
 
 
