@@ -5,9 +5,10 @@
     python -m launch.train --config=recipes/hydrahead:full=2 --workdir=runs/hydrahead_7to1 ...
     python -m launch.train --config=recipes/hydrahead:tiny --workdir=runs/hydrahead_tiny
 
-The shape of Qwen3 1.7B. Softmax heads know no positions, have an output gate and queries that grow with the logarithm
-of the position; those of Gated DeltaNet are turned. Each head is normed and scaled before they are joined. The paper
-converts a trained model and keeps the heads that its retrieval needs; from scratch, every layer has as many.
+The shape of Qwen3 1.7B. Softmax heads know no positions, have an output gate that starts open, and queries that grow
+with the logarithm of the position; those of Gated DeltaNet are turned. Each head is normed and scaled before they are
+joined. The paper converts a trained model and keeps the heads that its retrieval needs; from scratch, every layer has
+as many.
 Hardware: 8 GPUs of 80 GB (`--config.mesh.fsdp=8`). Not run by us.
 Expected: 1928M parameters. Published for conversions: one head in eight equals one layer in four on RULER from 16K to
 256K within 3%, and has 9.66% more in hard reasoning; without norms a tenth of retrieval is lost. Rates and batches are
@@ -40,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "rope": {"fraction": 0.0},
                 "qk_norm": "head",
                 "out_gate": "elementwise",
+                "out_gate_bias": 1.0,
                 "q_logscale": 500.0,
             },
             "gdn": {"key_dim": s.head_dim, "value_dim": s.head_dim, "rope": {"theta": 1e6, "fraction": 1.0}},

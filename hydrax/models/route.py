@@ -101,12 +101,9 @@ class RouteMixer(Mixer):
 
 
 def _tie(source: Mixer, other: Mixer) -> None:
-    """Gives `other` the submodules of `source` that have the same name and parameters of the same shapes."""
-
-    def shapes(module: object) -> dict | None:
-        return {p: v.shape for p, v in nnx.to_flat_state(nnx.state(module))} if isinstance(module, nnx.Module) else None
-
-    for name, module in vars(source).items():
-        own = shapes(module)
-        if own and own == shapes(getattr(other, name, None)):
-            setattr(other, name, module)
+    """Gives `other` the parameters of `source` that have the same path and shape."""
+    given, nodes = dict(nnx.iter_graph(source)), dict(nnx.iter_graph(other))
+    for path, own in nodes.items():
+        common = given.get(path)
+        if isinstance(own, nnx.Param) and isinstance(common, nnx.Param) and own.shape == common.shape:
+            setattr(nodes[path[:-1]], str(path[-1]), common)

@@ -1,6 +1,7 @@
 """What softmax mixers share: their common options, the projections to queries, keys and values, the output gate."""
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, Any, Literal, Self
 
@@ -32,6 +33,7 @@ class AttentionConfig:
     rope: Rope = dataclasses.field(default_factory=Rope)
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of q and k before RoPE: over K, or over all heads
     out_gate: Literal["none", "elementwise", "headwise"] = "none"  # σ(x W_g) on the heads' outputs (arXiv 2505.06708)
+    out_gate_bias: float | None = None  # b of σ(x W_g + b) at first; None: there is no b
     softcap: PositiveFloat | None = None  # scores become c·tanh(z/c)
     scale: PositiveFloat | None = None  # factor on the scores, before that; K^-½ if None
     q_logscale: LogBase | None = None  # a: queries times ln(t + a) / ln(a), t the position in the document
@@ -41,6 +43,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ConfigError("kv_heads", self.kv_heads, f"expected a divisor of heads = {self.heads}")
+        if self.out_gate_bias is not None and self.out_gate == "none":
+            raise ConfigError("out_gate_bias", self.out_gate_bias, "needs out_gate = elementwise or headwise")
 
     def with_head_width(self, width: int) -> Self:
         """The config with key_dim, value_dim and kv_heads filled in for heads of that width."""
@@ -118,7 +122,7 @@ class QKV(nnx.Module):
 
 
 class OutGate(nnx.Module):
-    """o ⊙ σ(x W_g), per channel (elementwise) or per head (headwise)."""
+    """o ⊙ σ(x W_g + b), per channel (elementwise) or per head (headwise)."""
 
     def __init__(self, d_model: int, cfg: AttentionConfig, *, rngs: nnx.Rngs):
         H, V = cfg.heads, cfg.value_dim
@@ -128,7 +132,9 @@ class OutGate(nnx.Module):
             "headwise": ((H,), ("embed", "heads")),
         }
         shape = shapes[cfg.out_gate]
-        self.gate = None if shape is None else Linear(d_model, shape[0], axes=shape[1], rngs=rngs)
+        biased, b = cfg.out_gate_bias is not None, cfg.out_gate_bias or 0.0
+        linear = functools.partial(Linear, d_model, bias=biased, bias_init=b, rngs=rngs)
+        self.gate = None if shape is None else linear(shape[0], axes=shape[1])
 
     def __call__(self, o: Float[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T H V"]:
         if self.gate is None:

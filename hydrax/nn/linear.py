@@ -13,7 +13,7 @@ from hydrax.nn.param import param
 class Linear(nnx.Module):
     """y = x · W (+ b), contracting the last dimensions of x named by `shape_in` into `shape_out`.
 
-    W is initialised as a truncated normal with standard deviation `scale`/sqrt(fan-in), b as zeros.
+    W is initialised as a truncated normal with standard deviation `scale`/sqrt(fan-in), b as `bias_init`.
     `residual` marks the projections that write into the residual stream.
     """
 
@@ -25,6 +25,7 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         rngs: nnx.Rngs,
         bias: bool = False,
+        bias_init: float = 0.0,
         scale: float = 1.0,
         residual: bool = False,
     ):
@@ -43,8 +44,8 @@ class Linear(nnx.Module):
             cast=True,
             residual=residual,
         )
-        zeros = jax.nn.initializers.zeros
-        self.bias = param(rngs, zeros, self.shape_out, axes[len(self.shape_in) :], cast=True) if bias else None
+        constant = jax.nn.initializers.constant(bias_init)
+        self.bias = param(rngs, constant, self.shape_out, axes[len(self.shape_in) :], cast=True) if bias else None
 
     def __call__(self, x: Array) -> Array:
         n = len(self.shape_in)

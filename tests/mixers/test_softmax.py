@@ -120,6 +120,23 @@ def test_a_logarithm_needs_a_base_above_one(value: float) -> None:
         build(mixers.get("attn").Config, {"q_logscale": value})
 
 
+@pytest.mark.parametrize("kind", ["elementwise", "headwise"])
+def test_an_output_gate_may_start_open(kind: str) -> None:
+    """o ⊙ σ(x W_g + b): with W_g = 0, σ(b) of what there is without a gate."""
+    config = build(mixers.get("attn").Config, {**SIZES, "out_gate": kind, "out_gate_bias": 1.5}).fill(D)
+    gated, plain = mixers.get("attn")(D, config, rngs=nnx.Rngs(1)), made("attn", 1)
+    gated.gate.gate.kernel[...] = jnp.zeros_like(gated.gate.gate.kernel[...])
+    nnx.update(gated, nnx.state(plain))
+    x = normal(1, 1, T, D)
+    y, want = (jax.jit(lambda m, x: m(x, Context.of(x))[0])(m, x) for m in (gated, plain))
+    assert_close("y", y, want / (1 + np.exp(-1.5)), TOLERANCE["fp32_op"])
+
+
+def test_a_bias_of_a_gate_needs_the_gate() -> None:
+    with pytest.raises(ConfigError, match=r"out_gate_bias = 1.0: needs out_gate = elementwise or headwise"):
+        build(mixers.get("attn").Config, {"out_gate_bias": 1.0})
+
+
 # ----------------------------------------------------------------------------------------------------- keys of another
 
 

@@ -130,6 +130,17 @@ def test_tied_parameters_are_one_set():
     assert apart.params.keys() == tied.params.keys() | {f"sparse/{path}" for path in attention}
 
 
+def test_what_one_part_has_alone_leaves_the_rest_tied():
+    """A norm, a bias or another width of one part unties nothing else."""
+    mixers = {
+        "attn": {"heads": 2, "key_dim": 4, "qk_norm": "head"},
+        "swa": {"heads": 2, "kv_heads": 1, "key_dim": 4, "window": 2, "bias": True},
+    }
+    (spec,) = layers("x", blocks={"x": {"mixer": "route(attn,swa)"}}, mixers=mixers)
+    own = {path for path in Layer.of(spec.mix).params if path.startswith("sparse/")}
+    assert own == {f"sparse/qkv/{name}" for name in ("q/bias", "k/kernel", "k/bias", "v/kernel", "v/bias")}
+
+
 def test_the_choice_never_looks_ahead():
     """Other tokens from P on leave the choice, and every token from j on leaves what was before it."""
     made = layer()
