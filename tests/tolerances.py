@@ -6,6 +6,7 @@ import numpy as np
 from hydrax.core.typing import ArrayLike, PyTree
 
 TOLERANCE = {
+    "fp64": 1e-9,  # two forms of whatever, in fp64: only their algebra can differ
     "fp32_op": 1e-5,  # one op or mixer: output, state and gradients
     "fp32_model": 1e-4,  # a whole model
     "bf16_output": 5e-3,

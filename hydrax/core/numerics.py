@@ -16,13 +16,17 @@ def einsum(spec: str, *operands: Array) -> Array:
         dtype = jnp.dtype(jnp.float32)  # the same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs
     precision = jax.lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else None
     operands = tuple(x.astype(dtype) for x in operands)
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulate)
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=wide(dtype))
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums and states beside values of `dtype`: fp32, or fp64 where that is used (`jax_enable_x64`)."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def fp32(x: Array) -> Array:
-    """`x` in fp32, or in fp64 if it has that already (oracle runs under `jax_enable_x64`)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """`x` in fp32, or in fp64 if it has that already."""
+    return x.astype(wide(x.dtype))
 
 
 def clamp_decay(g: Array) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Fraction, NonNegativeFloat, Positive
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers import Context, Mixer
 from hydrax.models.mix import Mix, take_projection
@@ -96,7 +96,7 @@ class RouteMixer(Mixer):
         return {
             "full": self.full.init_state(batch, max_len, dtype),
             "sparse": self.sparse.init_state(batch, max_len, dtype),
-            "router": jnp.zeros((batch, self.cfg.d_model), jnp.float32),
+            "router": jnp.zeros((batch, self.cfg.d_model), wide(dtype)),
         }
 
 

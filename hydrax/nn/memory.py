@@ -10,7 +10,7 @@ from flax import nnx
 
 from hydrax.core import tree
 from hydrax.core.build import ConfigError, Fraction, Positive
-from hydrax.core.numerics import einsum, fp32
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
@@ -130,8 +130,7 @@ class Workspace(nnx.Module):
     def init_state(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before token 0: zeros, in fp32 also where the compute dtype is narrower."""
         M, D = self.slots.shape[-2:]  # a stack of layers may be asked
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return {"slots": jnp.zeros((batch, M, D), wide), "total": jnp.zeros((batch, D), wide)}
+        return {"slots": jnp.zeros((batch, M, D), wide(dtype)), "total": jnp.zeros((batch, D), wide(dtype))}
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from hydrax.core.numerics import einsum, fp32
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.nn.ffn import ACTIVATIONS, FFN, default_width
 from hydrax.nn.linear import Linear
@@ -177,7 +177,7 @@ class MoE(nnx.Module):
     def init_state(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before the first token: nothing, or zeros with chunk granularity."""
         names = ("sum", "logits") if self.cfg.granularity == "chunk" else ()
-        return {name: jnp.zeros((batch, self.cfg.experts), jnp.float32) for name in names}
+        return {name: jnp.zeros((batch, self.cfg.experts), wide(dtype)) for name in names}
 
     def _served(self, x: Array, ids: Int[Array, "B T k"]) -> Float[Array, "B T k D"]:
         """What each chosen expert makes of each token; zeros where it is full."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydrax.core.build import Fraction, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, Float, Int
 
 
@@ -39,8 +39,8 @@ def rope(
     if half == 0:
         return x
     exponents = np.linspace(0, 1, half) if style == "torchscale" else np.arange(half) / half
-    frequencies = jnp.asarray(theta**-exponents, jnp.float32)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,d/2]
+    frequencies = jnp.asarray(theta**-exponents, wide(x.dtype))
+    angles = positions.astype(wide(x.dtype))[..., None, None] * frequencies  # [B,T,1,d/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     pairs, axis = ((2, half), -2) if style == "half" else ((half, 2), -1)
     a, b = jnp.moveaxis(fp32(x[..., : 2 * half]).reshape(*x.shape[:-1], *pairs), axis, 0)
@@ -52,7 +52,7 @@ def lrpe(
     x: Float[Array, "B T H K"], positions: Int[Array, "B T"], phases: Float[Array, "H K"]
 ) -> Float[Array, "B T H 2K"]:
     """[x cos(pθ), x sin(pθ)] for learned phases θ: scores become Σ_i q_i k_i cos((t - s) θ_i); angles in fp32."""
-    angles = positions.astype(jnp.float32)[..., None, None] * phases
+    angles = positions.astype(wide(x.dtype))[..., None, None] * phases
     y = fp32(x)
     return jnp.concatenate([y * jnp.cos(angles), y * jnp.sin(angles)], axis=-1).astype(x.dtype)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrax.core import tree
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops import documents
 from hydrax.ops.spans import split_chunks
@@ -29,12 +29,13 @@ def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
     if g is None:
         # behind a barrier: compilers would spend seconds on evaluating all that follows from zeros
         return jax.lax.optimization_barrier(jnp.zeros((B, T, H, 1, 1), fp32(q).dtype))
+    g = g.astype(wide(jnp.result_type(g, q)))
     if g.shape == (Hv,):
         g = jnp.broadcast_to(g, (B, T, Hv))
     if g.shape == (B, T, Hv):
-        return fp32(g).reshape(B, T, H, Hv // H, 1)
+        return g.reshape(B, T, H, Hv // H, 1)
     if g.shape == (B, T, H, K):
-        return fp32(g)[:, :, :, None]
+        return g[:, :, :, None]
     raise ValueError(f"log_decay {g.shape}: expected {(Hv,)}, {(B, T, Hv)} or {(B, T, H, K)}")
 
 

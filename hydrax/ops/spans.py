@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from hydrax.core.typing import Array, PyTree
 
-SPAN = 8192
-"""Tokens of a row that a form handles at once: enough to fill a GPU from one row."""
+SPAN = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+"""Tokens of a row that a form handles at once, by backend: what caches hold, or enough to fill a GPU from one row."""
 
 Arrays = tuple[Array | None, ...]
 
@@ -51,7 +51,7 @@ def join_chunks(x: Array, T: int) -> Array:
 
 def _spans(N: int, C: int) -> int:
     """Into how many spans N chunks of C tokens are cut."""
-    return -(-N * C // SPAN)
+    return -(-N * C // SPAN[jax.default_backend()])
 
 
 def _forward(

@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from hydrax.ops import slots
+from hydrax.ops import slots, spans
 from hydrax.ops.slots import slot_attention, slot_softmax, softmax_decay
 from hydrax.ops.slots.cases import CASES, Case
 from tests.ops import matrix_state as ms
@@ -100,7 +100,7 @@ def test_saturated_gates(gate: str) -> None:
 
 def test_several_spans_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids = problem("long")
-    monkeypatch.setattr("hydrax.ops.spans.SPAN", 64)
+    monkeypatch.setitem(spans.SPAN, "cpu", 64)
     run = ms.evaluator(op, impl="chunked", chunk_size=16)  # compiled in no other test
     ms.assert_matches(ms.in_fp32(run, x, ids), ms.in_fp64(op, x, ids))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -89,4 +89,4 @@ class ABC(Mixer):
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         shapes = {"k": (cfg.slots, cfg.key_dim), "v": (cfg.slots, cfg.value_dim), "z": (cfg.slots,)}
-        return {"memory": {name: jnp.zeros((batch, cfg.heads, *s), jnp.float32) for name, s in shapes.items()}}
+        return {"memory": {name: jnp.zeros((batch, cfg.heads, *s), wide(dtype)) for name, s in shapes.items()}}

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 import jax.numpy as jnp
 from flax import nnx
 
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.delta import OUT_GATES, DeltaConfig, DeltaInputs, default_heads
@@ -61,5 +62,5 @@ class DeltaNet(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        memory = jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), jnp.float32)
+        memory = jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), wide(dtype))
         return {"memory": memory, **self.inputs.init_state(batch, dtype)}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.decay import StepDecay
@@ -91,5 +92,5 @@ class GatedDeltaNet(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        memory = jnp.zeros((batch, cfg.value_heads, cfg.key_dim, cfg.value_dim), jnp.float32)
+        memory = jnp.zeros((batch, cfg.value_heads, cfg.key_dim, cfg.value_dim), wide(dtype))
         return {"memory": memory, **self.inputs.init_state(batch, dtype)}

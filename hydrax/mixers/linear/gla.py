@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -66,4 +66,4 @@ class GLA(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), jnp.float32)}
+        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), wide(dtype))}

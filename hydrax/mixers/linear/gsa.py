@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -87,4 +87,4 @@ class GSA(Mixer):
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         shape = (batch, self.cfg.heads, self.cfg.slots)
         widths = {"k": self.cfg.key_dim, "v": self.cfg.value_dim}
-        return {"memory": {name: jnp.zeros((*shape, width), jnp.float32) for name, width in widths.items()}}
+        return {"memory": {name: jnp.zeros((*shape, width), wide(dtype)) for name, width in widths.items()}}

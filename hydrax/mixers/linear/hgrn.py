@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.linear import Linear
@@ -78,7 +78,7 @@ class HGRN(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return {"memory": jnp.zeros((batch, 2 if self.cfg.complex else 1, self.cfg.value_dim), jnp.float32)}
+        return {"memory": jnp.zeros((batch, 2 if self.cfg.complex else 1, self.cfg.value_dim), wide(dtype))}
 
 
 def _joined(parts: Array) -> Array:

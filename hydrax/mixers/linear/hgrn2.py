@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import clamp_decay, fp32
+from hydrax.core.numerics import clamp_decay, fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -74,7 +74,7 @@ class HGRN2(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), jnp.float32)}
+        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), wide(dtype))}
 
 
 def forget_gates(f: Array, lower_bound: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -114,7 +115,7 @@ class Lightning(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), jnp.float32)}
+        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}
 
 
 def log_decay(heads: int, rule: str, layer_index: int | Array, depth: int) -> Array:

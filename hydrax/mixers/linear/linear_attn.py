@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import features
@@ -89,4 +90,4 @@ class LinearAttention(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), jnp.float32)}
+        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.conv import ShortConv
@@ -82,7 +82,7 @@ class Mamba(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {
-            "memory": jnp.zeros((batch, self.cfg.value_dim, self.cfg.key_dim), jnp.float32),
+            "memory": jnp.zeros((batch, self.cfg.value_dim, self.cfg.key_dim), wide(dtype)),
             "x": self.x_conv.init_state(batch, dtype),
         }
 

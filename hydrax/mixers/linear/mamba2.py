@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, NonNegativeFloat, Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.conv import ShortConv
@@ -111,7 +111,7 @@ class Mamba2(Mixer):
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         return {
-            "memory": jnp.zeros((batch, cfg.value_heads, cfg.key_dim, cfg.value_dim), jnp.float32),
+            "memory": jnp.zeros((batch, cfg.value_heads, cfg.key_dim, cfg.value_dim), wide(dtype)),
             "c": self.c_conv.init_state(batch, dtype),
             "b": self.b_conv.init_state(batch, dtype),
             "x": self.x_conv.init_state(batch, dtype),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive
-from hydrax.core.numerics import einsum
+from hydrax.core.numerics import einsum, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -81,5 +81,5 @@ class NonApprox(Mixer):
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         slot = (batch, self.cfg.heads, 1)
         sums = {"numerator": (*slot, self.cfg.value_dim), "denominator": slot}
-        memory = {name: jnp.zeros(shape, jnp.float32) for name, shape in sums.items()}
+        memory = {name: jnp.zeros(shape, wide(dtype)) for name, shape in sums.items()}
         return {"max": jnp.zeros(slot, jnp.int32), "memory": memory}

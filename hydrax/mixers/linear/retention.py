@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
@@ -74,7 +75,7 @@ class Retention(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), jnp.float32)}
+        return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), wide(dtype))}
 
 
 def log_decay(heads: int) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive
-from hydrax.core.numerics import einsum, fp32
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.conv import ShortConv
@@ -81,7 +81,7 @@ class RGLRU(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        memory = jnp.zeros((batch, self.cfg.heads, self.cfg.value_dim), jnp.float32)
+        memory = jnp.zeros((batch, self.cfg.heads, self.cfg.value_dim), wide(dtype))
         return {"memory": memory, "x": self.x_conv.init_state(batch, dtype)}
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.features import divided, taylor2, with_ones
@@ -70,4 +70,4 @@ class Taylor(Mixer):
         return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), jnp.float32)}
+        return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

@@ -8,6 +8,7 @@ layer, and what the blocks' norms would make of the stream has the size that it 
 """
 
 import dataclasses
+import math
 from typing import TypeAlias
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import NonNegative, PositiveFloat
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import kv_cache
@@ -46,7 +48,7 @@ class FixedQK(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        e = cfg.sigma * stream(ctx.positions, x.shape[-1], cfg.seed)
+        e = cfg.sigma * stream(ctx.positions, x.shape[-1], cfg.seed, wide(x.dtype))
         q, keys, state = self.qkv.see(x, ctx, state, e.astype(x.dtype))
         o = kv_cache.attend(
             q,
@@ -66,11 +68,18 @@ class FixedQK(Mixer):
         return self.cfg.init_cache(batch, max_len, dtype)
 
 
-def stream(positions: Int[Array, "B T"], width: int, seed: int) -> Float[Array, "B T D"]:
-    """N(0, 1) in fp32, a function of the position alone: the same in training and decoding, whatever the length."""
+def stream(
+    positions: Int[Array, "B T"], width: int, seed: int, dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "B T D"]:
+    """N(0, 1), a function of the position alone: the same in training and decoding, whatever the length.
+
+    The uniform numbers below, odd multiples of 2^-23 in (-1, 1), are exact in every dtype; the rest is rounded in it.
+    """
     key = jax.random.key(seed, impl="threefry2x32")
 
     def draw(position: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, position), (width,), jnp.float32)
+        bits = jax.random.bits(jax.random.fold_in(key, position), (width,), jnp.uint32)
+        uniform = (2 * (bits >> 9) + 1).astype(dtype) * 2**-23 - 1
+        return math.sqrt(2) * jax.lax.erf_inv(uniform)
 
     return jax.vmap(jax.vmap(draw))(positions)
