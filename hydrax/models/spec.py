@@ -33,7 +33,7 @@ class LoopConfig:
 class ShareConfig:
     """What layers use of others. Weights are shared by blocks with `shared = true`."""
 
-    kv: tuple[tuple[NonNegative, ...], ...] = ()  # groups of layers; the first one's keys and values serve all
+    kv: tuple[tuple[NonNegative, ...], ...] = ()  # groups of layers, with the first one's keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +224,8 @@ def _linked(cfg: ModelConfig, layers: list[LayerSpec]) -> list[LayerSpec]:
     layers, seen = list(layers), set[int]()
     for i, members in enumerate(cfg.share.kv):
         key = f"share.kv[{i}]"
-        if len(members) < 2 or list(members) != sorted(set(members)) or members[-1] >= len(layers):
-            allowed = f"expected two or more different layers below {len(layers)}, the producer first"
+        if not members or list(members) != sorted(set(members)) or members[-1] >= len(layers):
+            allowed = f"expected different layers below {len(layers)}, the producer first"
             raise ConfigError(key, members, allowed)
         if again := seen.intersection(members):
             raise ConfigError(key, members, f"layer {min(again)} is in another group already")
@@ -239,7 +239,7 @@ def _linked(cfg: ModelConfig, layers: list[LayerSpec]) -> list[LayerSpec]:
             unequal = [f"{n} {own[0][n]} and {value}" for n, value in facts[0][0].items() if own[0][n] != value]
             if unequal:
                 raise ConfigError(key, members, f"layers {members[0]} and {j} differ in {'; '.join(unequal)}")
-        layers[members[0]] = dataclasses.replace(layers[members[0]], produces=True)
+        layers[members[0]] = dataclasses.replace(layers[members[0]], produces=len(members) > 1)
         for j in members[1:]:
             mix = layers[j].mix.replaced(kv="shared")
             layers[j] = dataclasses.replace(layers[j], mix=mix, producer=j - members[0])

@@ -297,11 +297,11 @@ def test_shared_layers_that_all_read_the_keys_of_another_are_equal():
 @pytest.mark.parametrize(
     ("message", "pattern", "kv"),
     [
-        ("share.kv[0] = (1, 0): expected two or more different layers below 3, the producer first", "3*attn", [[1, 0]]),
-        ("share.kv[0] = (1,): expected two or more", "3*attn", [[1]]),
-        ("share.kv[0] = (): expected two or more", "3*attn", [[]]),
-        ("share.kv[0] = (1, 1): expected two or more", "3*attn", [[1, 1]]),
-        ("share.kv[0] = (1, 3): expected two or more different layers below 3", "3*attn", [[1, 3]]),
+        ("share.kv[0] = (1, 0): expected different layers below 3, the producer first", "3*attn", [[1, 0]]),
+        ("share.kv[0] = (3,): expected different layers", "3*attn", [[3]]),
+        ("share.kv[0] = (): expected different layers", "3*attn", [[]]),
+        ("share.kv[0] = (1, 1): expected different layers", "3*attn", [[1, 1]]),
+        ("share.kv[0] = (1, 3): expected different layers below 3", "3*attn", [[1, 3]]),
         ("share.kv[0][0] = -1: expected an integer >= 0", "3*attn", [[-1, 2]]),
         ("share.kv[1] = (1, 2): layer 1 is in another group already", "3*attn", [[0, 1], [1, 2]]),
         ("share.kv[0] = (0, 1): layer 1 is gla: expected one softmax mixer", "attn,gla", [[0, 1]]),
@@ -332,6 +332,10 @@ def test_groups_that_cannot_share_keys(message: str, pattern: str, kv: list):
         "normed": {"mixer": "attn", "options": {"qk_norm": "head"}},
     }
     refused(message, pattern, share={"kv": kv}, blocks=blocks)
+
+
+def test_a_group_of_one_shares_nothing():
+    assert layers("3*attn", share={"kv": [[0], [2]]}) == layers("3*attn")
 
 
 def test_groups_reach_into_compositions():
