@@ -123,3 +123,14 @@ def test_cudnn_equals_definition(window: int | None, packed: bool) -> None:
     actual = _outputs_and_gradients(form("cudnn"), inputs)
     for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=False):
         assert_close(f"cudnn {name}", a, e, TOLERANCE["bf16_output" if name == "o" else "bf16_gradient"])
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+def test_pallas_linear_equals_definition(decay: str) -> None:
+    inputs = _inputs(decay, jnp.bfloat16)
+    exact = tuple(x.astype(jnp.float32) for x in inputs)
+    expected = _outputs_and_gradients(functools.partial(_linear, decay, "recurrent"), exact)
+    actual = _outputs_and_gradients(functools.partial(_linear, decay, "pallas_gpu"), inputs)
+    limits = ("bf16_output", *("bf16_gradient",) * 3, "bf16_gate_gradient")
+    for name, limit, a, e in zip(("o", "dq", "dk", "dv", "dg"), limits, actual, expected, strict=False):
+        assert_close(f"pallas linear {decay} {name}", a, e, TOLERANCE[limit])

@@ -7,7 +7,9 @@ Mamba-2 (2405.21060).
 """
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core.numerics import clamp_decay, fp32
@@ -15,9 +17,9 @@ from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.dispatch import select
 from hydrax.ops.identity import as_matrix, identity_values
-from hydrax.ops.linear import forms
+from hydrax.ops.linear import forms, gpu
 
-FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
+FORMS: dict[str, Callable] = {"recurrent": forms.recurrent, "chunked": forms.chunked, "pallas_gpu": gpu.fused}
 
 
 def linear_attention(
@@ -41,26 +43,50 @@ def linear_attention(
       scale: factor on the output, K^-1/2 if None.
       initial_state: state before token 0, belonging to the document of token 0; zeros if None.
       segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", or None to choose.
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16, no vector decay), or None to
+        choose.
       chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
 
     Returns:
       o in the dtype of v, zero at padding, and the final state in fp32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown `impl`.
+      ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
+    T, K = q.shape[1], q.shape[3]
+    scale = K**-0.5 if scale is None else scale
+    inputs = (q, k, v, log_decay, segment_ids, initial_state)
+    refusal = gpu.refusal(q, k, v, log_decay)
+    default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
+    form = select("linear_attention", impl, FORMS, default, q.shape)
+    if form is gpu.fused:
+        if refusal:
+            raise ValueError(f"linear_attention: impl = 'pallas_gpu' cannot serve: {refusal}")
+        by_xla = functools.partial(by_form, forms.chunked, scale)
+        jax.eval_shape(by_xla, *inputs)  # refuses shapes that do not fit
+        return gpu.fused(*inputs, scale=scale, form=by_xla)
+    if form is forms.chunked and chunk_size is not None:
+        form = functools.partial(form, chunk_size=chunk_size)
+    return by_form(form, scale, *inputs)
+
+
+def by_form(
+    form: Callable,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+) -> tuple[Array, Array]:
+    """The op by one of the forms of grouped values."""
     B, T, H, K = q.shape
     g = layout.canonical_decay(q, k, v, log_decay)
     seg, valid, (k, v, g) = layout.at_padding(segment_ids, k, v, g)
     grouped = v.reshape(B, T, H, -1, v.shape[-1])
-    state = layout.grouped_state(initial_state, k, grouped)
-    default = "recurrent" if T == 1 else "chunked"
-    form = select("linear_attention", impl, FORMS, default, q.shape)
-    if form is forms.chunked and chunk_size is not None:
-        form = functools.partial(form, chunk_size=chunk_size)
-    o, state = form(q, k, grouped, g, seg, state)
-    o = (o * (K**-0.5 if scale is None else scale)).astype(v.dtype).reshape(v.shape)
+    o, state = form(q, k, grouped, g, seg, layout.grouped_state(initial_state, k, grouped))
+    o = (o * scale).astype(v.dtype).reshape(v.shape)
     return o if valid is None else o * valid[:, :, None, None], state.reshape(B, -1, K, v.shape[-1])
 
 

@@ -1,0 +1,539 @@
+"""`linear_attention` with scalar decays on Hopper GPUs: forward and backward as Pallas kernels of one body.
+
+In a chunk of C = 64 tokens, G is the cumulative log-decay and Γ_ij = e^{G_i - G_j} for j <= i in one document, else 0.
+A token i reads with r_i = scale · e^{G_i} the incoming state, if that belongs to its document, and writes with
+w_i = e^{G_C - G_i} to the outgoing one. The output and the three gradients are then the same map of rows a, b, c,
+
+    y_i = scale Σ_j Γ_ij (a_i·b_j) c_j + r_i Zᵀa_i,        Z ← λ Z + Σ_j w_j b_j c_jᵀ,        λ = e^{G_C}
+
+    o:   a, b, c = q, k, v        Z = S        from the first chunk to the last
+    dq:  a, b, c = do, v, k       Z = Sᵀ
+    dv:  a, b, c = k, q, do       Z = dS       from the last to the first: Γ transposed, r and w exchanged
+    dk:  a, b, c = v, do, q       Z = dSᵀ
+
+Nothing but its inputs is kept for the backward pass, which forms the states again; where log-decays are learned, also
+the state S before every chunk, in bf16. With it their gradient needs no sum beyond a chunk: in that of token t
+
+    dg_t = <S, dS> - Σ_i (q_i·dq_i - k_i·dk_i)    over the tokens i < t of the chunk,
+
+both from fp32 values; with documents, <S, dS> counts if t reads S, and i stays in the document of t.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+
+from hydrax.core.numerics import clamp_decay, fp32
+from hydrax.core.typing import Array, PyTree
+from hydrax.ops import documents
+from hydrax.ops.pallas import compat, tiles
+from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
+
+SUM, READS, WRITES, KEEP, READER, WRITER = range(6)
+"""Rows of the facts of a chunk [6,C]: G, r, w, λ, and the document from which a token reads, to which it writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """`stages`: most chunks in shared memory, of `memory` bytes, at once; `blocks`: thread blocks on the device."""
+
+    stages: int = 3
+    memory: int = 227 * 1024
+    blocks: int = 132
+
+    def stages_of(self, moving: int, fixed: int) -> int:
+        """How many chunks of `moving` blocks fit beside the `fixed` ones."""
+        block = 2 * BLOCK**2
+        facts = 4 * BLOCK * (WRITER + 1)
+        return min(self.stages, (self.memory - fixed * block - 1024) // (moving * block + facts))
+
+
+WIDTHS, WIDEST = (64, 128), 128
+"""Columns of q, k and v that one thread block can hold; wider values are values of more heads."""
+
+TUNING = {"NVIDIA H100 80GB HBM3": Tuning()}
+"""By `device_kind`: the devices these kernels were checked and measured on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One y of a sweep, by the names of its rows; without `a`, only its Z is formed.
+
+    Also wanted are, with `x`, the sums x_i·y_i, with `end`, Z after the last chunk, with `keep`, copies of Z before
+    every chunk, with `meets`, the sums of Z times the copies of another sweep, after every chunk.
+    """
+
+    a: str | None
+    b: str
+    c: str
+    x: str | None = None
+    end: bool = False
+    keep: bool = False
+    meets: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether it gives sums, of one kind or the other."""
+        return self.x is not None or self.meets
+
+
+def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
+    """Why these kernels cannot serve, or None."""
+    kind = (device or jax.devices()[0]).device_kind
+    if log_decay is not None and log_decay.ndim == 4:
+        return "log_decay is a vector per token: these kernels serve scalar decays"
+    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: these kernels multiply bfloat16"
+    K, V = q.shape[-1], v.shape[-1]
+    if K not in WIDTHS or (V not in WIDTHS and V % WIDEST):
+        return f"K, V = {K}, {V}: expected 64 or 128, V also a multiple of 128"
+    if kind not in TUNING:
+        return f"the device is {kind!r}: expected one of {', '.join(TUNING)}"
+    return None
+
+
+def fused(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    seg: Array | None,
+    S: Array | None,
+    *,
+    scale: float,
+    form: Callable,
+    tuning: Tuning | None = None,
+) -> tuple[Array, Array]:
+    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], g [Hv] or [B,T,Hv], S [B,Hv,K,V].
+
+    The gradient of constant decays is a sum over all tokens, in which the bf16 states of these kernels would lose what
+    remains: where it is wanted, `form` of the same inputs takes their place.
+    """
+    run = functools.partial(_padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
+    if g is None or g.ndim > 1:
+        return run(q, k, v, g, seg, S)
+    return _unless_learned(run, form, q, k, v, g, seg, S)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _unless_learned(run: Callable, form: Callable, *inputs: Array | None) -> tuple[Array, Array]:
+    return run(*inputs)
+
+
+def _either(run: Callable, form: Callable, *inputs: Any) -> tuple:
+    learned = inputs[3].perturbed
+    q, k, v, g, seg, S = custom_vjp_primal_tree_values(inputs)
+
+    def op(q: Array, k: Array, v: Array, g: Array, S: Array | None) -> tuple[Array, Array]:
+        return form(q, k, v, g, seg, S) if learned else run(q, k, v, jax.lax.stop_gradient(g), seg, S)
+
+    return jax.vjp(op, q, k, v, g, S)
+
+
+def _its_derivative(run: Callable, form: Callable, pullback: Callable, cotangents: tuple) -> tuple:
+    filled = tuple(jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
+    *gradients, dS = pullback(filled)
+    return *gradients, None, dS
+
+
+_unless_learned.defvjp(_either, _its_derivative, symbolic_zeros=True)
+
+
+def _padded(
+    scale: float, tuning: Tuning, q: Array, k: Array, v: Array, g: Array | None, seg: Array | None, S: Array | None
+) -> tuple[Array, Array]:
+    """Whole chunks, and values no wider than a thread block holds."""
+    (B, T, _, K), (Hv, V) = q.shape, v.shape[2:]
+    pad, parts = -T % BLOCK, max(1, V // WIDEST)
+    g = jnp.zeros(Hv, jnp.float32) if g is None else clamp_decay(fp32(g))
+    if parts > 1:
+        g, v = jnp.repeat(g, parts, axis=-1), v.reshape(B, T, Hv * parts, -1)
+        S = None if S is None else _apart(S, parts)
+    if g.ndim == 1 and pad:
+        g = jnp.broadcast_to(g, v.shape[:3])
+    x = (x if x is None or x.ndim == 1 else _pad_tokens(x, pad) for x in (q, k, v, g, seg))
+    o, S = _fused(scale, tuning, *x, None if S is None else fp32(S))
+    return o[:, :T].reshape(B, T, Hv, V), S.reshape(B, Hv, parts, K, -1).swapaxes(2, 3).reshape(B, Hv, K, V)
+
+
+def _apart(S: Array, parts: int) -> Array:
+    """[B,H,K,V] as [B,H·parts,K,V/parts]."""
+    B, H, K, V = S.shape
+    return S.reshape(B, H, K, parts, -1).swapaxes(2, 3).reshape(B, H * parts, K, V // parts)
+
+
+def _pad_tokens(x: Array, pad: int) -> Array:
+    return jnp.pad(x, [(0, pad) if axis == 1 else (0, 0) for axis in range(x.ndim)]) if pad else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(scale: float, tuning: Tuning, *inputs: Any) -> tuple[Array, Array]:
+    return _run_forward(scale, tuning, False, *inputs)[:2]
+
+
+def _run_forward(
+    scale: float, tuning: Tuning, keep: bool, q: Array, k: Array, v: Array, g: Array, seg: Array | None, S: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """o, the final state, the states before the segments, and if asked for those before the chunks."""
+    facts, n, rows = chunk_facts(g, seg, scale), segments(v, tuning), {"q": q, "k": k, "v": v}
+    starts, end = segment_states("k", "v", rows, facts, S, n, tuning)
+    (o,) = sweep((Product("q", "k", "v", end=n == 1, keep=keep),), rows, facts, (starts,), n, tuning, scale=scale)
+    return o["y"], o["Z"] if end is None else end, starts, o.get("kept")
+
+
+def _forward(scale: float, tuning: Tuning, *inputs: Any) -> tuple[tuple, tuple]:
+    learned = inputs[3].perturbed
+    inputs = custom_vjp_primal_tree_values(inputs)
+    o, final, starts, kept = _run_forward(scale, tuning, learned, *inputs)
+    return (o, final), (*inputs, starts, kept)
+
+
+def _backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple) -> tuple:
+    q, k, v, g, seg, S, starts, kept = saved
+    do, dS = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros_like(v) if do is None else do
+    facts = chunk_facts(g, seg, scale)
+    n = segments(v, tuning)
+    rows = {"q": q, "k": k, "v": v, "do": do}
+    learned = kept is not None
+    x = ("q", "k") if learned else (None, None)
+
+    (dq,) = sweep((Product("do", "v", "k", x[0]),), rows, facts, (_flip(starts),), n, tuning, scale=scale)
+    ends, dS0 = segment_states("q", "do", rows, facts, dS, n, tuning, reverse=True)
+    products = Product("k", "q", "do", end=n == 1 and S is not None, meets=learned), Product("v", "do", "q", x[1])
+    dv, dk = sweep(products, rows, facts, (ends, _flip(ends)), n, tuning, scale=scale, reverse=True, kept=kept)
+    dS0 = None if S is None else dv.get("Z", dS0)
+    dg = jnp.zeros_like(g)
+    if learned:
+        dg = _decay_gradient(dq["sums"] - dk["sums"], dv["sums"], seg)
+    return _ungroup(dq["y"], q), _ungroup(dk["y"], k), dv["y"], dg, None, dS0
+
+
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _flip(S: Array | None) -> Array | None:
+    return None if S is None else jnp.swapaxes(S, -1, -2)
+
+
+def _ungroup(dx: Array, x: Array) -> Array:
+    """Gradients by value head [B,T,Hv,K], summed over the heads that share a query or key."""
+    if dx.shape == x.shape:
+        return dx
+    return fp32(dx).reshape(*x.shape[:3], -1, x.shape[3]).sum(3).astype(x.dtype)
+
+
+def chunk_facts(g: Array, seg: Array | None, scale: float) -> Array:
+    """[B,N,Hv,4 or 6,C] fp32, see `SUM`; [1,1,Hv,4,C] if g [Hv] is constant and all chunks are alike."""
+    if seg is None and g.ndim == 1:
+        g = jnp.broadcast_to(g[None, None, :, None], (1, 1, *g.shape, BLOCK))
+    else:
+        B, T = g.shape[:2] if seg is None else seg.shape
+        g = jnp.broadcast_to(g, (B, T, g.shape[-1])).reshape(B, T // BLOCK, BLOCK, -1).swapaxes(2, 3)
+    if seg is None:
+        return jnp.stack(_gates(g, scale), -2)
+    seg, valid = documents.fill_padding(seg)
+    document = jnp.cumsum(documents.changes(seg), 1)
+    chunks, valid = (x.reshape(B, -1, 1, BLOCK) for x in (document, valid))
+    last = chunks[..., -1:]
+    before = jnp.concatenate([chunks[:, :1, :, :1], last[:, :-1]], 1)
+    G, reads, writes, keep = _gates(jnp.where(valid, g, 0), scale)
+    rows = (
+        G,
+        jnp.where((chunks == before) & valid, reads, 0),
+        jnp.where((chunks == last) & valid, writes, 0),
+        jnp.where(last == before, keep, 0),
+        *(jnp.broadcast_to(jnp.where(valid, chunks, none), g.shape).astype(g.dtype) for none in (-1, -2)),
+    )
+    return jnp.stack(rows, -2)
+
+
+def _gates(g: Array, scale: float) -> tuple[Array, ...]:
+    G = jnp.cumsum(g, -1)
+    total = G[..., -1:]
+    return G, scale * jnp.exp(G), jnp.exp(total - G), jnp.broadcast_to(jnp.exp(total), G.shape)
+
+
+def _decay_gradient(moments: Array, anchors: Array, seg: Array | None) -> Array:
+    """dg [B,T,Hv] from `moments` q·dq - k·dk [B,Hv,T] and `anchors` [B,Hv,T], of which every chunk sums to <S, dS>."""
+    B, Hv, T = moments.shape
+    moments, anchors = (x.reshape(B, Hv, -1, BLOCK) for x in (moments, anchors))
+    before = jnp.cumsum(moments, -1) - moments
+    anchor = anchors.sum(-1, keepdims=True)
+    if seg is None:
+        return (anchor - before).reshape(B, Hv, T).swapaxes(1, 2)
+    seg, valid = documents.fill_padding(seg)
+    inside = jnp.arange(BLOCK)
+    changes, valid = (x.reshape(B, 1, -1, BLOCK) for x in (documents.changes(seg), valid))
+    first = jax.lax.cummax(jnp.where(changes, inside, -1), axis=3)  # where the document begins; -1: before the chunk
+    skipped = jnp.take_along_axis(before, jnp.broadcast_to(jnp.maximum(first, 0), before.shape), axis=3)
+    dg = jnp.where(first < 0, anchor, 0) + skipped - before
+    return jnp.where(valid, dg, 0).reshape(B, Hv, T).swapaxes(1, 2)
+
+
+def segments(v: Array, tuning: Tuning) -> int:
+    """Into how many parts, of 8 chunks at least, each row is cut so that few rows fill the device."""
+    B, T, H, _ = v.shape
+    n = 1
+    while B * H * n * 2 <= tuning.blocks and T % (BLOCK * 8 * n * 2) == 0:
+        n *= 2
+    return n
+
+
+def segment_states(
+    b: str,
+    c: str,
+    rows: dict[str, Array],
+    facts: Array,
+    Z: Array | None,
+    n: int,
+    tuning: Tuning,
+    *,
+    reverse: bool = False,
+) -> tuple[Array | None, Array | None]:
+    """The states before the n segments of every row [B·n,Hv,K,V], and the final one; for one segment, `Z` and None."""
+    if n == 1:
+        return Z, None
+    B, T = rows[b].shape[:2]
+    (found,) = sweep((Product(None, b, c, end=True),), rows, facts, (None,), n, tuning, reverse=reverse)
+    updates = found["Z"]
+    keep = facts[:, :, :, KEEP, 0]
+    keep = jnp.broadcast_to(keep, (B, T // BLOCK, keep.shape[-1])).reshape(B, n, -1, keep.shape[-1]).prod(2)
+    updates = updates.reshape(B, n, *updates.shape[1:])
+    states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
+    for i in reversed(range(n)) if reverse else range(n):
+        states.append(keep[:, i, :, None, None] * states[-1] + updates[:, i])
+    before = states[-2::-1] if reverse else states[:-1]
+    return jnp.stack(before, 1).reshape(-1, *updates.shape[2:]), states[-1]
+
+
+def sweep(
+    products: Sequence[Product],
+    rows: dict[str, Array],
+    facts: Array,
+    states: Sequence[Array | None],
+    n: int,
+    tuning: Tuning,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    kept: Array | None = None,
+) -> list[dict[str, Array]]:
+    """All products over all chunks of every row, cut in n segments, the states before which are `states`.
+
+    Returns for every product, as far as it is wanted, "y" [B,T,Hv,D], the states "Z" after each segment [B·n,Hv,K,V],
+    "sums" [B,Hv,T], and "kept" [B·n,N,Hv,K,V], which another sweep meets.
+    """
+    names = sorted({name for p in products for name in (p.a, p.b, p.c, p.x) if name})
+    B, T = rows[names[0]].shape[:2]
+    Hv, dtype = facts.shape[2], rows[names[0]].dtype
+    inputs = {name: rows[name].reshape(B * n, T // n, *rows[name].shape[2:]) for name in names}
+    facts = facts if facts.shape[:2] == (1, 1) else facts.reshape(B * n, -1, *facts.shape[2:])
+    width = {name: x.shape[-1] // BLOCK for name, x in inputs.items()}
+    # One warpgroup per product, or per block of columns of the only one.
+    workers = [(i, tuple(range(width[p.c]))) for i, p in enumerate(products)]
+    if len(workers) == 1:
+        workers = [(0, (column,)) for column in workers[0][1]]
+
+    depth = max(width[p.b] for p in products)
+    stages = tuning.stages_of(sum(width.values()), len(workers) * (depth + 2))
+
+    def wanted(i: int, p: Product) -> dict[str, jax.ShapeDtypeStruct]:
+        parts, (K, V) = sum(w[0] == i for w in workers), (width[p.b] * BLOCK, width[p.c] * BLOCK)
+        y = {"y": jax.ShapeDtypeStruct((B * n, T // n, Hv, V), dtype)} if p.a else {}
+        Z = {"Z": jax.ShapeDtypeStruct((B * n, Hv, K, V), jnp.float32)} if p.end else {}
+        sums = {"sums": jax.ShapeDtypeStruct((B * n, Hv, parts, T // n), jnp.float32)} if p.sums else {}
+        copies = {"kept": jax.ShapeDtypeStruct((B * n, T // n // BLOCK, Hv, K, V), dtype)} if p.keep else {}
+        return y | Z | sums | copies
+
+    outputs = compat.launch(
+        functools.partial(_body, products, workers, scale, reverse),
+        (inputs, facts, tuple(states), kept),
+        tuple(wanted(i, p) for i, p in enumerate(products)),
+        scratch={
+            "row_s": {name: tiles.scratch(dtype, stages, BLOCK, w * BLOCK) for name, w in width.items()},
+            "fact_s": plgpu.SMEM((stages, *facts.shape[3:]), jnp.float32),
+            "state_s": tiles.scratch(dtype, len(workers), depth, *tiles.SQUARE),
+            "write_s": tiles.scratch(dtype, len(workers), *tiles.SQUARE),
+            "y_s": tiles.scratch(dtype, len(workers), *tiles.SQUARE),
+            "sum_s": plgpu.SMEM((len(workers), BLOCK), jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=1 + len(names), num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=len(workers), num_barriers=stages),
+        },
+        grid={"h": Hv, "b": B * n},
+        warpgroups=len(workers) + 1,
+    )
+    for found in outputs:
+        if "y" in found:
+            found["y"] = found["y"].reshape(B, T, Hv, -1)
+        if "sums" in found:
+            found["sums"] = found["sums"].sum(2).reshape(B, n, Hv, -1).swapaxes(1, 2).reshape(B, Hv, T)
+    return list(outputs)
+
+
+def _body(
+    products: Sequence[Product],
+    workers: Sequence[tuple[int, tuple[int, ...]]],
+    scale: float,
+    reverse: bool,
+    inputs: tuple,
+    outputs: Sequence[dict[str, PyTree]],
+    *,
+    row_s: dict[str, PyTree],
+    fact_s: PyTree,
+    full: PyTree,
+    free: PyTree,
+    **scratch: PyTree,
+) -> None:
+    """One thread block: a (segment of a) row and a value head; the last warpgroup loads chunks, the others work."""
+    rows, facts, states, kept = inputs
+    b, h, wg = (jax.lax.axis_index(name) for name in ("b", "h", "wg"))
+    stages = fact_s.shape[0]
+    first = next(iter(rows.values()))
+    N = first.shape[1] // BLOCK
+
+    def tokens(n: Array) -> PyTree:
+        return pl.ds((N - 1 - n if reverse else n) * BLOCK, BLOCK)
+
+    def fetch(n: Array) -> None:
+        slot = jax.lax.rem(n, jnp.int32(stages))
+        for name, x in rows.items():
+            head = jax.lax.div(h, jnp.int32(facts.shape[2] // x.shape[2]))
+            plgpu.copy_gmem_to_smem(x.at[b, tokens(n), head], row_s[name].at[slot], full.at[slot])
+        chunk = N - 1 - n if reverse else n
+        source = facts.at[0, 0, h] if facts.shape[:2] == (1, 1) else facts.at[b, chunk, h]
+        plgpu.copy_gmem_to_smem(source, fact_s.at[slot], full.at[slot])
+
+    for w, (i, columns) in enumerate(workers):
+
+        @pl.when(wg == w)
+        def _(w: int = w, i: int = i, columns: tuple[int, ...] = columns) -> None:
+            if len(workers) > 1:
+                plgpu.set_max_registers(232, action="increase")
+            own = {name: ref.at[w] for name, ref in scratch.items()}
+            where = (b, h, tokens, sum(x == i for x, _ in workers[:w]))
+            chunk = functools.partial(_chunk, products[i], columns, scale, reverse, own, kept, outputs[i], where)
+
+            def step(n: Array, Z: list) -> list:
+                slot = jax.lax.rem(n, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                blocks = {
+                    name: [ref.at[slot, :, tiles.block(j)] for j in range(ref.shape[2] // BLOCK)]
+                    for name, ref in row_s.items()
+                }
+                Z = chunk(n, blocks, fact_s.at[slot], Z)
+                plgpu.barrier_arrive(free.at[slot])
+                return Z
+
+            depth = row_s[products[i].b].shape[2] // BLOCK
+            places = [[(b, h, tiles.block(j), tiles.block(c)) for j in range(depth)] for c in columns]
+            Z = jax.tree.map(
+                lambda at: tiles.zeros() if states[i] is None else tiles.load(states[i].at[at]),
+                places,
+                is_leaf=lambda x: isinstance(x, tuple),
+            )
+            Z = jax.lax.fori_loop(0, N, step, Z)
+            if products[i].end:
+                for at, z in zip(itertools.chain(*places), itertools.chain(*Z), strict=True):
+                    outputs[i]["Z"][at] = z
+            plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == len(workers))
+    def _() -> None:
+        if len(workers) > 1:
+            plgpu.set_max_registers(40, action="decrease")
+        for n in range(min(stages, N)):
+            fetch(jnp.int32(n))
+
+        @pl.loop(stages, max(N, stages))
+        def _(n: Array) -> None:
+            plgpu.barrier_wait(free.at[jax.lax.rem(n, jnp.int32(stages))])
+            plgpu.commit_smem()  # joins the warps: none may miss a phase of the barrier
+            fetch(n)
+
+
+def _chunk(
+    p: Product,
+    columns: Sequence[int],
+    scale: float,
+    reverse: bool,
+    own: dict[str, PyTree],
+    kept: PyTree,
+    outputs: dict[str, PyTree],
+    where: tuple,
+    n: Array,
+    rows: Mapping[str, Sequence[PyTree]],
+    facts: PyTree,
+    Z: list,
+) -> list:
+    """The columns of y of one chunk, and Z after it."""
+    b, h, tokens, part = where
+    reads, writes = (WRITES, READS) if reverse else (READS, WRITES)
+    state_s, write_s, y_s, sum_s = (own[name] for name in ("state_s", "write_s", "y_s", "sum_s"))
+    dtype = rows[p.b][0].dtype
+    keep = facts[KEEP, 0]
+    if p.a:
+        scores = tiles.mm(*((x, compat.transpose(y)) for x, y in zip(rows[p.a], rows[p.b], strict=True)))
+        scores *= _decay(facts, scale, reverse)
+        low = scores.astype(dtype)
+    after, sums = [], []
+    for c, z in zip(columns, Z, strict=True):
+        if p.a:
+            if p.keep:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for j, block in enumerate(z):
+                state_s.at[j][...] = block.astype(dtype)
+            plgpu.commit_smem()
+            if p.keep:
+                for j in range(len(z)):
+                    target = outputs["kept"].at[b, n, h, tiles.block(j), tiles.block(c)]
+                    plgpu.copy_smem_to_gmem(state_s.at[j], target)
+            y = tiles.mm(*((x, state_s.at[j]) for j, x in enumerate(rows[p.a])))
+            y *= per_row(facts.at[reads])
+        else:
+            plgpu.commit_smem()
+        write_s[...] = _scaled(rows[p.c][c], facts, writes)
+        plgpu.commit_smem()
+        init, pairs = [keep * block for block in z], [(compat.transpose(x), write_s) for x in rows[p.b]]
+        if p.a:
+            y, *z = tiles.acc_mm([y, *init], [(low, rows[p.c][c]), *pairs])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            y_s[...] = y.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_s, outputs["y"].at[b, tokens(n), h, tiles.block(c)])
+        else:
+            z = tiles.acc_mm(init, pairs)
+        after.append(list(z))
+        if p.x:
+            sums.append((tiles.load(rows[p.x][c]) * y).sum(1))
+        if p.meets:
+            source = kept.at[b, kept.shape[1] - 1 - n if reverse else n, h]
+            sums += [(tiles.load(source.at[tiles.block(j), tiles.block(c)]) * x).sum(1) for j, x in enumerate(z)]
+    if sums:
+        sum_s[...] = sum(sums)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sum_s, outputs["sums"].at[b, h, part, tokens(n)])
+    return after
+
+
+def _scaled(rows: PyTree, facts: PyTree, weight: int) -> Array:
+    return (tiles.load(rows) * per_row(facts.at[weight])).astype(rows.dtype)
+
+
+def _decay(facts: PyTree, scale: float, reverse: bool) -> Array:
+    """scale · Γ, transposed in reverse."""
+    exponent = per_row(facts.at[SUM]) - per_column(facts.at[SUM])
+    row, column = tiles.index(0), tiles.index(1)
+    allowed = row <= column if reverse else row >= column
+    if facts.shape[0] > WRITER:
+        own, other = (WRITER, READER) if reverse else (READER, WRITER)
+        allowed &= per_row(facts.at[own]) == per_column(facts.at[other])
+    return jnp.exp(jnp.where(allowed, -exponent if reverse else exponent, -1e4)) * scale

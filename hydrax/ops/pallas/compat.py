@@ -1,0 +1,57 @@
+"""Every call of Pallas Mosaic GPU that differs between the supported versions of JAX, and the choices made for all."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from hydrax.core.typing import Array, PyTree
+
+_NEW = jax.__version_info__ >= (0, 11)
+
+
+def launch(
+    body: Callable,
+    inputs: PyTree,
+    outputs: PyTree,
+    *,
+    scratch: Mapping[str, PyTree],
+    grid: Mapping[str, int],
+    warpgroups: int,
+) -> PyTree:
+    """`body(inputs, outputs, **scratch)`, of references, on a named grid, "wg" being the warpgroups of a block.
+
+    Lane semantics are set explicitly: under the default of JAX 0.11 layout inference may search for minutes and fail.
+    No barriers are inserted around stores: between reading shared memory, also by wgmma, and storing there again the
+    body needs a `commit_smem` or a wait for a copy to global memory, which both join the threads of a warpgroup.
+    """
+    arrays, inputs_tree = jax.tree.flatten(inputs)
+    types, outputs_tree = jax.tree.flatten(outputs)
+
+    def flat(*refs: PyTree, **scratch: PyTree) -> None:
+        ins, outs = refs[: len(arrays)], refs[len(arrays) :]
+        body(jax.tree.unflatten(inputs_tree, ins), jax.tree.unflatten(outputs_tree, outs), **scratch)
+
+    run = plgpu.kernel(
+        flat,
+        out_type=tuple(types),
+        scratch_types=dict(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    return jax.tree.unflatten(outputs_tree, run(*arrays))
+
+
+def load(ref: PyTree, layout: PyTree) -> Array:
+    """All of `ref`, in shared or global memory, as an array of that layout."""
+    return plgpu.load(ref, *(() if _NEW else ((),)), layout=layout, optimized=False)
+
+
+def transpose(ref: PyTree) -> PyTree:
+    """A matrix in shared memory, read as its transpose."""
+    return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))

@@ -1,0 +1,78 @@
+"""Blocks of 64 x 64, the unit in which the Hopper kernels load, multiply and store (one warpgroup, one wgmma tile)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from hydrax.core.typing import Array, PyTree
+from hydrax.ops.pallas import compat
+
+BLOCK = 64
+SQUARE = (BLOCK, BLOCK)
+TILED = plgpu.Layout.WGMMA
+Pair = tuple[PyTree, PyTree]
+"""Factors of a product: the left one in registers (bf16) or shared memory, the right one in shared memory."""
+
+
+def scratch(dtype: jnp.dtype, *shape: int) -> PyTree:
+    """Matrices [...,64,64·n] in shared memory, as wgmma wants them."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+
+def block(i: int) -> PyTree:
+    """The i-th 64 rows or columns."""
+    return pl.ds(i * BLOCK, BLOCK)
+
+
+def load(ref: PyTree) -> Array:
+    """A block in fp32 registers."""
+    return compat.load(ref, TILED).astype(jnp.float32)
+
+
+def per_row(ref: PyTree, width: int = BLOCK) -> Array:
+    """A vector [64] in memory as [64,width], one value per row."""
+    return spread(compat.load(ref, TILED.reduce(1)), width)
+
+
+def per_column(ref: PyTree) -> Array:
+    """A vector [64] in memory as [64,64], one value per column."""
+    return jax.lax.broadcast_in_dim(compat.load(ref, TILED.reduce(0)), SQUARE, [1])
+
+
+def spread(x: Array, width: int = BLOCK) -> Array:
+    """A vector [64] in registers as [64,width], one value per row."""
+    return jax.lax.broadcast_in_dim(x, (BLOCK, width), [0])
+
+
+def index(axis: int) -> Array:
+    """Row (0) or column (1) of every entry of a block."""
+    return plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=TILED)
+
+
+def zeros() -> Array:
+    return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILED)
+
+
+def mm(*pairs: Pair) -> Array:
+    """Σ left @ right over the pairs, in fp32."""
+
+    def run(acc: PyTree) -> Array:
+        for left, right in pairs:
+            plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(SQUARE, jnp.float32))
+
+
+def acc_mm(init: Sequence[Array], pairs: Sequence[Pair]) -> tuple[Array, ...]:
+    """init + left @ right, one block per pair, all in flight together."""
+
+    def run(accs: Sequence[PyTree]) -> None:
+        for acc, (left, right) in zip(accs, pairs, strict=True):
+            plgpu.wgmma(acc, left, right)
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in init))
