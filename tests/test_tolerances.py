@@ -6,7 +6,7 @@ import pytest
 
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
-REFERENCE = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+REFERENCE = np.linspace(-1, 1, 12).reshape(3, 4)
 
 
 @pytest.mark.parametrize("tolerance", TOLERANCE.values(), ids=TOLERANCE.keys())
