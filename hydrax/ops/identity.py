@@ -8,7 +8,7 @@ long rows are as exact as there, and time and memory are those of one head with 
 
 import jax.numpy as jnp
 
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import wide
 from hydrax.core.typing import Array
 
 LONGEST = 4096
@@ -24,7 +24,7 @@ def identity_values(tokens: Array, *channels: int) -> Array:
     B, T = tokens.shape[:2]
     if T > LONGEST:
         raise ValueError(f"attention_matrix: T = {T}: expected at most {LONGEST}, for T x T numbers per head")
-    columns = jnp.eye(T, dtype=fp32(tokens).dtype).reshape(T, *(1 for _ in channels), T)
+    columns = jnp.eye(T, dtype=wide(tokens.dtype)).reshape(T, *(1 for _ in channels), T)
     return jnp.broadcast_to(columns, (B, T, *channels, T))
 
 

@@ -28,7 +28,7 @@ def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K] twice and [B,T,Hv,V], Hv = R·H")
     if g is None:
         # behind a barrier: compilers would spend seconds on evaluating all that follows from zeros
-        return jax.lax.optimization_barrier(jnp.zeros((B, T, H, 1, 1), fp32(q).dtype))
+        return jax.lax.optimization_barrier(jnp.zeros((B, T, H, 1, 1), wide(q.dtype)))
     g = g.astype(wide(jnp.result_type(g, q)))
     if g.shape == (Hv,):
         g = jnp.broadcast_to(g, (B, T, Hv))
@@ -43,7 +43,7 @@ def grouped_state(initial: Array | None, k: Array, v: Array) -> Array:
     """The state before token 0 as fp32 [B,H,R,K,V] for grouped values, zeros if None."""
     B, _, H, R, V = v.shape
     K = k.shape[-1]
-    dtype = fp32(v).dtype
+    dtype = wide(v.dtype)
     if initial is None:
         return jnp.zeros((B, H, R, K, V), dtype)
     if initial.shape != (B, H * R, K, V):

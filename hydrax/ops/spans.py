@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from hydrax.core.typing import Array, PyTree
 
-SPAN = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
-"""Tokens of a row that a form handles at once, by backend: what caches hold, or enough to fill a GPU from one row."""
+SPAN = 8192
+"""Tokens of a row that a form handles at once: enough to fill a GPU from one row."""
+SPANS = {"cpu": 2048}
+"""The same for backends that want another number; CPUs keep that much in their caches."""
 
 Arrays = tuple[Array | None, ...]
 
@@ -51,7 +53,7 @@ def join_chunks(x: Array, T: int) -> Array:
 
 def _spans(N: int, C: int) -> int:
     """Into how many spans N chunks of C tokens are cut."""
-    return -(-N * C // SPAN[jax.default_backend()])
+    return -(-N * C // SPANS.get(jax.default_backend(), SPAN))
 
 
 def _forward(

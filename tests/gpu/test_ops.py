@@ -15,6 +15,7 @@ from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import linear_scan, selective_scan
 from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
+from tests.ops import matrix_state as ms, test_linear_gpu as hopper
 from tests.tolerances import TOLERANCE, assert_close
 
 pytestmark = [
@@ -123,6 +124,17 @@ def test_cudnn_equals_definition(window: int | None, packed: bool) -> None:
     actual = _outputs_and_gradients(form("cudnn"), inputs)
     for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=False):
         assert_close(f"cudnn {name}", a, e, TOLERANCE["bf16_output" if name == "o" else "bf16_gradient"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", hopper.CASES)
+def test_linear_kernels_equal_the_recurrence(name: str, packed: bool) -> None:
+    hopper.check_case(name, packed)
+
+
+@pytest.mark.parametrize("gate", ms.SATURATED)
+def test_linear_kernels_with_saturated_gates(gate: str) -> None:
+    hopper.check_saturated(gate)
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar"])

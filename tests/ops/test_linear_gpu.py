@@ -56,15 +56,20 @@ def evaluate(x: dict, cotangents: tuple, ids: np.ndarray | None, tuning: gpu.Tun
     return {"o": o, "state": S} | {f"d{n}": a for n, a in gradients.items()}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_bodies_equal_the_recurrence(name: str, packed: bool, emulated_gpu: None) -> None:  # noqa: F811
+def check_case(name: str, packed: bool) -> None:
+    """Outputs, state and all gradients against the recurrence; by the kernels themselves where there is a GPU."""
     exact, low, ids, tuning = problem(name)
     expected = ms.in_fp64(linear_attention, exact, ids if packed else np.ones_like(ids))
     actual = evaluate(low, ms.cotangents(exact), ids if packed else None, tuning)
     assert expected.keys() - actual.keys() == ({"dlog_decay"} if "constant" in name or name == "wide_values" else set())
     for what, value in actual.items():
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_equal_the_recurrence(name: str, packed: bool, emulated_gpu: None) -> None:  # noqa: F811
+    check_case(name, packed)
 
 
 def test_another_form_gives_the_gradient_of_constant_decays() -> None:
@@ -77,6 +82,10 @@ def test_another_form_gives_the_gradient_of_constant_decays() -> None:
 
 @pytest.mark.parametrize("gate", ms.SATURATED)
 def test_saturated_gates(gate: str, emulated_gpu: None) -> None:  # noqa: F811
+    check_saturated(gate)
+
+
+def check_saturated(gate: str) -> None:
     exact, low, ids, tuning = problem("grouped")
     exact["log_decay"] = ms.SATURATED[gate](exact["log_decay"].shape)
     low["log_decay"] = jnp.asarray(exact["log_decay"], jnp.float32)
@@ -108,6 +117,11 @@ def test_forward_and_backward_lower_for_cuda(name: str, packed: bool) -> None:
     ids=["device", "fp32", "vector", "width"],
 )
 def test_what_cannot_be_served_is_refused(change: dict, message: str) -> None:
-    x = dict.fromkeys("qkv", jnp.zeros((1, 8, 1, 64), jnp.bfloat16)) | change
-    with pytest.raises(ValueError, match=message):
+    x = dict.fromkeys("qkv", jnp.zeros((1, 8, 1, 64), jnp.bfloat16)) | {"log_decay": None} | change
+    assert message in gpu.refusal(**x)
+
+
+def test_without_a_gpu_the_kernels_are_refused() -> None:
+    x = dict.fromkeys("qkv", jnp.zeros((1, 8, 1, 64), jnp.bfloat16))
+    with pytest.raises(ValueError, match="impl = 'pallas_gpu' cannot serve: the device is 'cpu'"):
         linear_attention(**x, impl="pallas_gpu")

@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_the_chunk_size(case: Linear | Selective, chunk
 @KINDS
 def test_nor_on_the_spans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three spans, cut inside of documents and at their edges: states, and what all tokens share, pass through."""
-    monkeypatch.setitem(spans.SPAN, "cpu", 32)
+    monkeypatch.setitem(spans.SPANS, "cpu", 32)
     op, x, ids = problem(name)
 
     def own_op(**x):  # `evaluator` keeps what it compiled by the function it is given

@@ -100,7 +100,7 @@ def test_saturated_gates(gate: str) -> None:
 
 def test_several_spans_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids = problem("long")
-    monkeypatch.setitem(spans.SPAN, "cpu", 64)
+    monkeypatch.setitem(spans.SPANS, "cpu", 64)
     run = ms.evaluator(op, impl="chunked", chunk_size=16)  # compiled in no other test
     ms.assert_matches(ms.in_fp32(run, x, ids), ms.in_fp64(op, x, ids))
 

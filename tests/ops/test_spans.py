@@ -36,7 +36,7 @@ def test_several_spans_equal_one(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     ids = ms.documents(1, 150)
     ids[:, 64:110] = 50  # starts with a span, ends within another
     expected = ms.in_fp64(f, x, ids)
-    monkeypatch.setitem(spans.SPAN, "cpu", 32)
+    monkeypatch.setitem(spans.SPANS, "cpu", 32)
     ms.assert_matches(ms.in_fp32(ms.evaluator.__wrapped__(f, impl="chunked", chunk_size=16), x, ids), expected)
 
 
@@ -51,7 +51,7 @@ def test_memory_grows_with_the_inputs_not_with_a_state_per_token(op: str) -> Non
         grad = jax.grad(lambda x: f(**x)[0].sum() + f(**x)[1].sum())
         return jax.jit(grad).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
-    T = 2 * spans.SPAN["cpu"]
+    T = 2 * spans.SPANS["cpu"]
     growth = (compiled_bytes(2 * T) - compiled_bytes(T)) / T
     inputs = sum(a.nbytes for a in problem(op, T, K)[1].values()) / 2 / T  # fp64 -> fp32
     assert growth < 4 * inputs < 4 * K * K / 2, f"{growth:.0f} bytes per token for inputs of {inputs:.0f}"
@@ -59,7 +59,7 @@ def test_memory_grows_with_the_inputs_not_with_a_state_per_token(op: str) -> Non
 
 def test_a_long_row_in_fp32_keeps_its_accuracy() -> None:
     """The error of outputs does not grow along 16 spans: fp32 states against the recurrence in fp64."""
-    f, x = problem("delta-scalar", 16 * spans.SPAN["cpu"], 8)
+    f, x = problem("delta-scalar", 16 * spans.SPANS["cpu"], 8)
     x["log_decay"] *= 0.01
     with jax.enable_x64(True):
         want = jax.jit(functools.partial(f, impl="recurrent"))(**{n: jnp.asarray(a) for n, a in x.items()})[0]

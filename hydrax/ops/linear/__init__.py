@@ -8,6 +8,7 @@ Mamba-2 (2405.21060).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,16 @@ from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.dispatch import select
 from hydrax.ops.identity import as_matrix, identity_values
-from hydrax.ops.linear import forms, gpu
+from hydrax.ops.linear import forms
 
-FORMS: dict[str, Callable] = {"recurrent": forms.recurrent, "chunked": forms.chunked, "pallas_gpu": gpu.fused}
+
+def _fused(*inputs: Any, scale: float, form: Callable) -> tuple[Array, Array]:
+    from hydrax.ops.linear import gpu
+
+    return gpu.fused(*inputs, scale=scale, form=form)
+
+
+FORMS: dict[str, Callable] = {"recurrent": forms.recurrent, "chunked": forms.chunked, "pallas_gpu": _fused}
 
 
 def linear_attention(
@@ -56,18 +64,27 @@ def linear_attention(
     T, K = q.shape[1], q.shape[3]
     scale = K**-0.5 if scale is None else scale
     inputs = (q, k, v, log_decay, segment_ids, initial_state)
-    refusal = gpu.refusal(q, k, v, log_decay)
+    refusal = _refusal(q, k, v, log_decay)
     default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
     form = select("linear_attention", impl, FORMS, default, q.shape)
-    if form is gpu.fused:
+    if form is _fused:
         if refusal:
             raise ValueError(f"linear_attention: impl = 'pallas_gpu' cannot serve: {refusal}")
         by_xla = functools.partial(by_form, forms.chunked, scale)
         jax.eval_shape(by_xla, *inputs)  # refuses shapes that do not fit
-        return gpu.fused(*inputs, scale=scale, form=by_xla)
+        return _fused(*inputs, scale=scale, form=by_xla)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     return by_form(form, scale, *inputs)
+
+
+def _refusal(q: Array, k: Array, v: Array, log_decay: Array | None) -> str | None:
+    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
+    if jax.default_backend() != "gpu":
+        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
+    from hydrax.ops.linear import gpu
+
+    return gpu.refusal(q, k, v, log_decay)
 
 
 def by_form(

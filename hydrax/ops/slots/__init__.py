@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrax.core import tree
-from hydrax.core.numerics import MIN_LOG_DECAY, fp32
+from hydrax.core.numerics import MIN_LOG_DECAY, fp32, wide
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents, layout, linear
 from hydrax.ops.dispatch import select
@@ -184,7 +184,7 @@ def _state(q: Array, k: Array, v: Array, w: Array, g: Array, initial: tuple | No
         raise ValueError(f"write {w.shape}, log_decay {g.shape}: expected {(B, T, H)} and slots, twice")
     shapes = (B, H, M, K), (B, H, M, V)
     if initial is None:
-        return jnp.zeros(shapes[0], fp32(v).dtype), jnp.zeros(shapes[1], fp32(v).dtype)
+        return jnp.zeros(shapes[0], wide(v.dtype)), jnp.zeros(shapes[1], wide(v.dtype))
     if (initial[0].shape, initial[1].shape) != shapes:
         raise ValueError(f"initial_state {initial[0].shape}, {initial[1].shape}: expected {shapes[0]}, {shapes[1]}")
     return fp32(initial[0]), fp32(initial[1])
@@ -197,7 +197,7 @@ def _average(q: Array, s: Array, v: Array, initial: tuple | None) -> tuple[Array
         raise ValueError(f"q {q.shape}, scores {s.shape}, v {v.shape}: expected [B,T,H,M] twice and [B,T,H,V]")
     shapes = (B, H, M), (B, H, M, V), (B, H, M)
     if initial is None:
-        dtypes = jnp.int32, fp32(v).dtype, fp32(v).dtype
+        dtypes = jnp.int32, wide(v.dtype), wide(v.dtype)
         exponents, numerators, denominators = map(jnp.zeros, shapes, dtypes)
         return exponents, numerators, denominators
     if tuple(x.shape for x in initial) != shapes:
