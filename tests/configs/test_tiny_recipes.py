@@ -8,6 +8,7 @@ import pytest
 from hydrax.core.config import known, load_config, load_module
 from hydrax.models.spec import ModelConfig, model_config
 from tests.contract import test_hybrids as hybrids
+from tests.tolerances import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.thorough
 
@@ -52,6 +53,17 @@ def test_documents_causality_decoding_and_cache(recipe: Recipe):
 @pytest.mark.slow
 def test_scanned_layers_equal_unrolled_ones(recipe: Recipe):
     hybrids.test_scanned_layers_equal_unrolled_ones(recipe)
+
+
+@pytest.mark.slow
+def test_fp32_is_close_to_fp64(recipe: Recipe):
+    """What random hybrids amplify at will stays small in models that people train."""
+    row = recipe.row(hybrids.LENGTHS, recipe.text())
+    given, real = hybrids.batch([row]), row.segment_ids != 0
+    y = hybrids.forward(recipe)(hybrids.rounded(recipe.params), given)
+    with hybrids.exact():
+        want = hybrids.forward(recipe)(recipe.params, given)
+    assert_close("logits", y[0][real], want[0][real], TOLERANCE["fp32_model"])
 
 
 @pytest.mark.slow
