@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from hydrax.core.numerics import fp32
-from hydrax.core.typing import Array, Float, Int
+from hydrax.core.typing import Array, Float, Int, PyTree
 
 
 class Sums(NamedTuple):
@@ -27,29 +28,83 @@ def chunked_cross_entropy(
     *,
     z_loss: float = 0.0,
     chunk: int = 256,
-) -> Sums:
+) -> tuple[Float[Array, ""], Sums]:
     """-log softmax(logits)[target] and the z-loss lse² (arXiv 2204.02311), summed over tokens with their weights.
 
-    Logits exist for `chunk` tokens per row at a time and are computed again in the backward pass. A chunk takes
-    every N-th token, not neighbours: when tokens are sharded over devices, each chunk then lies on all of them.
+    Returns the objective, nll + z, and its parts. The gradient of the objective with respect to `hidden` and whatever
+    `logits_fn` closes over is formed beside it, chunk by chunk: logits exist once, for `chunk` tokens per row at a
+    time. A chunk takes every N-th token, not neighbours: when tokens are sharded over devices, each chunk then lies
+    on all of them.
+
+    Raises:
+      TypeError: something else is differentiated (the parts, or with respect to the weights).
     """
-    n = -(-targets.shape[1] // chunk)
+    B, T = targets.shape
+    n = -(-T // chunk)
 
     def split(x: Array) -> Array:
         """[B,T,...] -> [N,B,C,...]; what is added to fill the last chunk has weight 0."""
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % n)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, n, *x.shape[2:]), 2, 0)
+        x = jnp.pad(x, ((0, 0), (0, -T % n)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, n, *x.shape[2:]), 2, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(sums: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        x, target, weight = part
-        logits = fp32(logits_fn(x))
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum fuses with its reduction and needs no communication of logits sharded over the vocabulary.
-        is_target = target[..., None] == jnp.arange(logits.shape[-1])
-        nll = lse - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        new = Sums(jnp.sum(weight * nll), z_loss * jnp.sum(weight * lse**2), jnp.sum(weight))
+    x = split(hidden)
+    logits_of, closed_over = jax.closure_convert(logits_fn, x[0])
+    return _objective(logits_of, z_loss, (x, closed_over), split(targets), split(fp32(weights)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _objective(logits_of: Callable, z_loss: float, inputs: PyTree, targets: Array, weights: Array) -> tuple:
+    x, closed_over = inputs
+
+    def add(sums: Sums, part: tuple) -> tuple[Sums, None]:
+        x, *facts = part
+        new = _sums(fp32(logits_of(x, *closed_over)), *facts, z_loss)[0]
         return jax.tree.map(jnp.add, sums, new), None
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, Sums(zero, zero, zero), (split(hidden), split(targets), split(fp32(weights))))[0]
+    sums = jax.lax.scan(add, _nothing(), (x, targets, weights))[0]
+    return sums.nll + sums.z, sums
+
+
+def _forward(logits_of: Callable, z_loss: float, inputs: PyTree, targets: Any, weights: Any) -> tuple:
+    if weights.perturbed:
+        raise TypeError("chunked_cross_entropy: expected weights that are not differentiated")
+    (x, closed_over), targets, weights = custom_vjp_primal_tree_values((inputs, targets, weights))
+
+    def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
+        sums, total = carry
+        x, *facts = part
+        logits, pullback = jax.vjp(logits_of, x, *closed_over)
+        new, dlogits = _sums(fp32(logits), *facts, z_loss)
+        dx, *gradients = pullback(dlogits.astype(logits.dtype))
+        return (jax.tree.map(jnp.add, sums, new), [a + fp32(b) for a, b in zip(total, gradients, strict=True)]), dx
+
+    zeros = [fp32(jnp.zeros_like(a)) for a in closed_over]
+    (sums, gradients), dx = jax.lax.scan(add, (_nothing(), zeros), (x, targets, weights))
+    gradients = [g.astype(a.dtype) for g, a in zip(gradients, closed_over, strict=True)]
+    return (sums.nll + sums.z, sums), (dx, gradients)
+
+
+def _backward(logits_of: Callable, z_loss: float, gradients: PyTree, cotangents: tuple) -> tuple:
+    d, parts = cotangents
+    if not all(isinstance(x, SymbolicZero) for x in parts):
+        raise TypeError("chunked_cross_entropy: expected the objective to be differentiated, not its parts")
+    return jax.tree.map(lambda g: (d * g).astype(g.dtype), gradients), None, None
+
+
+_objective.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _nothing() -> Sums:
+    return Sums(*jnp.zeros(3, jnp.float32))
+
+
+def _sums(logits: Array, targets: Array, weights: Array, z_loss: float) -> tuple[Sums, Array]:
+    """Those of a chunk, and the gradient of the objective with respect to its logits [B,C,V]."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum fuses with its reduction and needs no communication of logits sharded over the vocabulary.
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    nll = lse - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    sums = Sums(jnp.sum(weights * nll), z_loss * jnp.sum(weights * lse**2), jnp.sum(weights))
+    probabilities = jnp.exp(logits - lse[..., None])
+    at_lse, at_target = weights * (1 + 2 * z_loss * lse), jnp.where(is_target, weights[..., None], 0.0)
+    return sums, at_lse[..., None] * probabilities - at_target

@@ -68,7 +68,7 @@ def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callab
     """(params, batch) -> sums {nll, tokens, bytes}; z-loss is not part of it."""
 
     def step(params: dict[str, Array], batch: Batch) -> Metrics:
-        sums, _ = _sums(plan, plan.cast(params, dtype), batch, 0.0)
+        sums, _ = _objective(plan, plan.cast(params, dtype), batch, 0.0)[1]
         return {"nll": sums.nll, "tokens": sums.tokens, "bytes": jnp.sum(batch["bytes"])}
 
     return step
@@ -82,8 +82,7 @@ def _accumulated(
     axes = {name: meta.axes for name, meta in plan.meta.items()}
 
     def objective(params: dict[str, Array], part: Batch) -> tuple[Array, Totals]:
-        sums, losses = _sums(plan, params, part, z_loss)
-        return sums.nll + sums.z + sum(losses.values()), (sums, losses)
+        return _objective(plan, params, part, z_loss)
 
     def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
         grads, sums = jax.grad(objective, has_aux=True)(params, part)
@@ -103,9 +102,12 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
-def _sums(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> Totals:
-    """Those of the predictions, and the layers' own losses: means, which count as much as all tokens together."""
+def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> tuple[Array, Totals]:
+    """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
+    together."""
     model = plan.merge(params)
     x, losses = model.forward(batch["tokens"], batch["segment_ids"], batch["positions"], modes=batch.get("modes"))
-    sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
-    return sums, {name: value * sums.tokens for name, value in losses.items()}
+    total, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
+    tokens = jax.lax.stop_gradient(sums.tokens)
+    losses = {name: value * tokens for name, value in losses.items()}
+    return total + sum(losses.values()), (sums, losses)

@@ -40,15 +40,22 @@ def inputs(dtype=jnp.float32):
 def test_equals_dense_with_gradients(chunk):
     x, table, targets, weights = inputs()
 
-    def total(f, *extra):
-        return lambda x, table: (lambda s: s.nll + s.z)(f(x, table, targets, weights, 0.1, *extra))
+    def total(x, table):
+        sums = dense(x, table, targets, weights, 0.1)
+        return sums.nll + sums.z
 
-    sums = jax.jit(chunked, static_argnums=(4, 5))(*inputs(), 0.1, chunk)
-    for name, a, e in zip(Sums._fields, sums, EXPECTED(*inputs(), 0.1), strict=True):
+    def objective(x, table):
+        return chunked(x, table, targets, weights, 0.1, chunk)
+
+    sums = jax.jit(objective)(x, table)[1]
+    gradient = jax.value_and_grad(lambda *a: (3 * objective(*a)[0], objective(*a)[1]), (0, 1), has_aux=True)
+    (value, beside), actual = jax.jit(gradient)(x, table)
+    for name, a, b, e in zip(Sums._fields, sums, beside, EXPECTED(*inputs(), 0.1), strict=True):
         assert a.dtype == jnp.float32
         assert_close(name, a, e, TOLERANCE["fp32_op"])
-    actual = jax.jit(jax.grad(total(chunked, chunk), (0, 1)))(x, table)
-    expected = jax.jit(jax.grad(total(dense), (0, 1)))(x, table)
+        assert_close(f"{name} beside gradients", b, e, TOLERANCE["fp32_op"])
+    assert_close("objective", value, 3 * (sums.nll + sums.z), TOLERANCE["fp32_op"])
+    expected = jax.jit(jax.grad(lambda *a: 3 * total(*a), (0, 1)))(x, table)
     for name, a, e in zip(("hidden", "table"), actual, expected, strict=True):
         assert_close(name, a, e, TOLERANCE["fp32_op"])
 
@@ -56,19 +63,19 @@ def test_equals_dense_with_gradients(chunk):
 def test_z_loss_is_the_weighted_square_of_lse():
     x, table, targets, weights = inputs()
     lse = np.log(np.exp(np.asarray(x @ table.T, np.float64)).sum(-1))
-    assert_close("z", chunked(x, table, targets, weights, 0.5, 5).z, 0.5 * (weights * lse**2).sum(), 1e-6)
-    assert float(chunked(x, table, targets, weights, 0.0, 5).z) == 0
+    assert_close("z", chunked(x, table, targets, weights, 0.5, 5)[1].z, 0.5 * (weights * lse**2).sum(), 1e-6)
+    assert float(chunked(x, table, targets, weights, 0.0, 5)[1].z) == 0
 
 
 def test_huge_logits_stay_finite():
     x, table, targets, weights = inputs()
-    sums = chunked(1e4 * x, table, targets, weights, 1e-4, 5)
+    _, sums = chunked(1e4 * x, table, targets, weights, 1e-4, 5)
     assert_close("nll", sums.nll, EXPECTED(1e4 * x, table, targets, weights, 0.0).nll, TOLERANCE["fp32_op"])
 
 
 def test_sums_are_fp32_for_bf16_hidden_states():
     x, table, targets, weights = inputs(jnp.bfloat16)
-    sums = chunked(x, table, targets, weights, 0.1, 5)
+    _, sums = chunked(x, table, targets, weights, 0.1, 5)
     assert {s.dtype for s in sums} == {jnp.dtype("float32")}
     assert_close("nll", sums.nll, EXPECTED(x, table, targets, weights, 0.1).nll, TOLERANCE["fp32_op"])
 
@@ -76,11 +83,20 @@ def test_sums_are_fp32_for_bf16_hidden_states():
 def largest(f) -> int:
     """Elements of the largest array in the optimised program of the gradient."""
     x, table, targets, weights = inputs()
-    gradient = jax.grad(lambda x, table: f(x, table, targets, weights).nll, (0, 1))
+    gradient = jax.grad(lambda x, table: f(x, table, targets, weights), (0, 1))
     text = jax.jit(gradient).lower(x, table).compile().as_text()
     return max(int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"\w+\[([\d,]+)\]", text))
 
 
 def test_no_array_of_all_logits_exists():
-    assert largest(lambda *a: chunked(*a, 0.1, 4)) < B * T * V / 2
-    assert largest(lambda *a: dense(*a, 0.1)) >= B * T * V  # the check sees what it looks for
+    assert largest(lambda *a: chunked(*a, 0.1, 4)[0]) < B * T * V / 2
+    assert largest(lambda *a: dense(*a, 0.1).nll) >= B * T * V  # the check sees what it looks for
+
+
+@pytest.mark.parametrize("argument", ["x", "weights"])
+def test_only_the_objective_has_a_gradient(argument):
+    x, table, targets, weights = inputs()
+    parts = {"x": lambda x: chunked(x, table, targets, weights, 0.1, 4)[1].nll}
+    parts["weights"] = lambda weights: chunked(x, table, targets, weights, 0.1, 4)[0]
+    with pytest.raises(TypeError, match="differentiated"):
+        jax.grad(parts[argument])({"x": x, "weights": weights}[argument])

@@ -33,35 +33,10 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import documents
-from hydrax.ops.pallas import compat, tiles
+from hydrax.ops.pallas import chunks, compat, ring, tiles
+from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WIDEST, WIDTHS, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
-
-SUM, READS, WRITES, KEEP, READER, WRITER = range(6)
-"""Rows of the facts of a chunk [6,C]: G, r, w, λ, and the document from which a token reads, to which it writes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """`stages`: most chunks in shared memory, of `memory` bytes, at once; `blocks`: thread blocks on the device."""
-
-    stages: int = 3
-    memory: int = 227 * 1024
-    blocks: int = 132
-
-    def stages_of(self, moving: int, fixed: int) -> int:
-        """How many chunks of `moving` blocks fit beside the `fixed` ones."""
-        block = 2 * BLOCK**2
-        facts = 4 * BLOCK * (WRITER + 1)
-        return min(self.stages, (self.memory - fixed * block - 1024) // (moving * block + facts))
-
-
-WIDTHS, WIDEST = (64, 128), 128
-"""Columns of q, k and v that one thread block can hold; wider values are values of more heads."""
-
-TUNING = {"NVIDIA H100 80GB HBM3": Tuning()}
-"""By `device_kind`: the devices these kernels were checked and measured on."""
-
+from hydrax.ops.pallas.tuning import TUNING, Tuning
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -151,27 +126,16 @@ def _padded(
     scale: float, tuning: Tuning, q: Array, k: Array, v: Array, g: Array | None, seg: Array | None, S: Array | None
 ) -> tuple[Array, Array]:
     """Whole chunks, and values no wider than a thread block holds."""
-    (B, T, _, K), (Hv, V) = q.shape, v.shape[2:]
-    pad, parts = -T % BLOCK, max(1, V // WIDEST)
+    (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
+    parts = chunks.parts_of(V)
     g = jnp.zeros(Hv, jnp.float32) if g is None else clamp_decay(fp32(g))
     if parts > 1:
         g, v = jnp.repeat(g, parts, axis=-1), v.reshape(B, T, Hv * parts, -1)
-        S = None if S is None else _apart(S, parts)
-    if g.ndim == 1 and pad:
+    if g.ndim == 1 and T % BLOCK:
         g = jnp.broadcast_to(g, v.shape[:3])
-    x = (x if x is None or x.ndim == 1 else _pad_tokens(x, pad) for x in (q, k, v, g, seg))
-    o, S = _fused(scale, tuning, *x, None if S is None else fp32(S))
-    return o[:, :T].reshape(B, T, Hv, V), S.reshape(B, Hv, parts, K, -1).swapaxes(2, 3).reshape(B, Hv, K, V)
-
-
-def _apart(S: Array, parts: int) -> Array:
-    """[B,H,K,V] as [B,H·parts,K,V/parts]."""
-    B, H, K, V = S.shape
-    return S.reshape(B, H, K, parts, -1).swapaxes(2, 3).reshape(B, H * parts, K, V // parts)
-
-
-def _pad_tokens(x: Array, pad: int) -> Array:
-    return jnp.pad(x, [(0, pad) if axis == 1 else (0, 0) for axis in range(x.ndim)]) if pad else x
+    x = (x if x is None or x.ndim == 1 else chunks.pad_tokens(x) for x in (q, k, v, g, seg))
+    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
+    return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -183,7 +147,7 @@ def _run_forward(
     scale: float, tuning: Tuning, keep: bool, q: Array, k: Array, v: Array, g: Array, seg: Array | None, S: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """o, the final state, the states before the segments, and if asked for those before the chunks."""
-    facts, n, rows = chunk_facts(g, seg, scale), segments(v, tuning), {"q": q, "k": k, "v": v}
+    facts, n, rows = chunks.chunk_facts(g, seg, scale), chunks.segments(v, tuning), {"q": q, "k": k, "v": v}
     starts, end = segment_states("k", "v", rows, facts, S, n, tuning)
     (o,) = sweep((Product("q", "k", "v", end=n == 1, keep=keep),), rows, facts, (starts,), n, tuning, scale=scale)
     return o["y"], o["Z"] if end is None else end, starts, o.get("kept")
@@ -200,92 +164,24 @@ def _backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple) -> 
     q, k, v, g, seg, S, starts, kept = saved
     do, dS = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do = jnp.zeros_like(v) if do is None else do
-    facts = chunk_facts(g, seg, scale)
-    n = segments(v, tuning)
+    facts = chunks.chunk_facts(g, seg, scale)
+    n = chunks.segments(v, tuning)
     rows = {"q": q, "k": k, "v": v, "do": do}
     learned = kept is not None
     x = ("q", "k") if learned else (None, None)
 
-    (dq,) = sweep((Product("do", "v", "k", x[0]),), rows, facts, (_flip(starts),), n, tuning, scale=scale)
+    (dq,) = sweep((Product("do", "v", "k", x[0]),), rows, facts, (chunks.flip(starts),), n, tuning, scale=scale)
     ends, dS0 = segment_states("q", "do", rows, facts, dS, n, tuning, reverse=True)
     products = Product("k", "q", "do", end=n == 1 and S is not None, meets=learned), Product("v", "do", "q", x[1])
-    dv, dk = sweep(products, rows, facts, (ends, _flip(ends)), n, tuning, scale=scale, reverse=True, kept=kept)
+    dv, dk = sweep(products, rows, facts, (ends, chunks.flip(ends)), n, tuning, scale=scale, reverse=True, kept=kept)
     dS0 = None if S is None else dv.get("Z", dS0)
     dg = jnp.zeros_like(g)
     if learned:
-        dg = _decay_gradient(dq["sums"] - dk["sums"], dv["sums"], seg)
-    return _ungroup(dq["y"], q), _ungroup(dk["y"], k), dv["y"], dg, None, dS0
+        dg = chunks.decay_gradient(dq["sums"] - dk["sums"], dv["sums"], seg)
+    return chunks.ungroup(dq["y"], q), chunks.ungroup(dk["y"], k), dv["y"], dg, None, dS0
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _flip(S: Array | None) -> Array | None:
-    return None if S is None else jnp.swapaxes(S, -1, -2)
-
-
-def _ungroup(dx: Array, x: Array) -> Array:
-    """Gradients by value head [B,T,Hv,K], summed over the heads that share a query or key."""
-    if dx.shape == x.shape:
-        return dx
-    return fp32(dx).reshape(*x.shape[:3], -1, x.shape[3]).sum(3).astype(x.dtype)
-
-
-def chunk_facts(g: Array, seg: Array | None, scale: float) -> Array:
-    """[B,N,Hv,4 or 6,C] fp32, see `SUM`; [1,1,Hv,4,C] if g [Hv] is constant and all chunks are alike."""
-    if seg is None and g.ndim == 1:
-        g = jnp.broadcast_to(g[None, None, :, None], (1, 1, *g.shape, BLOCK))
-    else:
-        B, T = g.shape[:2] if seg is None else seg.shape
-        g = jnp.broadcast_to(g, (B, T, g.shape[-1])).reshape(B, T // BLOCK, BLOCK, -1).swapaxes(2, 3)
-    if seg is None:
-        return jnp.stack(_gates(g, scale), -2)
-    seg, valid = documents.fill_padding(seg)
-    document = jnp.cumsum(documents.changes(seg), 1)
-    chunks, valid = (x.reshape(B, -1, 1, BLOCK) for x in (document, valid))
-    last = chunks[..., -1:]
-    before = jnp.concatenate([chunks[:, :1, :, :1], last[:, :-1]], 1)
-    G, reads, writes, keep = _gates(jnp.where(valid, g, 0), scale)
-    rows = (
-        G,
-        jnp.where((chunks == before) & valid, reads, 0),
-        jnp.where((chunks == last) & valid, writes, 0),
-        jnp.where(last == before, keep, 0),
-        *(jnp.broadcast_to(jnp.where(valid, chunks, none), g.shape).astype(g.dtype) for none in (-1, -2)),
-    )
-    return jnp.stack(rows, -2)
-
-
-def _gates(g: Array, scale: float) -> tuple[Array, ...]:
-    G = jnp.cumsum(g, -1)
-    total = G[..., -1:]
-    return G, scale * jnp.exp(G), jnp.exp(total - G), jnp.broadcast_to(jnp.exp(total), G.shape)
-
-
-def _decay_gradient(moments: Array, anchors: Array, seg: Array | None) -> Array:
-    """dg [B,T,Hv] from `moments` q·dq - k·dk [B,Hv,T] and `anchors` [B,Hv,T], of which every chunk sums to <S, dS>."""
-    B, Hv, T = moments.shape
-    moments, anchors = (x.reshape(B, Hv, -1, BLOCK) for x in (moments, anchors))
-    before = jnp.cumsum(moments, -1) - moments
-    anchor = anchors.sum(-1, keepdims=True)
-    if seg is None:
-        return (anchor - before).reshape(B, Hv, T).swapaxes(1, 2)
-    seg, valid = documents.fill_padding(seg)
-    inside = jnp.arange(BLOCK)
-    changes, valid = (x.reshape(B, 1, -1, BLOCK) for x in (documents.changes(seg), valid))
-    first = jax.lax.cummax(jnp.where(changes, inside, -1), axis=3)  # where the document begins; -1: before the chunk
-    skipped = jnp.take_along_axis(before, jnp.broadcast_to(jnp.maximum(first, 0), before.shape), axis=3)
-    dg = jnp.where(first < 0, anchor, 0) + skipped - before
-    return jnp.where(valid, dg, 0).reshape(B, Hv, T).swapaxes(1, 2)
-
-
-def segments(v: Array, tuning: Tuning) -> int:
-    """Into how many parts, of 8 chunks at least, each row is cut so that few rows fill the device."""
-    B, T, H, _ = v.shape
-    n = 1
-    while B * H * n * 2 <= tuning.blocks and T % (BLOCK * 8 * n * 2) == 0:
-        n *= 2
-    return n
 
 
 def segment_states(
@@ -304,15 +200,9 @@ def segment_states(
         return Z, None
     B, T = rows[b].shape[:2]
     (found,) = sweep((Product(None, b, c, end=True),), rows, facts, (None,), n, tuning, reverse=reverse)
-    updates = found["Z"]
-    keep = facts[:, :, :, KEEP, 0]
-    keep = jnp.broadcast_to(keep, (B, T // BLOCK, keep.shape[-1])).reshape(B, n, -1, keep.shape[-1]).prod(2)
-    updates = updates.reshape(B, n, *updates.shape[1:])
-    states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
-    for i in reversed(range(n)) if reverse else range(n):
-        states.append(keep[:, i, :, None, None] * states[-1] + updates[:, i])
-    before = states[-2::-1] if reverse else states[:-1]
-    return jnp.stack(before, 1).reshape(-1, *updates.shape[2:]), states[-1]
+    return chunks.between_segments(
+        found["Z"].reshape(B, n, *found["Z"].shape[1:]), facts, Z, T // BLOCK // n, reverse=reverse
+    )
 
 
 def sweep(
@@ -344,7 +234,7 @@ def sweep(
         workers = [(0, (column,)) for column in workers[0][1]]
 
     depth = max(width[p.b] for p in products)
-    stages = tuning.stages_of(sum(width.values()), len(workers) * (depth + 2))
+    stages = tuning.stages_of(sum(width.values()), len(workers) * (depth + 2), WRITER + 1)
 
     def wanted(i: int, p: Product) -> dict[str, jax.ShapeDtypeStruct]:
         parts, (K, V) = sum(w[0] == i for w in workers), (width[p.b] * BLOCK, width[p.c] * BLOCK)
@@ -365,8 +255,7 @@ def sweep(
             "write_s": tiles.scratch(dtype, len(workers), *tiles.SQUARE),
             "y_s": tiles.scratch(dtype, len(workers), *tiles.SQUARE),
             "sum_s": plgpu.SMEM((len(workers), BLOCK), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=1 + len(names), num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=len(workers), num_barriers=stages),
+            **ring.barriers(stages, 1 + len(names), len(workers)),
         },
         grid={"h": Hv, "b": B * n},
         warpgroups=len(workers) + 1,
@@ -403,14 +292,13 @@ def _body(
     def tokens(n: Array) -> PyTree:
         return pl.ds((N - 1 - n if reverse else n) * BLOCK, BLOCK)
 
-    def fetch(n: Array) -> None:
-        slot = jax.lax.rem(n, jnp.int32(stages))
+    def fetch(n: Array, slot: Array, full: PyTree) -> None:
         for name, x in rows.items():
             head = jax.lax.div(h, jnp.int32(facts.shape[2] // x.shape[2]))
-            plgpu.copy_gmem_to_smem(x.at[b, tokens(n), head], row_s[name].at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[b, tokens(n), head], row_s[name].at[slot], full)
         chunk = N - 1 - n if reverse else n
         source = facts.at[0, 0, h] if facts.shape[:2] == (1, 1) else facts.at[b, chunk, h]
-        plgpu.copy_gmem_to_smem(source, fact_s.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(source, fact_s.at[slot], full)
 
     for w, (i, columns) in enumerate(workers):
 
@@ -422,16 +310,12 @@ def _body(
             where = (b, h, tokens, sum(x == i for x, _ in workers[:w]))
             chunk = functools.partial(_chunk, products[i], columns, scale, reverse, own, kept, outputs[i], where)
 
-            def step(n: Array, Z: list) -> list:
-                slot = jax.lax.rem(n, jnp.int32(stages))
-                plgpu.barrier_wait(full.at[slot])
+            def step(n: Array, slot: Array, Z: list) -> list:
                 blocks = {
                     name: [ref.at[slot, :, tiles.block(j)] for j in range(ref.shape[2] // BLOCK)]
                     for name, ref in row_s.items()
                 }
-                Z = chunk(n, blocks, fact_s.at[slot], Z)
-                plgpu.barrier_arrive(free.at[slot])
-                return Z
+                return chunk(n, blocks, fact_s.at[slot], Z)
 
             depth = row_s[products[i].b].shape[2] // BLOCK
             places = [[(b, h, tiles.block(j), tiles.block(c)) for j in range(depth)] for c in columns]
@@ -440,7 +324,7 @@ def _body(
                 places,
                 is_leaf=lambda x: isinstance(x, tuple),
             )
-            Z = jax.lax.fori_loop(0, N, step, Z)
+            Z = ring.work(step, Z, N, stages, full, free)
             if products[i].end:
                 for at, z in zip(itertools.chain(*places), itertools.chain(*Z), strict=True):
                     outputs[i]["Z"][at] = z
@@ -450,14 +334,7 @@ def _body(
     def _() -> None:
         if len(workers) > 1:
             plgpu.set_max_registers(40, action="decrease")
-        for n in range(min(stages, N)):
-            fetch(jnp.int32(n))
-
-        @pl.loop(stages, max(N, stages))
-        def _(n: Array) -> None:
-            plgpu.barrier_wait(free.at[jax.lax.rem(n, jnp.int32(stages))])
-            plgpu.commit_smem()  # joins the warps: none may miss a phase of the barrier
-            fetch(n)
+        ring.load(fetch, N, stages, full, free)
 
 
 def _chunk(

@@ -1,0 +1,47 @@
+"""Chunks pass through slots of shared memory: the last warpgroup loads them, the others work on them.
+
+In Pallas Mosaic a barrier must be waited for between two of its completions, by every thread that uses it at all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from hydrax.core.typing import Array, PyTree
+
+
+def barriers(slots: int, copies: int, workers: int) -> dict[str, PyTree]:
+    """Scratch "full", "free": a slot is full after all copies of a chunk, and free when every worker has left it."""
+    return {
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+        "free": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+    }
+
+
+def load(fetch: Callable, chunks: int, slots: int, full: PyTree, free: PyTree) -> None:
+    """`fetch(n, slot, barrier)`, which starts the copies of chunk n, for every chunk; for the loading warpgroup."""
+    for n in range(min(slots, chunks)):
+        fetch(jnp.int32(n), jnp.int32(n), full.at[n])
+
+    @pl.loop(slots, max(chunks, slots))
+    def _(n: Array) -> None:
+        slot = jax.lax.rem(n, jnp.int32(slots))
+        plgpu.barrier_wait(free.at[slot])
+        plgpu.commit_smem()  # joins the warps: none may miss a phase of the barrier
+        fetch(n, slot, full.at[slot])
+
+
+def work(step: Callable, carry: PyTree, chunks: int, slots: int, full: PyTree, free: PyTree) -> PyTree:
+    """`carry = step(n, slot, carry)` over the chunks as they come; for each of the other warpgroups."""
+
+    def chunk(n: Array, carry: PyTree) -> PyTree:
+        slot = jax.lax.rem(n, jnp.int32(slots))
+        plgpu.barrier_wait(full.at[slot])
+        carry = step(n, slot, carry)
+        plgpu.barrier_arrive(free.at[slot])
+        return carry
+
+    return jax.lax.fori_loop(0, chunks, chunk, carry)
