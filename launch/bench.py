@@ -43,9 +43,10 @@ def main(overrides: cli.Overrides) -> None:
     bench.check(settings)
 
     # The command as it was given; its results themselves say where they are.
-    command = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
+    given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
     out = pathlib.Path(FLAGS.out) if FLAGS.out else None
-    results = report.Report(out, shlex.join(["python", "-m", "launch.bench", *command]), settings)
+    command = shlex.join(["python", "-m", "launch.bench", *given])
+    results = report.Report(out, command, bench.environment(settings), settings, report.draw_times)
     console = Console(width=max(120, Console().width))
     measured, total = bench.bench(settings), len(settings.mixers)
     for rows in track(measured, "", total, console=console, disable=not console.is_terminal):

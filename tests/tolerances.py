@@ -1,23 +1,15 @@
-"""How far two results may be apart: the one table, by dtype and form. Loosening an entry needs a written reason."""
+"""Comparisons under the one table of tolerances, `hydrax.eval.tolerances`."""
 
 import jax
 import numpy as np
 
 from hydrax.core.typing import ArrayLike, PyTree
+from hydrax.eval.tolerances import FLOOR, TOLERANCE, relative_rms
 
-TOLERANCE = {
-    "fp64": 1e-9,  # two forms of whatever, in fp64: only their algebra can differ
-    "fp32_op": 1e-5,  # one op or mixer: output, state and gradients
-    "fp32_model": 1e-4,  # a whole model
-    "bf16_output": 5e-3,
-    "bf16_gradient": 1e-2,
-    "bf16_gate_gradient": 2e-2,  # gradients that flow through an exponent: decays, betas, their projections
-    "bf16_long": 2e-2,  # long rows, chained forms and whole models
-}
-"""Relative RMS per tensor, rms(actual - expected) / rms(expected)."""
+__all__ = ["TOLERANCE", "assert_close", "assert_equal", "assert_trees_close"]
 
 
-def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, tolerance: float, *, floor: float = 1e-6) -> None:
+def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, tolerance: float, *, floor: float = FLOOR) -> None:
     """rms(actual - expected) <= tolerance · max(rms(expected), floor), for finite tensors of one shape.
 
     `floor` is the size below which a reference counts as zero. Raise it only where the reference vanishes
@@ -33,17 +25,15 @@ def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, tolerance: f
     for who, x in (("actual", a), ("expected", e)):
         bad = ~np.isfinite(x)
         assert not bad.any(), f"{name}: {who} has {bad.sum()} of {x.size} entries not finite, first at {_index(bad)}"
-    difference = np.abs(a - e)
-    rms = np.sqrt(np.mean(e**2))
-    error = np.sqrt(np.mean(difference**2)) / max(rms, floor)
-    worst = _index(difference)
+    error, rms = relative_rms(a, e, floor), np.sqrt(np.mean(e**2))
+    worst = _index(np.abs(a - e))
     assert error <= tolerance, (
         f"{name} {a.shape}: relative RMS {error:.2e} > {tolerance:.0e} (rms expected {rms:.2e}); "
         f"worst at {worst}: {a[worst]:.6g}, expected {e[worst]:.6g}"
     )
 
 
-def assert_trees_close(name: str, actual: PyTree, expected: PyTree, tolerance: float, *, floor: float = 1e-6) -> None:
+def assert_trees_close(name: str, actual: PyTree, expected: PyTree, tolerance: float, *, floor: float = FLOOR) -> None:
     """`assert_close` leaf by leaf; the message names the path of the leaf."""
     a, e = jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree_util.tree_flatten_with_path(expected)[0]
     assert [p for p, _ in a] == [p for p, _ in e], f"{name}: the trees differ in structure"

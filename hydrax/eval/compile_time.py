@@ -6,18 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from hydrax.eval import training
 from hydrax.eval.layer import uncached
 from hydrax.eval.timing import isolated
-from hydrax.models.lm import blueprint
 from hydrax.models.spec import resolve
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
-from hydrax.train.optim import make_optimizer, make_schedule
-from hydrax.train.state import init_state
-from hydrax.train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +44,8 @@ def compare(cfgs: Sequence[RunConfig], repeats: int, record: Callable[[RunConfig
 def compile_seconds(cfg: RunConfig) -> float:
     """Seconds from a config to its training step in fp32, traced and compiled, in this process and without a cache."""
     began = time.perf_counter()
-    plan = blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll)
-    tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
-    schedule = make_schedule(cfg.optim, cfg.train.steps)
-    step = make_train_step(plan, tx, schedule, accumulate=cfg.train.accumulate, z_loss=cfg.optim.z_loss)
-    state = jax.eval_shape(lambda: init_state(plan, tx, jax.random.key(0)))
-    shape = (cfg.train.batch_size, cfg.data.seq_len)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    batch |= {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in (("weights", shape), ("bytes", shape[:1]))}
     with uncached():
-        jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        training.compiled(cfg, jnp.float32)
     return time.perf_counter() - began
 
 

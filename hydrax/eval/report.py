@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from hydrax.core.build import ConfigError
-from hydrax.eval.bench import Result, Row, Settings, environment
+from hydrax.eval.bench import Result, Row, Settings
 from hydrax.eval.layer import PASSES
 from hydrax.train.figure import INK, blank, quiet, save
 from hydrax.train.metrics import write_json
@@ -21,23 +21,29 @@ class Report:
       ConfigError: the file cannot be written.
     """
 
-    def __init__(self, out: pathlib.Path | None, command: str, settings: Settings):
-        self.rows: list[Row] = []
-        self._out = out
-        self._facts = {"command": command, "environment": environment(settings)}
-        self._facts["settings"] = dataclasses.asdict(settings)
+    def __init__(
+        self,
+        out: pathlib.Path | None,
+        command: str,
+        environment: Mapping[str, Any],
+        settings: Any,
+        picture: Callable[[Sequence[Any], pathlib.Path], None],
+    ):
+        self.rows: list[Any] = []
+        self._out, self._picture = out, picture
+        self._facts = {"command": command, "environment": environment, "settings": dataclasses.asdict(settings)}
         self.add([])
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Takes the rows of another mixer, and writes the file as a whole."""
+    def add(self, rows: Sequence[Any]) -> None:
+        """Takes more rows, dataclasses, and writes the file as a whole."""
         self.rows += rows
         if self._out is not None:
             write(self._out, {**self._facts, "rows": [dataclasses.asdict(row) for row in self.rows]}, "out")
 
     def draw(self) -> None:
-        """The picture beside the file."""
+        """The picture of all rows beside the file."""
         if self._out is not None:
-            draw_times(self.rows, self._out.with_suffix(".png"))
+            self._picture(self.rows, self._out.with_suffix(".png"))
 
 
 def write(path: pathlib.Path, values: Any, key: str) -> None:

@@ -67,9 +67,10 @@ def side_by_side(calls: Mapping[Key, Call], *, repeats: int, seconds: float) -> 
         for key, call in calls.items():
             if counts[key] * sum(samples[key]) < seconds:
                 samples[key].append(seconds_of(call, counts[key]))
-    return {key: _times(values, counts[key]) for key, values in samples.items()}
+    return {key: times_of(values, counts[key]) for key, values in samples.items()}
 
 
-def _times(samples: list[float], calls: int) -> Times:
+def times_of(samples: list[float], calls: int) -> Times:
+    """Statistics of seconds per call."""
     p20, median, p80 = np.percentile(samples, (20, 50, 80)).tolist()
     return Times(median, min(samples), p20, p80, len(samples), calls)

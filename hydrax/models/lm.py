@@ -94,7 +94,7 @@ class LM(nnx.Module):
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
             modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
-        ctx = mixers.Context.of(tokens, segment_ids, impl=impl, modes=modes, taps=taps or {})
+        ctx = mixers.Context.of(tokens, segment_ids, impl=impl or self.cfg.impl, modes=modes, taps=taps or {})
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
         x, _, losses = self._run(tokens, ctx, None)
@@ -145,7 +145,7 @@ class LM(nnx.Module):
         Without `segment_ids` the tokens continue the document in progress. Rows of different length are padded on
         the right with id 0; what comes next then follows the last real token.
         """
-        ctx = dataclasses.replace(context(cache, tokens, segment_ids), modes=modes, impl=impl)
+        ctx = dataclasses.replace(context(cache, tokens, segment_ids), modes=modes, impl=impl or self.cfg.impl)
         x, layers, _ = self._run(tokens, ctx, cache.layers)
         return self.logits(x)[..., : self.vocabulary], advance(cache, ctx, layers)
 

@@ -13,6 +13,7 @@ from hydrax.models.mix import Mix, Single, key_facts, parameter_shapes
 from hydrax.nn import ffn
 from hydrax.nn.memory import PKMConfig, WorkspaceConfig
 from hydrax.nn.moe import MoEConfig
+from hydrax.ops.table import complaint
 
 BYTE_VOCABULARY = 259
 """Vocabulary of the byte tokenizer (256 bytes, begin, end, padding): the default of a model without data."""
@@ -77,9 +78,12 @@ class ModelConfig:
     embed_scale: PositiveFloat = 1.0  # factor on the embeddings
     tie: bool = True  # the embedding table also gives the logits
     logit_softcap: PositiveFloat | None = None  # c of c·tanh(z/c) on the logits
+    impl: str | None = None  # forms of the ops: one for all, or <op>=<form>, <op>=<form>; None: their own choice
 
     def __post_init__(self) -> None:
         sections(self)  # a config that exists can be built
+        if self.impl is not None and (allowed := complaint(self.impl)):
+            raise ConfigError("impl", self.impl, allowed)
 
 
 def model_config(cfg: ModelConfig | Mapping[str, Any]) -> ModelConfig:

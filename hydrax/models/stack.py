@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,17 +17,27 @@ from hydrax.models.layers import Group, LayerSpec
 from hydrax.models.sharing import Adapter
 from hydrax.models.spec import LoopConfig, ModelConfig
 from hydrax.nn.param import param
+from hydrax.ops.dispatch import KERNEL
 from hydrax.parallel.rules import constrain
 
 _policies = jax.checkpoint_policies
+
+
+def _attention(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+    """Softmax attention by cuDNN, whose results have no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_dear = _policies.save_from_both_policies(_policies.save_only_these_names(KERNEL), _attention)
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
     "mixer": _policies.save_only_these_names("mixer_out"),
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _dear),
 }
-"""What the backward pass of a period keeps: everything, its input, also the mixers' outputs, or all weight products."""
+"""What the backward pass of a period keeps: everything, its input, also the mixers' outputs, or all that takes a
+kernel: weight products, softmax attention and the mixers' own kernels."""
 
 Losses = dict[str, Array]
 Visit = Callable[[Block, Array, mixers.Context], mixers.Context]

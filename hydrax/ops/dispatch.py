@@ -1,23 +1,45 @@
-"""Choosing an implementation: `impl=None` picks one and says so once; a name that cannot serve raises."""
+"""Choosing an implementation: `impl=None` picks one and says so once; a name that cannot serve raises.
+
+Where ops are called by a model, one `impl` reaches all of them. It is either a form that all of them have ("chunked"),
+or says which form which op takes ("delta_rule=chunked, linear_scan=chunked"); the others then choose for themselves.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
 
 from absl import logging
 
+KERNEL = "kernel"
+"""Name of what hand-written kernels leave for the backward pass, for `jax.checkpoint` to keep instead of running them
+again."""
+
 
 def select(op: str, impl: str | None, forms: Mapping[str, Callable], default: str, shape: tuple) -> Callable:
-    """`forms[impl]`, or `forms[default]` when `impl` is None (logged once per op and shape).
+    """The form of the op that `impl` names, or `forms[default]` if it names none (logged once per op and shape).
 
     Raises:
       ValueError: `impl` names nothing this op has.
     """
+    impl = named(op, impl)
     if impl is None:
         _log_choice(op, default, shape)
         return forms[default]
     if impl not in forms:
         raise ValueError(f"{op}: impl = {impl!r}: expected one of {', '.join(forms)}, or None to choose")
     return forms[impl]
+
+
+def named(op: str, impl: str | None) -> str | None:
+    """The form that `impl` names for an op, None if it leaves the choice to it."""
+    if impl is None or "=" not in impl:
+        return impl
+    return choices(impl).get(op)
+
+
+def choices(impl: str) -> dict[str, str]:
+    """Op -> form of "op=form, op=form"."""
+    pairs = (pair.partition("=") for pair in impl.split(","))
+    return {op.strip(): form.strip() for op, _, form in pairs}
 
 
 @functools.cache

@@ -90,7 +90,7 @@ class Run:
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
         self.compile_seconds = 0.0
-        dtype = _compute_dtype(cfg.train.dtype)
+        dtype = compute_dtype(cfg.train.dtype)
         place, rows = shardings(self.abstract), batch_sharding(mesh)
         step = make_train_step(
             self.plan,
@@ -209,7 +209,8 @@ def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
 
 
-def _compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str) -> jnp.dtype:
+    """That of `train.dtype`; auto: bfloat16 where there is an accelerator."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)

@@ -57,8 +57,8 @@ def _objective(logits_of: Callable, z_loss: float, inputs: PyTree, targets: Arra
     x, closed_over = inputs
 
     def add(sums: Sums, part: tuple) -> tuple[Sums, None]:
-        x, *facts = part
-        new = _sums(fp32(logits_of(x, *closed_over)), *facts, z_loss)[0]
+        x, targets, weights = part
+        new = _sums(fp32(logits_of(x, *closed_over)), targets, weights, z_loss)[0]
         return jax.tree.map(jnp.add, sums, new), None
 
     sums = jax.lax.scan(add, _nothing(), (x, targets, weights))[0]
@@ -72,9 +72,9 @@ def _forward(logits_of: Callable, z_loss: float, inputs: PyTree, targets: Any, w
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
         sums, total = carry
-        x, *facts = part
+        x, targets, weights = part
         logits, pullback = jax.vjp(logits_of, x, *closed_over)
-        new, dlogits = _sums(fp32(logits), *facts, z_loss)
+        new, dlogits = _sums(fp32(logits), targets, weights, z_loss)
         dx, *gradients = pullback(dlogits.astype(logits.dtype))
         return (jax.tree.map(jnp.add, sums, new), [a + fp32(b) for a, b in zip(total, gradients, strict=True)]), dx
 

@@ -93,7 +93,7 @@ def _accumulated(
     zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
     shapes = jax.eval_shape(lambda: objective(params, jax.tree.map(lambda x: x[0], parts))[1])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, sums), _ = jax.lax.scan(add, (zeros, nothing), parts)
+    (grads, sums), _ = jax.lax.scan(add, (zeros, nothing), parts, unroll=accumulate == 1)
     return grads, sums, jnp.sum(batch["bytes"])
 
 

@@ -252,7 +252,7 @@ def test_programs_are_compiled_and_not_read(tmp_path):
 
 def test_the_file_is_there_from_the_beginning(tmp_path, rows):
     out = tmp_path / "new" / "bench.json"
-    results = report.Report(out, "python -m launch.bench", settings())
+    results = report.Report(out, "python -m launch.bench", bench.environment(settings()), settings(), report.draw_times)
     first = json.loads(out.read_text())
     assert first["rows"] == [] and first["settings"]["seq_lens"] == list(LENGTHS)
     assert first["environment"]["backend"] == jax.default_backend()

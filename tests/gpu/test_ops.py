@@ -15,7 +15,13 @@ from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import linear_scan, selective_scan
 from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
-from tests.ops import matrix_state as ms, test_linear_gpu as hopper
+from tests.ops import (
+    matrix_state as ms,
+    test_delta_gpu as delta_kernels,
+    test_linear_gpu as hopper,
+    test_linear_gpu_vector as vector_kernels,
+    test_scan_gpu as scan_kernels,
+)
 from tests.tolerances import TOLERANCE, assert_close
 
 pytestmark = [
@@ -129,15 +135,27 @@ def test_cudnn_equals_definition(window: int | None, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", hopper.CASES)
 def test_linear_kernels_equal_the_recurrence(name: str, packed: bool) -> None:
-    hopper.check_case(name, packed)
+    hopper.check_case(*hopper.CASES[name], packed)
 
 
 @pytest.mark.parametrize("gate", ms.SATURATED)
 def test_linear_kernels_with_saturated_gates(gate: str) -> None:
-    hopper.check_saturated(gate)
+    hopper.check_gates(ms.SATURATED[gate], *hopper.CASES["grouped"])
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("gates", vector_kernels.GATES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", vector_kernels.CASES)
+def test_vector_kernels_equal_the_recurrence(name: str, packed: bool, gates: str) -> None:
+    hopper.check_case(*vector_kernels.CASES[name], packed, vector_kernels.GATES[gates])
+
+
+@pytest.mark.parametrize("gate", ms.SATURATED | vector_kernels.SLOW)
+def test_vector_kernels_with_extreme_gates(gate: str) -> None:
+    hopper.check_gates((ms.SATURATED | vector_kernels.SLOW)[gate], *vector_kernels.CASES["wide"])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 def test_pallas_linear_equals_definition(decay: str) -> None:
     inputs = _inputs(decay, jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in inputs)
@@ -146,3 +164,43 @@ def test_pallas_linear_equals_definition(decay: str) -> None:
     limits = ("bf16_output", *("bf16_gradient",) * 3, "bf16_gate_gradient")
     for name, limit, a, e in zip(("o", "dq", "dk", "dv", "dg"), limits, actual, expected, strict=False):
         assert_close(f"pallas linear {decay} {name}", a, e, TOLERANCE[limit])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), scan_kernels.RUNS)
+def test_scan_kernels_equal_the_recurrence(
+    name: str, dtype: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan_kernels.check_case(name, dtype, packed, monkeypatch)
+
+
+@pytest.mark.parametrize("decay", scan_kernels.DECAYS)
+def test_scan_kernels_with_decays_of_nothing_and_everything(decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan_kernels.check_decays(decay, monkeypatch)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", delta_kernels.CASES)
+def test_delta_kernels_equal_the_recurrence(name: str, packed: bool) -> None:
+    delta_kernels.check_case(name, packed)
+
+
+@pytest.mark.parametrize("gate", ms.SATURATED)
+def test_delta_kernels_with_saturated_gates(gate: str) -> None:
+    delta_kernels.check_saturated(gate)
+
+
+@pytest.mark.parametrize("correlation", delta_kernels.CORRELATED)
+def test_delta_kernels_with_correlated_keys(correlation: float) -> None:
+    delta_kernels.check_correlated(correlation)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+def test_pallas_delta_equals_definition(decay: str) -> None:
+    inputs = _inputs(decay, jnp.bfloat16)
+    exact = tuple(x.astype(jnp.float32) for x in inputs)
+    expected = _outputs_and_gradients(functools.partial(_delta, decay, "recurrent"), exact)
+    actual = _outputs_and_gradients(functools.partial(_delta, decay, "pallas_gpu"), inputs)
+    limits = ("bf16_output", *("bf16_gradient",) * 3, *("bf16_gate_gradient",) * 2)
+    for name, limit, a, e in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), limits, actual, expected, strict=True):
+        assert_close(f"pallas delta {decay} {name}", a, e, TOLERANCE[limit])

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import pytest
 
 import launch.bench
+import launch.bench_kernels
+import launch.bench_train
 import launch.compile_time
 import launch.cost
+import launch.doctor
 import launch.sample
 import launch.train
 
@@ -19,7 +22,10 @@ MAINS = {
     "sample": launch.sample.main,
     "cost": launch.cost.main,
     "bench": launch.bench.main,
+    "bench_kernels": launch.bench_kernels.main,
+    "bench_train": launch.bench_train.main,
     "compile_time": launch.compile_time.main,
+    "doctor": launch.doctor.main,
 }
 CONFIG = """
 from configs import common
@@ -93,6 +99,8 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "cost": {"config": config},
         "sample": {"workdir": workdir},
         "bench": {},
+        "bench_kernels": {},
+        "bench_train": {"config": config},
         "compile_time": {"config": config},
     }
     given = {arg.lstrip("-").partition("=")[0] for arg in extra}

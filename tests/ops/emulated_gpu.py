@@ -31,9 +31,9 @@ class Ref:
     def at(self) -> "Ref":
         return self
 
-    def __getitem__(self, index: object) -> "Ref | np.ndarray":
+    def __getitem__(self, index: object) -> "Ref | jax.Array":
         view = self.array[_index(index)]
-        return Ref(view) if isinstance(view, np.ndarray) else view
+        return Ref(view) if isinstance(view, np.ndarray) else jnp.asarray(view)
 
     def __setitem__(self, index: object, value: jax.Array) -> None:
         self.array[_index(index)] = np.asarray(value)
@@ -54,6 +54,7 @@ class Barriers:
 
     def __init__(self, arrivals: int, number: int) -> None:
         self.arrivals, self.arrived, self.seen = arrivals, [0] * number, {}
+        self.shape = (number,)
         self.changed = threading.Condition()
 
     @property
@@ -79,6 +80,8 @@ class Barriers:
 
 
 def _allocate(kind: PyTree) -> PyTree:
+    if kind is None:
+        return None
     if isinstance(kind, Mapping):
         return {name: _allocate(x) for name, x in kind.items()}
     if isinstance(kind, plgpu.Barrier):
@@ -137,7 +140,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert source.shape == target.shape and source.dtype == target.dtype
         target[...] = source.array
 
-    def mm(*pairs: tuple) -> jax.Array:
+    def mm(*pairs: tuple, columns: int = tiles.BLOCK) -> jax.Array:
         return jnp.asarray(sum(value(a) @ value(b) for a, b in pairs))
 
     replacements = {
@@ -151,6 +154,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "index": lambda axis: jax.lax.broadcasted_iota(jnp.int32, tiles.SQUARE, axis),
             "mm": mm,
             "acc_mm": lambda init, pairs: [x + mm(pair) for x, pair in zip(init, pairs, strict=True)],
+            "accumulate": lambda init, sums: [x + mm(*pairs) for x, pairs in zip(init, sums, strict=True)],
         },
         plgpu: {
             "set_max_registers": lambda n, action: None,
@@ -161,7 +165,11 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "copy_gmem_to_smem": copy_in,
             "copy_smem_to_gmem": copy_out,
         },
-        jax.lax: {"axis_index": lambda name: place.index[name], "fori_loop": fori_loop},
+        jax.lax: {
+            "axis_index": lambda name: jnp.int32(place.index[name]),
+            "fori_loop": fori_loop,
+            "cond": lambda condition, yes, no: yes() if condition else no(),
+        },
         pl: {
             "when": lambda condition: lambda f: f() if condition else None,
             "loop": lambda start, stop: lambda f: [f(jnp.int32(n)) for n in range(start, stop)],

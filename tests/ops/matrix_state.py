@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydrax.ops.linear.cases import Case
+from hydrax.eval.tolerances import op_tolerance
+from hydrax.ops.linear.cases import documents as documents, inputs as inputs
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 Inputs = dict[str, np.ndarray]
@@ -34,32 +35,6 @@ SATURATED = {
     "bursts": _bursts,
 }
 """Log-decays of a given shape by name."""
-
-
-def inputs(case: Case, *, beta: bool) -> Inputs:
-    """Random arguments of the op by name, in fp64; keys have norm 1, betas lie in (0, 2)."""
-    rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, case.B, case.T, case.H, case.K))
-    x = {"q": q, "k": k / np.linalg.norm(k, axis=-1, keepdims=True)}
-    x["v"] = rng.normal(size=(case.B, case.T, case.Hv, case.V))
-    if beta:
-        x["beta"] = rng.uniform(0, 2, size=(case.B, case.T, case.Hv))
-    shapes = {
-        "constant": (case.Hv,),
-        "scalar": (case.B, case.T, case.Hv),
-        "vector": (case.B, case.T, case.H, case.K),
-    }
-    if case.decay in shapes:
-        x["log_decay"] = -np.logaddexp(0, rng.normal(size=shapes[case.decay]))
-    return x | {"initial_state": rng.normal(size=(case.B, case.Hv, case.K, case.V))}
-
-
-def documents(B: int, T: int) -> np.ndarray:
-    """Row 0: documents of one token, edges beside and on multiples of 16, padding. The others: one edge, at 31."""
-    t = np.arange(T)
-    ids = np.stack([np.searchsorted([1, 2, 16, 17, 48], t, side="right"), *[3 + (t >= 31)] * (B - 1)])
-    ids[0, max(T - 5, 1) :] = -1
-    return (ids + 1).astype(np.int32)
 
 
 def oracle(x: Inputs, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -150,13 +125,7 @@ def summaries(summarize: Callable, x: Inputs, ids: np.ndarray, split: int) -> li
 
 
 def bf16_tolerance(what: str) -> float:
-    kind = {
-        "o": "bf16_output",
-        "state": "bf16_output",
-        "dbeta": "bf16_gate_gradient",
-        "dlog_decay": "bf16_gate_gradient",
-    }
-    return TOLERANCE[kind.get(what, "bf16_gradient")]
+    return op_tolerance(what, "bfloat16")
 
 
 def assert_bit_causal(op: Callable, x: Inputs, ids: np.ndarray, **how: object) -> None:

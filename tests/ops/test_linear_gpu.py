@@ -1,6 +1,7 @@
 """`linear_attention` on Hopper without one: its kernels lowered for CUDA, and their bodies run by numpy."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,11 @@ CASES = {
 }
 
 
-def problem(name: str) -> tuple[ms.Inputs, dict, np.ndarray, gpu.Tuning]:
-    """Inputs in fp64, the same in bf16 and fp32 with the values of the first, documents, tuning."""
-    case, tuning = CASES[name]
+def problem(case: Case, bf16: Sequence[str] = ("q", "k", "v")) -> tuple[ms.Inputs, dict, np.ndarray]:
+    """Inputs in fp64, the same in bf16 (those named in `bf16`) and fp32 with the values of the first, documents."""
     x = ms.inputs(case, beta=False)
-    low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in x.items()}
-    return {n: np.asarray(a, np.float64) for n, a in low.items()}, low, ms.documents(case.B, case.T), tuning
+    low = {n: jnp.asarray(a, jnp.bfloat16 if n in bf16 else jnp.float32) for n, a in x.items()}
+    return {n: np.asarray(a, np.float64) for n, a in low.items()}, low, ms.documents(case.B, case.T)
 
 
 def evaluate(x: dict, cotangents: tuple, ids: np.ndarray | None, tuning: gpu.Tuning, *, learned: bool = False) -> dict:
@@ -56,12 +56,12 @@ def evaluate(x: dict, cotangents: tuple, ids: np.ndarray | None, tuning: gpu.Tun
     return {"o": o, "state": S} | {f"d{n}": a for n, a in gradients.items()}
 
 
-def check_case(name: str, packed: bool) -> None:
+def check_case(case: Case, tuning: gpu.Tuning, packed: bool, bf16: Sequence[str] = ("q", "k", "v")) -> None:
     """Outputs, state and all gradients against the recurrence; by the kernels themselves where there is a GPU."""
-    exact, low, ids, tuning = problem(name)
+    exact, low, ids = problem(case, bf16)
     expected = ms.in_fp64(linear_attention, exact, ids if packed else np.ones_like(ids))
     actual = evaluate(low, ms.cotangents(exact), ids if packed else None, tuning)
-    assert expected.keys() - actual.keys() == ({"dlog_decay"} if "constant" in name or name == "wide_values" else set())
+    assert expected.keys() - actual.keys() == ({"dlog_decay"} if case.decay == "constant" else set())
     for what, value in actual.items():
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
 
@@ -69,12 +69,13 @@ def check_case(name: str, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_bodies_equal_the_recurrence(name: str, packed: bool, emulated_gpu: None) -> None:  # noqa: F811
-    check_case(name, packed)
+    check_case(*CASES[name], packed)
 
 
 def test_another_form_gives_the_gradient_of_constant_decays() -> None:
     """On any machine: no kernel runs."""
-    exact, low, ids, tuning = problem("constant")
+    case, tuning = CASES["constant"]
+    exact, low, ids = problem(case)
     expected = ms.in_fp64(linear_attention, exact, ids)
     for what, value in evaluate(low, ms.cotangents(exact), ids, tuning, learned=True).items():
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
@@ -82,12 +83,13 @@ def test_another_form_gives_the_gradient_of_constant_decays() -> None:
 
 @pytest.mark.parametrize("gate", ms.SATURATED)
 def test_saturated_gates(gate: str, emulated_gpu: None) -> None:  # noqa: F811
-    check_saturated(gate)
+    check_gates(ms.SATURATED[gate], *CASES["grouped"])
 
 
-def check_saturated(gate: str) -> None:
-    exact, low, ids, tuning = problem("grouped")
-    exact["log_decay"] = ms.SATURATED[gate](exact["log_decay"].shape)
+def check_gates(gates: Callable, case: Case, tuning: gpu.Tuning) -> None:
+    """The same for log-decays `gates(shape)`, with documents."""
+    exact, low, ids = problem(case)
+    exact["log_decay"] = gates(exact["log_decay"].shape)
     low["log_decay"] = jnp.asarray(exact["log_decay"], jnp.float32)
     expected = ms.in_fp64(linear_attention, exact | {"log_decay": np.float64(low["log_decay"])}, ids)
     for what, value in evaluate(low, ms.cotangents(exact), ids, tuning).items():
@@ -97,13 +99,19 @@ def check_saturated(gate: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_lower_for_cuda(name: str, packed: bool) -> None:
-    exact, low, ids, tuning = problem(name)
+    check_lowering(*CASES[name], packed, 5 if "segments" in name else 3)
+
+
+def check_lowering(
+    case: Case, tuning: gpu.Tuning, packed: bool, kernels: int, bf16: Sequence[str] = ("q", "k", "v")
+) -> None:
+    exact, low, ids = problem(case, bf16)
     run = jax.jit(
         functools.partial(evaluate, cotangents=ms.cotangents(exact), ids=ids if packed else None, tuning=tuning)
     )
     check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
     exported = jax.export.export(run, platforms=["cuda"], disabled_checks=[check])(low)
-    assert exported.mlir_module().count("mosaic_gpu_v2") == (5 if "segments" in name else 3)
+    assert exported.mlir_module().count("mosaic_gpu_v2") == kernels
 
 
 @pytest.mark.parametrize(
@@ -111,10 +119,9 @@ def test_forward_and_backward_lower_for_cuda(name: str, packed: bool) -> None:
     [
         ({}, "the device is 'cpu'"),
         ({"q": jnp.zeros((1, 8, 1, 64))}, "bfloat16"),
-        ({"log_decay": jnp.zeros((1, 8, 1, 64))}, "vector"),
         ({"v": jnp.zeros((1, 8, 1, 96), jnp.bfloat16)}, "K, V = 64, 96"),
     ],
-    ids=["device", "fp32", "vector", "width"],
+    ids=["device", "fp32", "width"],
 )
 def test_what_cannot_be_served_is_refused(change: dict, message: str) -> None:
     x = dict.fromkeys("qkv", jnp.zeros((1, 8, 1, 64), jnp.bfloat16)) | {"log_decay": None} | change

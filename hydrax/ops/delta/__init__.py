@@ -7,7 +7,10 @@ expected with norm <= 1 and beta in [0, 2]: beyond that the recurrence itself gr
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core.numerics import fp32
@@ -17,7 +20,27 @@ from hydrax.ops.delta import forms
 from hydrax.ops.dispatch import select
 from hydrax.ops.identity import as_matrix, identity_values
 
-FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
+
+def _fused(*inputs: Any, scale: float) -> tuple[Array, Array]:
+    from hydrax.ops.delta import gpu
+
+    return gpu.fused(*inputs, scale=scale)
+
+
+def _on_tpu(*inputs: Any, scale: float) -> tuple[Array, Array]:
+    from hydrax.ops.delta import tpu
+    from hydrax.ops.pallas.tpu import require
+
+    require("delta_rule", *inputs[:3])
+    return tpu.chunked(*inputs, scale=scale)
+
+
+FORMS: dict[str, Callable] = {
+    "recurrent": forms.recurrent,
+    "chunked": forms.chunked,
+    "pallas_gpu": _fused,
+    "pallas_tpu": _on_tpu,
+}
 
 
 def delta_rule(
@@ -43,24 +66,59 @@ def delta_rule(
       scale: factor on the output, K^-1/2 if None.
       initial_state: state before token 0, belonging to the document of token 0; zeros if None.
       segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", or None to choose.
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16, no vector decay),
+        "pallas_tpu" (a TPU, bfloat16 or float32; by name only, since it was not timed), or None to choose.
       chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
 
     Returns:
       o in the dtype of v, zero at padding, and the final state in fp32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown `impl`.
+      ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
-    K = q.shape[-1]
-    inputs, seg, valid = _grouped(q, k, v, beta, log_decay, segment_ids)
-    state = layout.grouped_state(initial_state, *inputs[1:3])
-    form = select("delta_rule", impl, FORMS, "recurrent" if q.shape[1] == 1 else "chunked", q.shape)
+    T, K = q.shape[1], q.shape[3]
+    scale = K**-0.5 if scale is None else scale
+    inputs = (q, k, v, beta, log_decay, segment_ids, initial_state)
+    refusal = _refusal(q, k, v, log_decay)
+    default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
+    form = select("delta_rule", impl, FORMS, default, q.shape)
+    if form is _fused:
+        if refusal:
+            raise ValueError(f"delta_rule: impl = 'pallas_gpu' cannot serve: {refusal}")
+        jax.eval_shape(functools.partial(_by_form, forms.recurrent, scale), *inputs)  # refuses shapes that do not fit
+        return _fused(*inputs, scale=scale)
+    if form is _on_tpu:
+        return _by_form(functools.partial(form, scale=scale), 1.0, *inputs)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
-    o, state = form(*inputs, seg, state)
-    o = (o * (K**-0.5 if scale is None else scale)).astype(v.dtype).reshape(v.shape)
-    return o if valid is None else o * valid[:, :, None, None], state.reshape(-1, v.shape[2], K, v.shape[-1])
+    return _by_form(form, scale, *inputs)
+
+
+def _refusal(q: Array, k: Array, v: Array, log_decay: Array | None) -> str | None:
+    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
+    if jax.default_backend() != "gpu":
+        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
+    from hydrax.ops.delta import gpu
+
+    return gpu.refusal(q, k, v, log_decay)
+
+
+def _by_form(
+    form: Callable,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    log_decay: Array | None,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+) -> tuple[Array, Array]:
+    """The op by one of the forms of grouped values."""
+    inputs, seg, valid = _grouped(q, k, v, beta, log_decay, segment_ids)
+    o, state = form(*inputs, seg, layout.grouped_state(initial_state, *inputs[1:3]))
+    o = (o * scale).astype(v.dtype).reshape(v.shape)
+    return o if valid is None else o * valid[:, :, None, None], state.reshape(-1, *v.shape[2:3], *state.shape[-2:])
 
 
 def summarize(

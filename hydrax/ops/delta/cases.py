@@ -1,6 +1,8 @@
-"""Named shapes of `delta_rule`, shared by tests, tuning and benchmarks."""
+"""Named shapes of `delta_rule`, shared by tests, tuning and benchmarks; its kernels meet those of `linear`."""
 
-from hydrax.ops.linear.cases import Case
+from hydrax.ops.linear.cases import KERNELS, Case
+
+__all__ = ["CASES", "KERNELS", "Case"]
 
 CASES = {
     "none": Case(2, 65, 2, 2, 8, 16, "none"),

@@ -27,7 +27,20 @@ def _fused(*inputs: Any, scale: float, form: Callable) -> tuple[Array, Array]:
     return gpu.fused(*inputs, scale=scale, form=form)
 
 
-FORMS: dict[str, Callable] = {"recurrent": forms.recurrent, "chunked": forms.chunked, "pallas_gpu": _fused}
+def _on_tpu(*inputs: Any, scale: float) -> tuple[Array, Array]:
+    from hydrax.ops.linear import tpu
+    from hydrax.ops.pallas.tpu import require
+
+    require("linear_attention", *inputs[:3])
+    return tpu.chunked(*inputs, scale=scale)
+
+
+FORMS: dict[str, Callable] = {
+    "recurrent": forms.recurrent,
+    "chunked": forms.chunked,
+    "pallas_gpu": _fused,
+    "pallas_tpu": _on_tpu,
+}
 
 
 def linear_attention(
@@ -51,8 +64,8 @@ def linear_attention(
       scale: factor on the output, K^-1/2 if None.
       initial_state: state before token 0, belonging to the document of token 0; zeros if None.
       segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16, no vector decay), or None to
-        choose.
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16), "pallas_tpu" (a TPU,
+        bfloat16 or float32; by name only, since it was not timed), or None to choose.
       chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
 
     Returns:
@@ -73,6 +86,8 @@ def linear_attention(
         by_xla = functools.partial(by_form, forms.chunked, scale)
         jax.eval_shape(by_xla, *inputs)  # refuses shapes that do not fit
         return _fused(*inputs, scale=scale, form=by_xla)
+    if form is _on_tpu:
+        return by_form(functools.partial(form, scale=scale), 1.0, *inputs)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     return by_form(form, scale, *inputs)

@@ -29,14 +29,18 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
+from hydrax.ops.dispatch import KERNEL
+from hydrax.ops.linear import gpu_vector
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WIDEST, WIDTHS, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -61,10 +65,8 @@ class Product:
 
 
 def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
-    """Why these kernels cannot serve, or None."""
+    """Why these kernels, or those of `gpu_vector`, cannot serve, or None."""
     kind = (device or jax.devices()[0]).device_kind
-    if log_decay is not None and log_decay.ndim == 4:
-        return "log_decay is a vector per token: these kernels serve scalar decays"
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: these kernels multiply bfloat16"
     K, V = q.shape[-1], v.shape[-1]
@@ -87,12 +89,13 @@ def fused(
     form: Callable,
     tuning: Tuning | None = None,
 ) -> tuple[Array, Array]:
-    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], g [Hv] or [B,T,Hv], S [B,Hv,K,V].
+    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], S [B,Hv,K,V], and any log-decay.
 
     The gradient of constant decays is a sum over all tokens, in which the bf16 states of these kernels would lose what
     remains: where it is wanted, `form` of the same inputs takes their place.
     """
-    run = functools.partial(_padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
+    padded: Callable = gpu_vector.padded if g is not None and g.ndim == 4 else _padded
+    run = functools.partial(padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
     if g is None or g.ndim > 1:
         return run(q, k, v, g, seg, S)
     return _unless_learned(run, form, q, k, v, g, seg, S)
@@ -156,7 +159,7 @@ def _run_forward(
 def _forward(scale: float, tuning: Tuning, *inputs: Any) -> tuple[tuple, tuple]:
     learned = inputs[3].perturbed
     inputs = custom_vjp_primal_tree_values(inputs)
-    o, final, starts, kept = _run_forward(scale, tuning, learned, *inputs)
+    o, final, starts, kept = checkpoint_name(_run_forward(scale, tuning, learned, *inputs), KERNEL)
     return (o, final), (*inputs, starts, kept)
 
 

@@ -24,6 +24,18 @@ def pad_tokens(x: Array | None) -> Array | None:
     return jnp.pad(x, [(0, -x.shape[1] % BLOCK) if axis == 1 else (0, 0) for axis in range(x.ndim)])
 
 
+def by_chunk(x: Array) -> Array:
+    """[B,T,H] -> [B,N,H,C]."""
+    B, T, H = x.shape
+    return x.reshape(B, T // BLOCK, BLOCK, H).swapaxes(2, 3)
+
+
+def by_token(x: Array) -> Array:
+    """The inverse of `by_chunk`."""
+    B, N, H, C = x.shape
+    return x.swapaxes(2, 3).reshape(B, N * C, H)
+
+
 def parts_of(V: int) -> int:
     """Into how many heads of `WIDEST` columns a value head is cut."""
     return max(1, V // WIDEST)
@@ -124,8 +136,14 @@ def between_segments(
     """
     B, n, Hv = updates.shape[:3]
     keep = jnp.broadcast_to(facts[:, :, :, KEEP, 0], (B, n * chunks, Hv)).reshape(B, n, chunks, Hv).prod(2)
+    return carry_segments(updates, keep[..., None], Z, reverse=reverse)
+
+
+def carry_segments(updates: Array, keep: Array, Z: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
+    """The same, where it is known what each segment keeps [B,n,Hv,1] or [B,n,Hv,K]."""
+    n = updates.shape[1]
     states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
     for i in reversed(range(n)) if reverse else range(n):
-        states.append(keep[:, i, :, None, None] * states[-1] + updates[:, i])
+        states.append(keep[:, i, :, :, None] * states[-1] + updates[:, i])
     before = states[-2::-1] if reverse else states[:-1]
     return jnp.stack(before, 1).reshape(-1, *updates.shape[2:]), states[-1]

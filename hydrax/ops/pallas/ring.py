@@ -3,7 +3,8 @@
 In Pallas Mosaic a barrier must be waited for between two of its completions, by every thread that uses it at all.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,8 +17,8 @@ from hydrax.core.typing import Array, PyTree
 def barriers(slots: int, copies: int, workers: int) -> dict[str, PyTree]:
     """Scratch "full", "free": a slot is full after all copies of a chunk, and free when every worker has left it."""
     return {
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-        "free": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=(slots,)),
+        "free": plgpu.Barrier(num_arrivals=workers, num_barriers=(slots,)),
     }
 
 
@@ -30,8 +31,25 @@ def load(fetch: Callable, chunks: int, slots: int, full: PyTree, free: PyTree) -
     def _(n: Array) -> None:
         slot = jax.lax.rem(n, jnp.int32(slots))
         plgpu.barrier_wait(free.at[slot])
-        plgpu.commit_smem()  # joins the warps: none may miss a phase of the barrier
-        fetch(n, slot, full.at[slot])
+        _refill(fetch, n, slot, full)
+
+
+def load_all(rings: Sequence[tuple[Callable, PyTree, PyTree]], chunks: int) -> None:
+    """As `load`, from several rings (fetch, full, free), which are refilled in this order."""
+
+    @pl.loop(0, chunks)
+    def _(n: Array) -> None:
+        for fetch, full, free in rings:
+            slots = full.shape[0]
+            slot = jax.lax.rem(n, jnp.int32(slots))
+
+            pl.when(n >= slots)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            _refill(fetch, n, slot, full)
+
+
+def _refill(fetch: Callable, n: Array, slot: Array, full: PyTree) -> None:
+    plgpu.commit_smem()  # joins the warps: none may miss a phase of the barrier
+    fetch(n, slot, full.at[slot])
 
 
 def work(step: Callable, carry: PyTree, chunks: int, slots: int, full: PyTree, free: PyTree) -> PyTree:

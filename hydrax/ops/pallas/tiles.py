@@ -23,7 +23,7 @@ def scratch(dtype: jnp.dtype, *shape: int) -> PyTree:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
-def block(i: int) -> PyTree:
+def block(i: int | Array) -> PyTree:
     """The i-th 64 rows or columns."""
     return pl.ds(i * BLOCK, BLOCK)
 
@@ -57,15 +57,15 @@ def zeros() -> Array:
     return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILED)
 
 
-def mm(*pairs: Pair) -> Array:
-    """Σ left @ right over the pairs, in fp32."""
+def mm(*pairs: Pair, columns: int = BLOCK) -> Array:
+    """Σ left @ right over the pairs [64,columns], in fp32."""
 
     def run(acc: PyTree) -> Array:
         for left, right in pairs:
             plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(SQUARE, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((BLOCK, columns), jnp.float32))
 
 
 def acc_mm(init: Sequence[Array], pairs: Sequence[Pair]) -> tuple[Array, ...]:
@@ -74,5 +74,16 @@ def acc_mm(init: Sequence[Array], pairs: Sequence[Pair]) -> tuple[Array, ...]:
     def run(accs: Sequence[PyTree]) -> None:
         for acc, (left, right) in zip(accs, pairs, strict=True):
             plgpu.wgmma(acc, left, right)
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in init))
+
+
+def accumulate(init: Sequence[Array], sums: Sequence[Sequence[Pair]]) -> tuple[Array, ...]:
+    """init + Σ left @ right for each of the sums, all in flight together."""
+
+    def run(accs: Sequence[PyTree]) -> None:
+        for acc, pairs in zip(accs, sums, strict=True):
+            for left, right in pairs:
+                plgpu.wgmma(acc, left, right)
 
     return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in init))

@@ -7,7 +7,10 @@ Covers HGRN (arXiv 2311.04823) and Mamba (2312.00752).
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core import tree
@@ -18,7 +21,18 @@ from hydrax.ops.dispatch import select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.scan import forms
 
-LINEAR = {"recurrent": forms.linear_recurrent, "chunked": forms.linear_chunked}
+
+def _fused(*inputs: Any) -> tuple[Array, Array]:
+    from hydrax.ops.scan import gpu
+
+    return gpu.fused(*inputs)
+
+
+LINEAR: dict[str, Callable] = {
+    "recurrent": forms.linear_recurrent,
+    "chunked": forms.linear_chunked,
+    "pallas_gpu": _fused,
+}
 SELECTIVE = {"recurrent": forms.selective_recurrent, "chunked": forms.selective_chunked}
 
 
@@ -38,19 +52,25 @@ def linear_scan(
       b: what is added [B,T,*C].
       initial_state: h before token 0 [B,*C], belonging to the document of token 0; zeros if None.
       segment_ids: documents; h restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", or None to choose.
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, real numbers, a multiple of 128
+        channels), or None to choose.
       chunk_size: tokens per chunk of the chunked form; results do not depend on it.
 
     Returns:
       h [B,T,*C], zero at padding, and the final state [B,*C], in fp32 (complex64 where a or b are complex).
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown `impl`.
+      ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
     a, b, seg, valid = _linear_inputs(a, b, segment_ids)
-    h = _state(initial_state, (a.shape[0], *a.shape[2:]), b.dtype)
-    form = _form("linear_scan", LINEAR, impl, chunk_size, a)
-    y, h = form(a, b, seg, h)
+    dtype = jnp.result_type(fp32(a), fp32(b))
+    h = _state(initial_state, (a.shape[0], *a.shape[2:]), dtype)
+    refusal = _refusal(a, b)
+    fast = "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
+    form = _form("linear_scan", LINEAR, impl, chunk_size, a, fast)
+    if form.func is _fused and refusal:
+        raise ValueError(f"linear_scan: impl = 'pallas_gpu' cannot serve: {refusal}")
+    y, h = form(*((a, b) if form.func is _fused else (a.astype(dtype), b.astype(dtype))), seg, h)
     return y if valid is None else tree.where(valid, y, jnp.zeros_like(y)), h
 
 
@@ -98,7 +118,7 @@ def summarize_linear(a: Array, b: Array, *, segment_ids: Int[Array, "B T"] | Non
 
     A document change inside the tokens makes M zero. Composition: (M_b M_a, M_b U_a + U_b) for a, then b.
     """
-    a, b, seg, _ = _linear_inputs(a, b, segment_ids)
+    a, b, seg, _ = _linear_inputs(fp32(a), fp32(b), segment_ids)
     _, U = forms.linear_chunked(a, b, seg, jnp.zeros_like(b[:, 0]))
     return _unless_cut(seg, a.prod(1)), U
 
@@ -158,13 +178,20 @@ def attention_matrix_selective(
     return as_matrix(y.reshape(B, T, D, T))
 
 
+def _refusal(a: Array, b: Array) -> str | None:
+    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
+    if jax.default_backend() != "gpu":
+        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
+    from hydrax.ops.scan import gpu
+
+    return gpu.refusal(a, b)
+
+
 def _linear_inputs(a: Array, b: Array, segment_ids: Array | None) -> tuple[Array, Array, Array | None, Array | None]:
-    """a and b in one dtype, 1 and 0 at padding; ids with padding filled; real tokens."""
+    """a and b, 1 and 0 at padding; ids with padding filled; real tokens."""
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(f"a {a.shape}, b {b.shape}: expected [B,T,*C] twice")
-    dtype = jnp.result_type(fp32(a), fp32(b))
-    seg, valid, (b,) = layout.at_padding(segment_ids, b.astype(dtype))
-    a = a.astype(dtype)
+    seg, valid, (b,) = layout.at_padding(segment_ids, b)
     return a if valid is None else tree.where(valid, a, jnp.ones_like(a)), b, seg, valid
 
 
@@ -185,8 +212,10 @@ def _state(initial: Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> A
     return initial.astype(dtype)
 
 
-def _form(op: str, table: dict, impl: str | None, chunk_size: int | None, x: Array) -> functools.partial:
-    form = select(op, impl, table, "recurrent" if x.shape[1] == 1 else "chunked", x.shape)
+def _form(
+    op: str, table: dict, impl: str | None, chunk_size: int | None, x: Array, fast: str = "chunked"
+) -> functools.partial:
+    form = select(op, impl, table, "recurrent" if x.shape[1] == 1 else fast, x.shape)
     chunked = form is table["chunked"] and chunk_size is not None
     return functools.partial(form, chunk_size=chunk_size) if chunked else functools.partial(form)
 

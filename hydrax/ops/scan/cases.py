@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
@@ -35,3 +37,18 @@ CASES: dict[str, Linear | Selective] = {
     "selective_long": Selective(1, 257, 4, 4),
     "selective_one_token": Selective(2, 1, 4, 4),
 }
+
+KERNELS = {
+    "rows": Linear(2, 1000, (2, 128)),
+    "one long row": Linear(1, 4096, (256,)),
+    "one token": Linear(2, 1, (128,)),
+}
+"""What kernels of `linear_scan` are examined on."""
+
+
+def inputs(case: Linear) -> dict[str, np.ndarray]:
+    """Random arguments of `linear_scan` by name, in fp64, with real decays; some of these are 0."""
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(-1, 1, size=(case.B, case.T, *case.C)), rng.normal(size=(case.B, case.T, *case.C))
+    a = np.where(rng.uniform(size=a.shape) < 0.01, 0, a)
+    return {"a": a, "b": b, "initial_state": rng.normal(size=(case.B, *case.C))}

@@ -52,7 +52,7 @@ def linear_chunked(a: Array, b: Array, seg: Array | None, h: Array, *, chunk_siz
     """Associative scans of C tokens (arXiv 1709.04057), h carried between them."""
     T = a.shape[1]
     C = min(chunk_size, T)
-    a = tree.where(_starts(seg, a), jnp.zeros_like(a), a)
+    a = restarting(a, seg)
     a, b, real = (split_chunks(v, C) for v in (a, b, jnp.ones(a.shape[:2], bool)))
     a = tree.where(real, a, jnp.ones_like(a))  # the tail is filled with zeros, which would clear h
     y, (_, h) = over_spans(_LINEAR_FORWARD, _LINEAR_BACKWARD, (a, b), (), ((), h))
@@ -69,6 +69,11 @@ def selective_chunked(
     facts = (split_chunks(_starts(seg, x), C),)
     y, (_, h) = over_spans(_SELECTIVE_FORWARD, _SELECTIVE_BACKWARD, inputs, facts, (fp32(A), h))
     return join_chunks(y, T), h
+
+
+def restarting(a: Array, seg: Array | None) -> Array:
+    """a, and 0 where a document starts."""
+    return a if seg is None else tree.where(_starts(seg, a), jnp.zeros_like(a), a)
 
 
 def _starts(seg: Array | None, x: Array) -> Array:

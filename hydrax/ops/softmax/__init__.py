@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
-from hydrax.ops.dispatch import select
+from hydrax.ops.dispatch import named, select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.softmax import forms
 
@@ -84,7 +84,7 @@ def attention(
     sink_tokens = 0 if window is None else sink_tokens
     rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned)
     refusal = _cudnn_refusal(queries, keys, sinks, rules, return_lse)
-    if impl == "cudnn" and refusal:
+    if named("attention", impl) == "cudnn" and refusal:
         raise ValueError(f"attention: impl = 'cudnn': it {refusal}")
     default = "cudnn" if refusal is None else "chunked" if T > 1 and S >= LONG else "xla"
     form = select("attention", impl, FORMS, default, q.shape)

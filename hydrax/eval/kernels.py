@@ -1,0 +1,250 @@
+"""Ops of hydrax beside those of another library: the same values, on one device, in turns.
+
+Each library has a process of its own (`sides`), which holds one problem at a time. First comes accuracy: outputs and
+all gradients of a small problem against the recurrence in fp32. Then the processes are timed alternately, at full
+size; time is what a caller waits for per call, of many calls in a row.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+
+from hydrax.core.build import Check, ConfigError, Positive
+from hydrax.eval.timing import Times, isolated, times_of
+from hydrax.eval.tolerances import op_tolerance, relative_rms
+from hydrax.train import folder
+
+BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12}
+"""Bytes per second between memory and chip by device, from data sheets."""
+
+SIDES = {"hydrax": "hydrax.eval.sides.ours", "fla": "hydrax.eval.sides.fla"}
+"""Who can be timed, and the module that does it: `facts()`, `evaluate(...)` and `sample(...)`."""
+
+PASSES = ("forward", "forward_backward")
+
+LOW = ("q", "k", "v", "a", "b")
+"""Inputs that come in bfloat16; the others are fp32."""
+
+Shape = tuple[int, int, int, int]
+"""B, T, H and D = K = V."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An op of hydrax with one kind of decay, and what the other library calls it."""
+
+    op: str
+    decay: str = "none"
+    peer: str | None = None
+    gate: float = 1.0  # log-decays are log sigmoid(N(0, 1)) times this
+
+    def inputs(self, shape: Shape) -> dict[str, np.ndarray]:
+        """Normal values, rounded to bfloat16 where they are `LOW`; keys of norm 1."""
+        B, T, H, D = shape
+        draw = _rows(np.random.default_rng(0), B, T)
+        if self.op == "linear_scan":
+            return {"a": _low(_sigmoid(draw(H, D))), "b": _low(draw(H, D))}
+        k = draw(H, D)
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+        x = {"q": _low(draw(H, D)), "k": _low(k), "v": _low(draw(H, D))}
+        if self.op == "delta_rule":
+            x["beta"] = _sigmoid(draw(H))
+        if self.decay == "constant":
+            x["log_decay"] = -(2.0 ** (-8 * (np.arange(H, dtype=np.float32) + 1) / H))
+        if self.decay in ("scalar", "vector"):
+            x["log_decay"] = self.gate * np.log(_sigmoid(draw(*((H,) if self.decay == "scalar" else (H, D)))))
+        return x
+
+    def learned(self, x: Mapping[str, Any]) -> tuple[str, ...]:
+        """The inputs with gradients: all but a constant decay."""
+        return tuple(name for name in x if not (name == "log_decay" and self.decay == "constant"))
+
+    def cotangent(self, shape: Shape) -> np.ndarray:
+        """Of the output."""
+        B, T, H, D = shape
+        return _low(_rows(np.random.default_rng(1), B, T)(H, D))
+
+    def bytes(self, shape: Shape, name: str) -> int:
+        """What a pass reads and writes at least: each of its inputs and results once."""
+        B, T, H, D = shape
+        token = self.inputs((1, 1, H, D))
+        size = {
+            n: x.size * (2 if n in LOW else 4) * (B * T if n in self.learned(token) else 1) for n, x in token.items()
+        }
+        forward = sum(size.values()) + B * T * H * D * (4 if self.op == "linear_scan" else 2)
+        return forward if name == "forward" else 2 * forward + sum(size[n] for n in self.learned(token))
+
+
+def _rows(rng: np.random.Generator, B: int, T: int) -> Callable[..., np.ndarray]:
+    """Draws [B,T,...]; long rows repeat themselves, since drawing takes longer than what is measured."""
+    t = min(T, 2048)
+
+    def draw(*shape: int) -> np.ndarray:
+        block = rng.standard_normal((1, t, *shape), np.float32)
+        return np.tile(block, (B, -(-T // t), *[1] * len(shape)))[:, :T]
+
+    return draw
+
+
+def _low(x: np.ndarray) -> np.ndarray:
+    """x rounded to bfloat16, in fp32."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+PROBLEMS = {
+    "constant": Problem("linear_attention", "constant", "simple_gla"),
+    "scalar": Problem("linear_attention", "scalar", "simple_gla"),
+    "vector": Problem("linear_attention", "vector", "gla", gate=1 / 16),
+    "delta": Problem("delta_rule", "none", "delta_rule"),
+    "gated_delta": Problem("delta_rule", "scalar", "gated_delta_rule"),
+    "kda": Problem("delta_rule", "vector", "kda", gate=1 / 16),
+    "scan": Problem("linear_scan"),
+}
+
+CHECKED: Shape = (2, 1024, 2, 128)
+"""Where results are compared: the recurrence keeps a state per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    problems: Annotated[tuple[str, ...], Check("at least one problem", bool)]
+    shapes: Annotated[tuple[Shape, ...], Check("at least one shape", bool)]
+    peer: str | None  # the other library; None: hydrax alone
+    rounds: Positive  # turns of each process
+    calls: Positive  # calls in a row per turn
+
+    def __post_init__(self) -> None:
+        for name in self.problems:
+            if name not in PROBLEMS:
+                raise ConfigError("problems", name, f"expected all, or some of {', '.join(PROBLEMS)}")
+        if self.peer is not None and self.peer not in SIDES:
+            raise ConfigError("peer", self.peer, f"expected one of {', '.join(SIDES)}, or nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One library at one problem, shape and pass.
+
+    `verdict`: "right", or what is wrong with its results; of such a peer only the time counts.
+    """
+
+    problem: str
+    shape: Shape
+    side: str
+    pass_: str
+    verdict: str
+    errors: dict[str, float]
+    seconds: Times | None
+    bytes: int
+    floor_seconds: float | None
+
+
+def peer(name: str) -> str | None:
+    """The side of that name; of "auto" the one that is installed."""
+    if name == "none":
+        return None
+    installed = all(importlib.util.find_spec(module) for module in ("fla", "torch"))
+    return ("fla" if installed else None) if name == "auto" else name
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Where it is measured, and the versions on both sides."""
+    facts = {name: isolated(_call, SIDES[name], "facts") for name in ("hydrax", settings.peer) if name}
+    return {**isolated(folder.environment), "sides": facts}
+
+
+class Side:
+    """A library in a process of its own, started on first use."""
+
+    def __init__(self, name: str):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_alone)
+
+    def ask(self, what: str, *args: Any) -> Any:
+        """`what(*args)` of its module, there."""
+        return self._pool.submit(_call, SIDES[self.name], what, *args).result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pool.shutdown()
+
+
+def _alone() -> None:
+    """Two processes share the device: neither may take what it does not use."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def _call(module: str, what: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(module), what)(*args)
+
+
+def compare(settings: Settings) -> Iterator[list[Row]]:
+    """The rows of one problem and shape after another."""
+    sides = [Side(name) for name in ("hydrax", settings.peer) if name]
+    try:
+        for name in settings.problems:
+            problem = PROBLEMS[name]
+            own = [side for side in sides if side.name == "hydrax" or problem.peer]
+            expected = own[0].ask("definition", problem, CHECKED)
+            verdicts = {side.name: _verdict(side, problem, expected) for side in own}
+            for shape in settings.shapes:
+                yield _rows_of(name, shape, own, verdicts, settings)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _verdict(side: Side, problem: Problem, expected: Mapping[str, np.ndarray]) -> tuple[str, dict[str, float]]:
+    try:
+        found = side.ask("evaluate", problem, CHECKED)
+    except Exception as error:
+        return f"fails: {_line(error)}", {}
+    errors = {name: relative_rms(x, expected[name]) for name, x in found.items()}
+    wrong = [name for name, x in errors.items() if not x <= op_tolerance(name, "bfloat16")]
+    return (f"wrong: {', '.join(wrong)}" if wrong else "right"), errors
+
+
+def _rows_of(
+    name: str, shape: Shape, sides: Sequence[Side], verdicts: Mapping[str, tuple], settings: Settings
+) -> list[Row]:
+    problem = PROBLEMS[name]
+    samples: dict[tuple[str, str], list[float]] = {}
+    failures: dict[tuple[str, str], str] = {}
+    for _ in range(settings.rounds):
+        for side in sides:
+            for which in PASSES:
+                key = side.name, which
+                if key in failures:
+                    continue
+                try:
+                    samples.setdefault(key, []).append(side.ask("sample", problem, shape, which, settings.calls))
+                except Exception as error:
+                    failures[key] = f"fails: {_line(error)}"
+    device = sides[0].ask("facts")["device"]
+    rows = []
+    for side in sides:
+        for which in PASSES:
+            key, size = (side.name, which), problem.bytes(shape, which)
+            verdict, errors = verdicts[side.name]
+            times = times_of(samples[key], settings.calls) if key not in failures else None
+            floor = size / BANDWIDTH[device] if device in BANDWIDTH else None
+            verdict = failures.get(key, verdict)
+            rows.append(Row(name, shape, side.name, which, verdict, errors, times, size, floor))
+    return rows
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

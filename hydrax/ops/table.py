@@ -1,0 +1,30 @@
+"""The ops that choose among forms, by the names under which `impl` and the log speak of them."""
+
+from collections.abc import Callable, Mapping
+
+from hydrax.ops import conv, delta, linear, scan, slots, softmax
+from hydrax.ops.dispatch import choices
+
+OPS: dict[str, Mapping[str, Callable]] = {
+    "attention": softmax.FORMS,
+    "delta_rule": delta.FORMS,
+    "linear_attention": linear.FORMS,
+    "linear_scan": scan.LINEAR,
+    "selective_scan": scan.SELECTIVE,
+    "short_conv": conv.FORMS,
+    "slot_attention": slots.FORMS,
+    "slot_softmax": slots.SOFTMAX,
+}
+
+
+def complaint(impl: str) -> str | None:
+    """What is allowed instead of an `impl` for the ops of a model, None if it is right."""
+    if "=" not in impl:
+        common = [name for name in softmax.FORMS if all(name in forms for forms in OPS.values())]
+        return None if impl in common else f"expected one of {', '.join(common)}, or <op>=<form>, <op>=<form>"
+    for op, form in choices(impl).items():
+        if op not in OPS:
+            return f"{op!r} is no op; expected <op>=<form> with one of {', '.join(OPS)}"
+        if form not in OPS[op]:
+            return f"{op} has no form {form!r}; expected one of {', '.join(OPS[op])}"
+    return None

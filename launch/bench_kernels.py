@@ -1,0 +1,67 @@
+"""Times the ops on this device, beside those of flash-linear-attention where it is installed, after a check of both.
+
+    python -m launch.bench_kernels --out=runs/kernels.json
+    python -m launch.bench_kernels --problems=gated_delta,delta --shapes=8x4096x16x128 --peer=fla
+
+The two libraries take turns, in processes of their own. A peer whose results are not right keeps its time, marked as
+such. The file holds command, environment and rows; a picture lies beside it.
+"""
+
+import pathlib
+import shlex
+
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from hydrax.core.build import ConfigError, Raw, build
+from launch import cli
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("problems", "all", "names, or all", flag_values=FLAGS)
+flags.DEFINE_string(
+    "shapes", "8x4096x16x128,1x32768x16x128", "rows x tokens x heads x width of a head", flag_values=FLAGS
+)
+flags.DEFINE_string("peer", "auto", "the other library: fla, none, or auto: if installed", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "turns of each library", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("calls", 50, "calls in a row per turn", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("out", "", "a .json file for the results; empty: print them only", flag_values=FLAGS)
+
+
+@cli.command(FLAGS)
+def main(overrides: cli.Overrides) -> None:
+    from hydrax.eval import kernels, kernels_report, report
+
+    settings = build(
+        kernels.Settings,
+        {
+            "problems": list(kernels.PROBLEMS) if FLAGS.problems == "all" else FLAGS.problems.split(","),
+            "shapes": [_shape(text) for text in FLAGS.shapes.split(",")],
+            "peer": kernels.peer(FLAGS.peer),
+            "rounds": FLAGS.rounds,
+            "calls": FLAGS.calls,
+        },
+    )
+    given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
+    command = shlex.join(["python", "-m", "launch.bench_kernels", *given])
+    out = pathlib.Path(FLAGS.out) if FLAGS.out else None
+    results = report.Report(out, command, kernels.environment(settings), settings, kernels_report.draw)
+    console = Console(width=max(120, Console().width))
+    total = len(settings.problems) * len(settings.shapes)
+    for rows in track(kernels.compare(settings), "", total, console=console, disable=not console.is_terminal):
+        results.add(rows)
+        for row in rows:
+            console.print(kernels_report.line(row), highlight=False, markup=False)
+    console.print(kernels_report.table(results.rows))
+    results.draw()
+
+
+def _shape(text: str) -> list[Raw]:
+    numbers = text.split("x")
+    if len(numbers) != 4 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise ConfigError("shapes", text, "expected rows x tokens x heads x width, as in 8x4096x16x128")
+    return [Raw(n) for n in numbers]
+
+
+if __name__ == "__main__":
+    main()
