@@ -106,15 +106,16 @@ def examinations(names: Sequence[str]) -> list[Examination]:
 
 
 def examine(planned: Sequence[Examination], threads: int) -> Iterator[Finding]:
-    """A finding for each, as they come; programs are compiled at the same time, and run one after the other."""
+    """A finding for each, as they come; all programs are compiled at the same time, then run one after the other."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for what, patient in [(what, pool.submit(_Patient, what)) for what in planned]:
-            try:
-                yield patient.result().examined()
-            except _RefusalError as refusal:
-                yield Finding(what, refusal=str(refusal))
-            except Exception as error:  # whatever a compiler or a device raises
-                yield Finding(what, failure=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        patients = [(what, pool.submit(_Patient, what)) for what in planned]
+    for what, patient in patients:
+        try:
+            yield patient.result().examined()
+        except _RefusalError as refusal:
+            yield Finding(what, refusal=str(refusal))
+        except Exception as error:  # whatever a compiler or a device raises
+            yield Finding(what, failure=" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 class _RefusalError(Exception):

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from hydrax.core import tree
 from hydrax.core.build import ConfigError, build
 from hydrax.models import lm
 from hydrax.models.spec import ModelConfig
 from hydrax.models.stack import REMAT
+from hydrax.ops.dispatch import KERNEL
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 pytestmark = pytest.mark.thorough
@@ -157,6 +159,20 @@ def residual_bytes(plan: lm.Blueprint) -> int:
 def test_remat_presets_keep_more_in_this_order():
     kept = [residual_bytes(lm.blueprint(config(), remat=name)) for name in ("full", "mixer", "dots", "none")]
     assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("full", 2), ("mixer", 2), ("dots", 1)])
+def test_kernels_run_again_only_where_that_saves_what_dots_keep(remat: str, runs: int):
+    """`tanh` stands for a kernel: no other operation here is one."""
+
+    def kernel(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = checkpoint_name(jnp.tanh(x), KERNEL)
+        return y, y
+
+    op = jax.custom_vjp(lambda x: kernel(x)[0])
+    op.defvjp(kernel, lambda y, dy: (dy * (1 - y * y),))
+    gradient = jax.grad(jax.checkpoint(lambda x: op(2 * x).sum(), policy=REMAT[remat]))
+    assert str(jax.make_jaxpr(gradient)(jnp.ones(3))).count(" tanh ") == runs
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

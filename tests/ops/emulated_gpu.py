@@ -6,7 +6,7 @@ JAX 0.10.2 knows neither layouts of loads nor wgmma with an operand in registers
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.experimental.pallas as pl
@@ -90,8 +90,8 @@ def _allocate(kind: PyTree) -> PyTree:
 
 
 @pytest.fixture
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compat.launch` and everything that a body calls, on the CPU."""
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`compat.launch` and everything that a body calls, on the CPU. No trace is shared with other tests."""
     place = threading.local()
 
     def launch(
@@ -178,3 +178,6 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in replacements.items():
         for name, replacement in names.items():
             monkeypatch.setattr(module, name, replacement)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

@@ -10,9 +10,9 @@ import pytest
 from hydrax.core.typing import Array
 from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
+from hydrax.ops.linear.cases import Case
 from hydrax.ops.slots import slot_attention
 from tests.ops import matrix_state as ms
-from tests.ops.matrix_state import Case
 from tests.tolerances import assert_equal
 
 OPS: dict[str, tuple[Callable[..., tuple], tuple[str, ...]]] = {

@@ -1,7 +1,7 @@
 """`linear_attention` on Hopper without one: its kernels lowered for CUDA, and their bodies run by numpy."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ CASES = {
 }
 
 
-def problem(case: Case, bf16: Sequence[str] = ("q", "k", "v")) -> tuple[ms.Inputs, dict, np.ndarray]:
-    """Inputs in fp64, the same in bf16 (those named in `bf16`) and fp32 with the values of the first, documents."""
+def problem(case: Case) -> tuple[ms.Inputs, dict, np.ndarray]:
+    """Inputs in fp64, the same in bf16 and fp32 with the values of the first, documents."""
     x = ms.inputs(case, beta=False)
-    low = {n: jnp.asarray(a, jnp.bfloat16 if n in bf16 else jnp.float32) for n, a in x.items()}
+    low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in x.items()}
     return {n: np.asarray(a, np.float64) for n, a in low.items()}, low, ms.documents(case.B, case.T)
 
 
@@ -56,9 +56,9 @@ def evaluate(x: dict, cotangents: tuple, ids: np.ndarray | None, tuning: gpu.Tun
     return {"o": o, "state": S} | {f"d{n}": a for n, a in gradients.items()}
 
 
-def check_case(case: Case, tuning: gpu.Tuning, packed: bool, bf16: Sequence[str] = ("q", "k", "v")) -> None:
+def check_case(case: Case, tuning: gpu.Tuning, packed: bool) -> None:
     """Outputs, state and all gradients against the recurrence; by the kernels themselves where there is a GPU."""
-    exact, low, ids = problem(case, bf16)
+    exact, low, ids = problem(case)
     expected = ms.in_fp64(linear_attention, exact, ids if packed else np.ones_like(ids))
     actual = evaluate(low, ms.cotangents(exact), ids if packed else None, tuning)
     assert expected.keys() - actual.keys() == ({"dlog_decay"} if case.decay == "constant" else set())
@@ -99,19 +99,14 @@ def check_gates(gates: Callable, case: Case, tuning: gpu.Tuning) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_lower_for_cuda(name: str, packed: bool) -> None:
-    check_lowering(*CASES[name], packed, 5 if "segments" in name else 3)
-
-
-def check_lowering(
-    case: Case, tuning: gpu.Tuning, packed: bool, kernels: int, bf16: Sequence[str] = ("q", "k", "v")
-) -> None:
-    exact, low, ids = problem(case, bf16)
+    case, tuning = CASES[name]
+    exact, low, ids = problem(case)
     run = jax.jit(
         functools.partial(evaluate, cotangents=ms.cotangents(exact), ids=ids if packed else None, tuning=tuning)
     )
     check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
     exported = jax.export.export(run, platforms=["cuda"], disabled_checks=[check])(low)
-    assert exported.mlir_module().count("mosaic_gpu_v2") == kernels
+    assert exported.mlir_module().count("mosaic_gpu_v2") == (5 if "segments" in name else 3)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +114,10 @@ def check_lowering(
     [
         ({}, "the device is 'cpu'"),
         ({"q": jnp.zeros((1, 8, 1, 64))}, "bfloat16"),
+        ({"log_decay": jnp.zeros((1, 8, 1, 64))}, "vector"),
         ({"v": jnp.zeros((1, 8, 1, 96), jnp.bfloat16)}, "K, V = 64, 96"),
     ],
-    ids=["device", "fp32", "width"],
+    ids=["device", "fp32", "vector", "width"],
 )
 def test_what_cannot_be_served_is_refused(change: dict, message: str) -> None:
     x = dict.fromkeys("qkv", jnp.zeros((1, 8, 1, 64), jnp.bfloat16)) | {"log_decay": None} | change

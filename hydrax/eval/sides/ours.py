@@ -15,7 +15,11 @@ from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import linear_scan
 
-OPS: dict[str, Callable[..., Any]] = {"linear_attention": linear_attention, "delta_rule": delta_rule, "linear_scan": linear_scan}
+OPS: dict[str, Callable[..., Any]] = {
+    "linear_attention": linear_attention,
+    "delta_rule": delta_rule,
+    "linear_scan": linear_scan,
+}
 
 
 def facts() -> dict[str, Any]:

@@ -49,6 +49,9 @@ from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
 
+SOLVERS = 3
+"""Chunks that a multiprocessor solves at a time: so many hide the latency of products that wait for one another."""
+
 READ, WRITTEN, KEPT, STRENGTH = range(4)
 """Rows of the sums of a chunk [4,C]: the three of dg, and dβ."""
 
@@ -87,6 +90,7 @@ def _fused(scale: float, tuning: Tuning, *inputs: Any) -> tuple[Array, Array]:
     return _run(scale, tuning, ("y", "Z"), *inputs)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal layers share a trace: it takes longer than all else
 def _run(
     scale: float,
     tuning: Tuning,
@@ -101,7 +105,7 @@ def _run(
 ) -> tuple[tuple[Array, Array], tuple]:
     """o and the final state; the facts, the maps of the segments, all that is wanted of the chunks."""
     facts = jnp.concatenate([chunks.chunk_facts(g, seg, 1.0), chunks.by_chunk(beta)[..., None, :]], -2)
-    n, systems = segments(v, tuning), solve(k, facts)
+    n, systems = segments(v, tuning), solve(k, facts, tuning)
     maps: Any = None
     run = functools.partial(sweep, functools.partial(_forward, scale), facts=facts, systems=systems, n=n, tuning=tuning)
     if n > 1:
@@ -117,13 +121,14 @@ def _vjp_forward(scale: float, tuning: Tuning, *inputs: Any) -> tuple[tuple, tup
     return outputs, (q, k, v, seg, S, *kept)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _vjp_backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple) -> tuple:
     q, k, v, seg, S, facts, systems, maps, states = saved
     do, dS = cotangents
     n, step = segments(v, tuning), functools.partial(_backward, scale)
     run = functools.partial(sweep, step, {"q": q, "k": k, "v": do}, facts, systems, n, tuning, reverse=True)
     if n > 1:
-        dS = between_segments(chunks.flip(maps), run()["Z"], dS, n, reverse=True)
+        dS = between_segments(jnp.swapaxes(maps, -1, -2), run()["Z"], dS, n, reverse=True)
     back = run(Z=dS, wanted=("y", "Z", "states"))
     rows = {"q": q, "k": k, "v": v, "do": do, "dy": back["y"]}
     dq, dk, dv, sums = gradients(scale, rows, facts, systems, states, back["states"])
@@ -163,28 +168,30 @@ def between_segments(maps: Array, updates: Array, Z: Array | None, n: int, *, re
     return jnp.stack(states[::-1] if reverse else states, 1).reshape(-1, *updates.shape[2:])
 
 
-def solve(k: Array, facts: Array) -> Array:
+def solve(k: Array, facts: Array, tuning: Tuning) -> Array:
     """M of every chunk [B,N,Hv,C,C]."""
     B, N, Hv = facts.shape[:3]
+    parts = min(max(1, tuning.blocks // (B * Hv)), -(-N // SOLVERS))
     return compat.launch(
-        _solve_body,
+        functools.partial(_solve_body, parts),
         (k, facts),
         jax.ShapeDtypeStruct((B, N, Hv, *tiles.SQUARE), k.dtype),
         scratch={
-            "row_s": {"k": tiles.scratch(k.dtype, 1, BLOCK, k.shape[3])},
-            "fact_s": plgpu.SMEM(facts.shape[3:], jnp.float32),
-            "factor_s": tiles.scratch(jnp.dtype(jnp.float16), 2, *tiles.SQUARE),
-            "system_s": tiles.scratch(k.dtype, *tiles.SQUARE),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=(1,)),
+            "row_s": {"k": tiles.scratch(k.dtype, SOLVERS, BLOCK, k.shape[3])},
+            "fact_s": plgpu.SMEM((SOLVERS, 2, *facts.shape[3:]), jnp.float32),
+            "factor_s": tiles.scratch(jnp.dtype(jnp.float16), SOLVERS, 2, *tiles.SQUARE),
+            "system_s": tiles.scratch(k.dtype, SOLVERS, *tiles.SQUARE),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=(SOLVERS,)),
         },
-        grid={"b": B, "h": Hv, "n": N},
-        warpgroups=1,
+        grid={"h": Hv, "b": B, "part": parts},
+        warpgroups=SOLVERS,
     )
 
 
 def _solve_body(
+    parts: int,
     inputs: tuple,
-    system: PyTree,
+    systems: PyTree,
     *,
     row_s: dict[str, PyTree],
     fact_s: PyTree,
@@ -192,32 +199,53 @@ def _solve_body(
     system_s: PyTree,
     full: PyTree,
 ) -> None:
-    """M by doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
+    """A row and a value head, or a part of it: every warpgroup has chunks of its own, and loads the next one meanwhile.
 
+    M by doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
     Factors and blocks are rounded to fp16, which has room for the inverses if keys have norm <= 1 and β is in [0, 2].
     No powers of L: with correlated keys they exceed their sum by many orders of magnitude.
     """
     k, facts = inputs
-    at = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
-    _fetch_rows({"k": k}, row_s, at, facts.shape[2], 0, full.at[0])
-    plgpu.copy_gmem_to_smem(facts.at[at], fact_s, full.at[0])
-    plgpu.barrier_wait(full.at[0])
-    keys = _blocks(row_s["k"].at[0])
-    low_s, inverse_s = factor_s.at[0], factor_s.at[1]
-    row, column = tiles.index(0), tiles.index(1)
-    level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
-    L = tiles.mm(*((x, compat.transpose(x)) for x in keys)) * per_row(_beta(fact_s))
-    L = jnp.where(row > column, L, 0)
-    low_s[...] = L.astype(low_s.dtype)
-    X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
-    for p in range(1, BLOCK.bit_length() - 1):
-        plgpu.commit_smem()  # all have read what is stored next
-        inverse_s[...] = X
+    b, h, part, wg = (jax.lax.axis_index(name) for name in ("b", "h", "part", "wg"))
+    N, stride = facts.shape[1], SOLVERS * parts
+    keys, low_s, inverse_s = _blocks(row_s["k"].at[wg]), factor_s.at[wg, 0], factor_s.at[wg, 1]
+
+    def fetch(i: Array | int) -> None:
+        n = i * stride + part * SOLVERS + wg
+
+        @pl.when(n < N)
+        def _() -> None:
+            _fetch_rows({"k": k}, row_s, (b, n, h), facts.shape[2], wg, full.at[wg])
+            plgpu.copy_gmem_to_smem(facts.at[b, n, h], fact_s.at[wg, jax.lax.rem(i, 2)], full.at[wg])
+
+    def work(i: Array, n: Array) -> None:
+        fact = fact_s.at[wg, jax.lax.rem(i, 2)]
+        plgpu.barrier_wait(full.at[wg])
+        row, column = tiles.index(0), tiles.index(1)
+        level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
+        L = tiles.mm(*((x, compat.transpose(x)) for x in keys)) * per_row(_beta(fact))
+        L = jnp.where(row > column, L, 0)
+        low_s[...] = L.astype(low_s.dtype)
         plgpu.commit_smem()
-        XL = tiles.mm((X, low_s)).astype(X.dtype)
-        joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
-        X = jnp.where(joined, -tiles.mm((XL, inverse_s)).astype(X.dtype), X)
-    _store(X.astype(jnp.float32) * _decay(fact_s), system_s, system.at[at])
+        fetch(i + 1)
+        X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
+        for p in range(1, BLOCK.bit_length() - 1):
+            inverse_s[...] = X
+            plgpu.commit_smem()
+            XL = tiles.mm((X, low_s)).astype(X.dtype)
+            joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
+            X = jnp.where(joined, -tiles.mm((XL, inverse_s)).astype(X.dtype), X)
+            plgpu.commit_smem()  # all have read what is stored next
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _store(X.astype(jnp.float32) * _decay(fact), system_s.at[wg], systems.at[b, n, h])
+
+    fetch(jnp.int32(0))
+
+    @pl.loop(0, -(-N // stride))
+    def _(i: Array) -> None:
+        n = i * stride + part * SOLVERS + wg
+        pl.when(n < N)(functools.partial(work, i, n))
+
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -365,11 +393,11 @@ def _beta(facts: PyTree) -> PyTree:
     return facts.at[facts.shape[0] - 1]
 
 
-def _decay(facts: PyTree, *, transposed: bool = False) -> Array:
-    """Γ, or Γᵀ."""
+def _decay(facts: PyTree, *, transposed: bool = False, strict: bool = False) -> Array:
+    """Γ or Γᵀ, or Γ without its diagonal."""
     exponent = per_row(facts.at[SUM]) - per_column(facts.at[SUM])
     row, column = tiles.index(0), tiles.index(1)
-    allowed = row <= column if transposed else row >= column
+    allowed = row <= column if transposed else row > column if strict else row >= column
     if facts.shape[0] > WRITER + 1:
         own, other = (WRITER, READER) if transposed else (READER, WRITER)
         allowed &= per_row(facts.at[own]) == per_column(facts.at[other])
@@ -609,32 +637,34 @@ def _gradients_body(
 
             turned = [compat.transpose(x) for x in u]
             if w == 0:
-                products = list(zip(dy, turned, strict=True)), [(x, compat.transpose(x)) for x in k]
-                D, overlaps = tiles.accumulate([tiles.zeros()] * 2, products)
-                D = jnp.where(tiles.index(0) > tiles.index(1), -D * _decay(fact), 0)
-                sums[STRENGTH].append((D * overlaps).sum(1))
+                D = -_decay(fact, strict=True) * tiles.mm(*zip(dy, turned, strict=True))
                 score_s.at[0][...] = (per_row(_beta(fact)) * D).astype(score_s.dtype)
+                overlaps = tiles.mm(*((x, compat.transpose(x)) for x in k))
+                sums[STRENGTH].append((D * overlaps).sum(1))
             if w == workers - 1:
-                W = scale * tiles.mm(*zip(do, turned, strict=True)) * _decay(fact)
-                own = tiles.index(0) == tiles.index(1)
-                diagonal_s[...] = jnp.where(own, W, 0).sum(1)
-                score_s.at[1][...] = jnp.where(own, 0, W).astype(score_s.dtype)
+                W = scale * _decay(fact, strict=True) * tiles.mm(*zip(do, turned, strict=True))
+                score_s.at[1][...] = W.astype(score_s.dtype)
+                own = sum((tiles.load(x) * tiles.load(y)).sum(1) for x, y in zip(do, u, strict=True))
+                diagonal_s[...] = scale * own
             meet(1)
             plgpu.barrier_arrive(free["cotangents"])
 
+            # One result at a time: registers are scarce.
             D, W = score_s.at[0], score_s.at[1]
             for j in key:
-                own, key_j = per_row(diagonal_s), tiles.load(k[j])
+                own = per_row(diagonal_s)
+                (dq,) = tiles.accumulate([dq], [[(W, k[j])]])
+                sums[READ].append((tiles.load(q[j]) * dq).sum(1))
+                put(dq + own * tiles.load(k[j]), dq_ref, n)
+                dk, later = tiles.accumulate(
+                    [dk, tiles.zeros()], [[(D, k[j])], [(compat.transpose(W), q[j]), (compat.transpose(D), k[j])]]
+                )
+                sums[READ].append((tiles.load(k[j]) * (dk - later)).sum(1))
+                dk += later + own * tiles.load(q[j])
                 turned = [compat.transpose(_square(dstate_s, j, c)) for c in range(nv)]
-                dq, written = tiles.accumulate([dq, tiles.zeros()], [[(W, k[j])], list(zip(u, turned, strict=True))])
-                put(dq + own * key_j, dq_ref, n)
-                written *= per_row(fact.at[WRITES])
-                products = [(D, k[j])], [(compat.transpose(W), q[j]), (compat.transpose(D), k[j])]
-                dk, later = tiles.accumulate([dk, tiles.zeros()], products)
-                query = tiles.load(q[j])
-                sums[READ].append((query * dq + key_j * (dk - later)).sum(1))
-                sums[WRITTEN].append((key_j * written).sum(1))
-                put(dk + later + written + own * query, dk_ref, n)
+                written = per_row(fact.at[WRITES]) * tiles.mm(*zip(u, turned, strict=True))
+                sums[WRITTEN].append((tiles.load(k[j]) * written).sum(1))
+                put(dk + written, dk_ref, n)
             plgpu.barrier_arrive(free["last"])
             plgpu.barrier_arrive(free["first"])
             for row, terms in enumerate(sums):

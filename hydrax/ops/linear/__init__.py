@@ -64,8 +64,8 @@ def linear_attention(
       scale: factor on the output, K^-1/2 if None.
       initial_state: state before token 0, belonging to the document of token 0; zeros if None.
       segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16), "pallas_tpu" (a TPU,
-        bfloat16 or float32; by name only, since it was not timed), or None to choose.
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16, no vector decay),
+        "pallas_tpu" (a TPU, bfloat16 or float32; by name only, since it was not timed), or None to choose.
       chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
 
     Returns:

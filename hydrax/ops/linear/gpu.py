@@ -35,7 +35,6 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
-from hydrax.ops.linear import gpu_vector
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WIDEST, WIDTHS, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
@@ -65,8 +64,10 @@ class Product:
 
 
 def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
-    """Why these kernels, or those of `gpu_vector`, cannot serve, or None."""
+    """Why these kernels cannot serve, or None."""
     kind = (device or jax.devices()[0]).device_kind
+    if log_decay is not None and log_decay.ndim == 4:
+        return "log_decay is a vector per token: these kernels serve scalar decays"
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: these kernels multiply bfloat16"
     K, V = q.shape[-1], v.shape[-1]
@@ -89,13 +90,12 @@ def fused(
     form: Callable,
     tuning: Tuning | None = None,
 ) -> tuple[Array, Array]:
-    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], S [B,Hv,K,V], and any log-decay.
+    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], g [Hv] or [B,T,Hv], S [B,Hv,K,V].
 
     The gradient of constant decays is a sum over all tokens, in which the bf16 states of these kernels would lose what
     remains: where it is wanted, `form` of the same inputs takes their place.
     """
-    padded: Callable = gpu_vector.padded if g is not None and g.ndim == 4 else _padded
-    run = functools.partial(padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
+    run = functools.partial(_padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
     if g is None or g.ndim > 1:
         return run(q, k, v, g, seg, S)
     return _unless_learned(run, form, q, k, v, g, seg, S)
@@ -146,6 +146,7 @@ def _fused(scale: float, tuning: Tuning, *inputs: Any) -> tuple[Array, Array]:
     return _run_forward(scale, tuning, False, *inputs)[:2]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal layers share a trace: it takes longer than all else
 def _run_forward(
     scale: float, tuning: Tuning, keep: bool, q: Array, k: Array, v: Array, g: Array, seg: Array | None, S: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
@@ -164,9 +165,13 @@ def _forward(scale: float, tuning: Tuning, *inputs: Any) -> tuple[tuple, tuple]:
 
 
 def _backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple) -> tuple:
-    q, k, v, g, seg, S, starts, kept = saved
     do, dS = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
-    do = jnp.zeros_like(v) if do is None else do
+    return _gradients(scale, tuning, saved, jnp.zeros_like(saved[2]) if do is None else do, dS)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(scale: float, tuning: Tuning, saved: tuple, do: Array, dS: Array | None) -> tuple:
+    q, k, v, g, seg, S, starts, kept = saved
     facts = chunks.chunk_facts(g, seg, scale)
     n = chunks.segments(v, tuning)
     rows = {"q": q, "k": k, "v": v, "do": do}

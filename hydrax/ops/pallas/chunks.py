@@ -136,14 +136,8 @@ def between_segments(
     """
     B, n, Hv = updates.shape[:3]
     keep = jnp.broadcast_to(facts[:, :, :, KEEP, 0], (B, n * chunks, Hv)).reshape(B, n, chunks, Hv).prod(2)
-    return carry_segments(updates, keep[..., None], Z, reverse=reverse)
-
-
-def carry_segments(updates: Array, keep: Array, Z: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
-    """The same, where it is known what each segment keeps [B,n,Hv,1] or [B,n,Hv,K]."""
-    n = updates.shape[1]
     states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
     for i in reversed(range(n)) if reverse else range(n):
-        states.append(keep[:, i, :, :, None] * states[-1] + updates[:, i])
+        states.append(keep[:, i, :, None, None] * states[-1] + updates[:, i])
     before = states[-2::-1] if reverse else states[:-1]
     return jnp.stack(before, 1).reshape(-1, *updates.shape[2:]), states[-1]

@@ -6,8 +6,8 @@ A thread block carries 128 channels through the tokens of a row, one channel per
     db_t = dh_t + c_{t+1},      da_t = db_t h_{t-1},      c_t = a_t db_t      from the last to the first
 
 No logarithm is taken: a may be 0 or negative. Documents are values of a and b: a is 0 where one begins; at padding a is
-1 and b is 0. Of a few rows only, segments run at the same time: a first sweep gives of each what it adds to the state,
-and the product of its a.
+1 and b is 0. Where there are very few channels and rows, segments of these run at the same time: a first sweep gives of
+each what it adds to the state, and the product of its a.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ LANES = 128
 """Channels of a thread block."""
 TILE = 32
 """Tokens in registers at once."""
+FEW = 16
+"""Thread blocks that are faster in one sweep than all that the device holds in two."""
 DTYPES = ("float32", "bfloat16")
 
 Tokens = dict[str, Array]
@@ -105,8 +107,8 @@ _scan.defvjp(_forward, _backward)
 def segments(x: Array, tuning: Tuning) -> int:
     """Into how many parts, of 4 tiles at least, each row is cut so that few rows fill the device."""
     B, T, D = x.shape
-    n = 1
-    while B * D // LANES * n * 2 <= tuning.blocks and T % (TILE * 4 * n * 2) == 0:
+    blocks, n = B * D // LANES, 1
+    while blocks < FEW and blocks * n * 2 <= tuning.blocks and T % (TILE * 4 * n * 2) == 0:
         n *= 2
     return n
 
