@@ -49,9 +49,6 @@ from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
 
-SOLVERS = 3
-"""Chunks that a multiprocessor solves at a time: so many hide the latency of products that wait for one another."""
-
 READ, WRITTEN, KEPT, STRENGTH = range(4)
 """Rows of the sums of a chunk [4,C]: the three of dg, and dβ."""
 
@@ -105,7 +102,7 @@ def _run(
 ) -> tuple[tuple[Array, Array], tuple]:
     """o and the final state; the facts, the maps of the segments, all that is wanted of the chunks."""
     facts = jnp.concatenate([chunks.chunk_facts(g, seg, 1.0), chunks.by_chunk(beta)[..., None, :]], -2)
-    n, systems = segments(v, tuning), solve(k, facts, tuning)
+    n, systems = segments(v, tuning), solve(k, facts)
     maps: Any = None
     run = functools.partial(sweep, functools.partial(_forward, scale), facts=facts, systems=systems, n=n, tuning=tuning)
     if n > 1:
@@ -168,30 +165,28 @@ def between_segments(maps: Array, updates: Array, Z: Array | None, n: int, *, re
     return jnp.stack(states[::-1] if reverse else states, 1).reshape(-1, *updates.shape[2:])
 
 
-def solve(k: Array, facts: Array, tuning: Tuning) -> Array:
+def solve(k: Array, facts: Array) -> Array:
     """M of every chunk [B,N,Hv,C,C]."""
     B, N, Hv = facts.shape[:3]
-    parts = min(max(1, tuning.blocks // (B * Hv)), -(-N // SOLVERS))
     return compat.launch(
-        functools.partial(_solve_body, parts),
+        _solve_body,
         (k, facts),
         jax.ShapeDtypeStruct((B, N, Hv, *tiles.SQUARE), k.dtype),
         scratch={
-            "row_s": {"k": tiles.scratch(k.dtype, SOLVERS, BLOCK, k.shape[3])},
-            "fact_s": plgpu.SMEM((SOLVERS, 2, *facts.shape[3:]), jnp.float32),
-            "factor_s": tiles.scratch(jnp.dtype(jnp.float16), SOLVERS, 2, *tiles.SQUARE),
-            "system_s": tiles.scratch(k.dtype, SOLVERS, *tiles.SQUARE),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=(SOLVERS,)),
+            "row_s": {"k": tiles.scratch(k.dtype, 1, BLOCK, k.shape[3])},
+            "fact_s": plgpu.SMEM(facts.shape[3:], jnp.float32),
+            "factor_s": tiles.scratch(jnp.dtype(jnp.float16), 2, *tiles.SQUARE),
+            "system_s": tiles.scratch(k.dtype, *tiles.SQUARE),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=(1,)),
         },
-        grid={"h": Hv, "b": B, "part": parts},
-        warpgroups=SOLVERS,
+        grid={"b": B, "h": Hv, "n": N},
+        warpgroups=1,
     )
 
 
 def _solve_body(
-    parts: int,
     inputs: tuple,
-    systems: PyTree,
+    system: PyTree,
     *,
     row_s: dict[str, PyTree],
     fact_s: PyTree,
@@ -199,53 +194,32 @@ def _solve_body(
     system_s: PyTree,
     full: PyTree,
 ) -> None:
-    """A row and a value head, or a part of it: every warpgroup has chunks of its own, and loads the next one meanwhile.
+    """M by doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
 
-    M by doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
     Factors and blocks are rounded to fp16, which has room for the inverses if keys have norm <= 1 and β is in [0, 2].
     No powers of L: with correlated keys they exceed their sum by many orders of magnitude.
     """
     k, facts = inputs
-    b, h, part, wg = (jax.lax.axis_index(name) for name in ("b", "h", "part", "wg"))
-    N, stride = facts.shape[1], SOLVERS * parts
-    keys, low_s, inverse_s = _blocks(row_s["k"].at[wg]), factor_s.at[wg, 0], factor_s.at[wg, 1]
-
-    def fetch(i: Array | int) -> None:
-        n = i * stride + part * SOLVERS + wg
-
-        @pl.when(n < N)
-        def _() -> None:
-            _fetch_rows({"k": k}, row_s, (b, n, h), facts.shape[2], wg, full.at[wg])
-            plgpu.copy_gmem_to_smem(facts.at[b, n, h], fact_s.at[wg, jax.lax.rem(i, 2)], full.at[wg])
-
-    def work(i: Array, n: Array) -> None:
-        fact = fact_s.at[wg, jax.lax.rem(i, 2)]
-        plgpu.barrier_wait(full.at[wg])
-        row, column = tiles.index(0), tiles.index(1)
-        level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
-        L = tiles.mm(*((x, compat.transpose(x)) for x in keys)) * per_row(_beta(fact))
-        L = jnp.where(row > column, L, 0)
-        low_s[...] = L.astype(low_s.dtype)
+    at = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
+    _fetch_rows({"k": k}, row_s, at, facts.shape[2], 0, full.at[0])
+    plgpu.copy_gmem_to_smem(facts.at[at], fact_s, full.at[0])
+    plgpu.barrier_wait(full.at[0])
+    keys = _blocks(row_s["k"].at[0])
+    low_s, inverse_s = factor_s.at[0], factor_s.at[1]
+    row, column = tiles.index(0), tiles.index(1)
+    level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
+    L = tiles.mm(*((x, compat.transpose(x)) for x in keys)) * per_row(_beta(fact_s))
+    L = jnp.where(row > column, L, 0)
+    low_s[...] = L.astype(low_s.dtype)
+    X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
+    for p in range(1, BLOCK.bit_length() - 1):
+        plgpu.commit_smem()  # all have read what is stored next
+        inverse_s[...] = X
         plgpu.commit_smem()
-        fetch(i + 1)
-        X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
-        for p in range(1, BLOCK.bit_length() - 1):
-            inverse_s[...] = X
-            plgpu.commit_smem()
-            XL = tiles.mm((X, low_s)).astype(X.dtype)
-            joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
-            X = jnp.where(joined, -tiles.mm((XL, inverse_s)).astype(X.dtype), X)
-            plgpu.commit_smem()  # all have read what is stored next
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        _store(X.astype(jnp.float32) * _decay(fact), system_s.at[wg], systems.at[b, n, h])
-
-    fetch(jnp.int32(0))
-
-    @pl.loop(0, -(-N // stride))
-    def _(i: Array) -> None:
-        n = i * stride + part * SOLVERS + wg
-        pl.when(n < N)(functools.partial(work, i, n))
-
+        XL = tiles.mm((X, low_s)).astype(X.dtype)
+        joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
+        X = jnp.where(joined, -tiles.mm((XL, inverse_s)).astype(X.dtype), X)
+    _store(X.astype(jnp.float32) * _decay(fact_s), system_s, system.at[at])
     plgpu.wait_smem_to_gmem(0)
 
 
