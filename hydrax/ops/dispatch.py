@@ -5,9 +5,13 @@ or says which form which op takes ("delta_rule=chunked, linear_scan=chunked"); t
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 
+import jax
 from absl import logging
+
+from hydrax.core.typing import Array
 
 KERNEL = "kernel"
 """Name of what hand-written kernels leave for the backward pass, for `jax.checkpoint` to keep instead of running them
@@ -45,3 +49,10 @@ def choices(impl: str) -> dict[str, str]:
 @functools.cache
 def _log_choice(op: str, impl: str, shape: tuple) -> None:
     logging.info("%s %s runs as %r", op, shape, impl)
+
+
+def hopper_refusal(kernels: str, *inputs: Array | None) -> str | None:
+    """Why the kernels of a module cannot serve, or None. It is imported on GPUs only: JAX lacks them elsewhere."""
+    if jax.default_backend() != "gpu":
+        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
+    return importlib.import_module(kernels).refusal(*inputs)

@@ -17,7 +17,7 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.delta import forms
-from hydrax.ops.dispatch import select
+from hydrax.ops.dispatch import hopper_refusal, select
 from hydrax.ops.identity import as_matrix, identity_values
 
 
@@ -79,7 +79,7 @@ def delta_rule(
     T, K = q.shape[1], q.shape[3]
     scale = K**-0.5 if scale is None else scale
     inputs = (q, k, v, beta, log_decay, segment_ids, initial_state)
-    refusal = _refusal(q, k, v, log_decay)
+    refusal = hopper_refusal("hydrax.ops.delta.gpu", q, k, v, log_decay)
     default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
     form = select("delta_rule", impl, FORMS, default, q.shape)
     if form is _fused:
@@ -92,15 +92,6 @@ def delta_rule(
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     return _by_form(form, scale, *inputs)
-
-
-def _refusal(q: Array, k: Array, v: Array, log_decay: Array | None) -> str | None:
-    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
-    if jax.default_backend() != "gpu":
-        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
-    from hydrax.ops.delta import gpu
-
-    return gpu.refusal(q, k, v, log_decay)
 
 
 def _by_form(

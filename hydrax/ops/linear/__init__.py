@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
-from hydrax.ops.dispatch import select
+from hydrax.ops.dispatch import hopper_refusal, select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.linear import forms
 
@@ -77,7 +77,7 @@ def linear_attention(
     T, K = q.shape[1], q.shape[3]
     scale = K**-0.5 if scale is None else scale
     inputs = (q, k, v, log_decay, segment_ids, initial_state)
-    refusal = _refusal(q, k, v, log_decay)
+    refusal = hopper_refusal("hydrax.ops.linear.gpu", q, k, v, log_decay)
     default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
     form = select("linear_attention", impl, FORMS, default, q.shape)
     if form is _fused:
@@ -91,15 +91,6 @@ def linear_attention(
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     return by_form(form, scale, *inputs)
-
-
-def _refusal(q: Array, k: Array, v: Array, log_decay: Array | None) -> str | None:
-    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
-    if jax.default_backend() != "gpu":
-        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
-    from hydrax.ops.linear import gpu
-
-    return gpu.refusal(q, k, v, log_decay)
 
 
 def by_form(

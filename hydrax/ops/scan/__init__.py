@@ -17,7 +17,7 @@ from hydrax.core import tree
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
-from hydrax.ops.dispatch import select
+from hydrax.ops.dispatch import hopper_refusal, select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.scan import forms
 
@@ -65,7 +65,7 @@ def linear_scan(
     a, b, seg, valid = _linear_inputs(a, b, segment_ids)
     dtype = jnp.result_type(fp32(a), fp32(b))
     h = _state(initial_state, (a.shape[0], *a.shape[2:]), dtype)
-    refusal = _refusal(a, b)
+    refusal = hopper_refusal("hydrax.ops.scan.gpu", a, b)
     fast = "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
     form = _form("linear_scan", LINEAR, impl, chunk_size, a, fast)
     if form.func is _fused and refusal:
@@ -176,15 +176,6 @@ def attention_matrix_selective(
     dt, A = jnp.repeat(fp32(dt), T, axis=2), jnp.repeat(A, T, axis=0)
     y, _ = selective_scan(x, dt, A, b, c, segment_ids=segment_ids)
     return as_matrix(y.reshape(B, T, D, T))
-
-
-def _refusal(a: Array, b: Array) -> str | None:
-    """Why the kernels cannot serve, or None. They are imported on GPUs only: JAX lacks them on some platforms."""
-    if jax.default_backend() != "gpu":
-        return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"
-    from hydrax.ops.scan import gpu
-
-    return gpu.refusal(a, b)
 
 
 def _linear_inputs(a: Array, b: Array, segment_ids: Array | None) -> tuple[Array, Array, Array | None, Array | None]:
