@@ -45,8 +45,8 @@ from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.linear import gpu as linear
 from hydrax.ops.pallas import chunks, compat, ring, tiles
-from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WRITER, WRITES
-from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
+from hydrax.ops.pallas.chunks import KEEP, READS, WRITER, WRITES
+from hydrax.ops.pallas.tiles import BLOCK, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
 
 READ, WRITTEN, KEPT, STRENGTH = range(4)
@@ -367,15 +367,9 @@ def _beta(facts: PyTree) -> PyTree:
     return facts.at[facts.shape[0] - 1]
 
 
-def _decay(facts: PyTree, *, transposed: bool = False, strict: bool = False) -> Array:
-    """Γ or Γᵀ, or Γ without its diagonal."""
-    exponent = per_row(facts.at[SUM]) - per_column(facts.at[SUM])
-    row, column = tiles.index(0), tiles.index(1)
-    allowed = row <= column if transposed else row > column if strict else row >= column
-    if facts.shape[0] > WRITER + 1:
-        own, other = (WRITER, READER) if transposed else (READER, WRITER)
-        allowed &= per_row(facts.at[own]) == per_column(facts.at[other])
-    return jnp.exp(jnp.where(allowed, -exponent if transposed else exponent, -1e4))
+def _decay(facts: PyTree, **which: bool) -> Array:
+    """Γ; the last of the facts are the betas."""
+    return chunks.decay(facts, packed=facts.shape[0] > WRITER + 1, **which)
 
 
 def _forward(

@@ -36,8 +36,8 @@ from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.pallas import chunks, compat, ring, tiles
-from hydrax.ops.pallas.chunks import KEEP, READER, READS, SUM, WIDEST, WIDTHS, WRITER, WRITES
-from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
+from hydrax.ops.pallas.chunks import KEEP, READS, WIDEST, WIDTHS, WRITER, WRITES
+from hydrax.ops.pallas.tiles import BLOCK, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
 
 
@@ -367,7 +367,7 @@ def _chunk(
     keep = facts[KEEP, 0]
     if p.a:
         scores = tiles.mm(*((x, compat.transpose(y)) for x, y in zip(rows[p.a], rows[p.b], strict=True)))
-        scores *= _decay(facts, scale, reverse)
+        scores *= chunks.decay(facts, packed=facts.shape[0] > WRITER, transposed=reverse) * scale
         low = scores.astype(dtype)
     after, sums = [], []
     for c, z in zip(columns, Z, strict=True):
@@ -411,14 +411,3 @@ def _chunk(
 
 def _scaled(rows: PyTree, facts: PyTree, weight: int) -> Array:
     return (tiles.load(rows) * per_row(facts.at[weight])).astype(rows.dtype)
-
-
-def _decay(facts: PyTree, scale: float, reverse: bool) -> Array:
-    """scale · Γ, transposed in reverse."""
-    exponent = per_row(facts.at[SUM]) - per_column(facts.at[SUM])
-    row, column = tiles.index(0), tiles.index(1)
-    allowed = row <= column if reverse else row >= column
-    if facts.shape[0] > WRITER:
-        own, other = (WRITER, READER) if reverse else (READER, WRITER)
-        allowed &= per_row(facts.at[own]) == per_column(facts.at[other])
-    return jnp.exp(jnp.where(allowed, -exponent if reverse else exponent, -1e4)) * scale

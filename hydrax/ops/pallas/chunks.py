@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from hydrax.core.numerics import fp32
-from hydrax.core.typing import Array
+from hydrax.core.typing import Array, PyTree
 from hydrax.ops import documents
-from hydrax.ops.pallas.tiles import BLOCK
+from hydrax.ops.pallas import tiles
+from hydrax.ops.pallas.tiles import BLOCK, per_column, per_row
 from hydrax.ops.pallas.tuning import Tuning
 
 SUM, READS, WRITES, KEEP, READER, WRITER = range(6)
@@ -96,6 +97,17 @@ def _gates(g: Array, scale: float) -> tuple[Array, ...]:
     G = jnp.cumsum(g, -1)
     total = G[..., -1:]
     return G, scale * jnp.exp(G), jnp.exp(total - G), jnp.broadcast_to(jnp.exp(total), G.shape)
+
+
+def decay(facts: PyTree, *, packed: bool, transposed: bool = False, strict: bool = False) -> Array:
+    """Inside a kernel: Γ, Γᵀ, or Γ without its diagonal, by the facts of a chunk; with documents if `packed`."""
+    exponent = per_row(facts.at[SUM]) - per_column(facts.at[SUM])
+    row, column = tiles.index(0), tiles.index(1)
+    allowed = row <= column if transposed else row > column if strict else row >= column
+    if packed:
+        own, other = (WRITER, READER) if transposed else (READER, WRITER)
+        allowed &= per_row(facts.at[own]) == per_column(facts.at[other])
+    return jnp.exp(jnp.where(allowed, -exponent if transposed else exponent, -1e4))
 
 
 def decay_gradient(moments: Array, anchors: Array, seg: Array | None) -> Array:
