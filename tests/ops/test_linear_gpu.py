@@ -28,6 +28,13 @@ CASES = {
     "segments": (Case(1, 1024, 1, 1, 64, 64, "scalar"), SEGMENTS),
     "constant_segments": (Case(1, 1024, 1, 1, 64, 64, "constant"), SEGMENTS),
 }
+FACTS = ("none", "constant", "constant_segments", "scalar")
+"""Cases that show all that is different without documents."""
+RUNS = [
+    pytest.param(name, packed, marks=() if packed or name in FACTS else pytest.mark.slow)
+    for name in CASES
+    for packed in (False, True)
+]
 
 
 def problem(case: Case) -> tuple[ms.Inputs, dict, np.ndarray]:
@@ -66,8 +73,7 @@ def check_case(case: Case, tuning: gpu.Tuning, packed: bool) -> None:
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "packed"), RUNS)
 def test_bodies_equal_the_recurrence(name: str, packed: bool, emulated_gpu: None) -> None:  # noqa: F811
     check_case(*CASES[name], packed)
 
@@ -81,7 +87,10 @@ def test_another_form_gives_the_gradient_of_constant_decays() -> None:
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
 
 
-@pytest.mark.parametrize("gate", ms.SATURATED)
+@pytest.mark.parametrize(
+    "gate",
+    [g if g in ("-10", "-1e4", "mixed", "bursts") else pytest.param(g, marks=pytest.mark.slow) for g in ms.SATURATED],
+)
 def test_saturated_gates(gate: str, emulated_gpu: None) -> None:  # noqa: F811
     check_gates(ms.SATURATED[gate], *CASES["grouped"])
 
@@ -96,8 +105,7 @@ def check_gates(gates: Callable, case: Case, tuning: gpu.Tuning) -> None:
         assert_close(what, value, expected[what], ms.bf16_tolerance(what))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "packed"), RUNS)
 def test_forward_and_backward_lower_for_cuda(name: str, packed: bool) -> None:
     case, tuning = CASES[name]
     exact, low, ids = problem(case)
