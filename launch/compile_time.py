@@ -32,7 +32,7 @@ def main(overrides: cli.Overrides) -> None:
     if FLAGS.out and pathlib.Path(FLAGS.out).suffix != ".json":
         raise ConfigError("out", FLAGS.out, "expected a path that ends in .json")
 
-    from hydrax.eval import compile_time
+    from hydrax.eval import compile_time, training
     from hydrax.train.metrics import write_json
 
     console = Console(width=max(100, Console().width))
@@ -47,7 +47,7 @@ def main(overrides: cli.Overrides) -> None:
         given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
         given += [f"--config.{key}={value}" for key, value in overrides.items()]
         command = shlex.join(["python", "-m", "launch.compile_time", *given])
-        results = {"command": command, "environment": compile_time.environment()}
+        results = {"command": command, "environment": training.environment()}
         write_json(pathlib.Path(FLAGS.out), {**results, "rows": [dataclasses.asdict(row) for row in rows]})
 
 

@@ -1,10 +1,8 @@
 """Time to compile a training step: it follows the period of the layers, not their number, since periods are scanned."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -12,7 +10,6 @@ from hydrax.eval import training
 from hydrax.eval.layer import uncached
 from hydrax.eval.timing import isolated
 from hydrax.models.spec import resolve
-from hydrax.train import folder
 from hydrax.train.config import RunConfig
 
 
@@ -47,8 +44,3 @@ def compile_seconds(cfg: RunConfig) -> float:
     with uncached():
         training.compiled(cfg, jnp.float32)
     return time.perf_counter() - began
-
-
-def environment() -> dict[str, Any]:
-    """Where it was measured."""
-    return {**isolated(folder.environment), "cores": os.cpu_count()}

@@ -28,6 +28,9 @@ BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12}
 SIDES = {"hydrax": "hydrax.eval.sides.ours", "fla": "hydrax.eval.sides.fla"}
 """Who can be timed, and the module that does it: `facts()`, `evaluate(...)` and `sample(...)`."""
 
+PEERS = {"fla": ("fla", "torch")}
+"""The sides that are other libraries, and what has to be installed for them."""
+
 PASSES = ("forward", "forward_backward")
 
 LOW = ("q", "k", "v", "a", "b")
@@ -129,8 +132,6 @@ class Settings:
         for name in self.problems:
             if name not in PROBLEMS:
                 raise ConfigError("problems", name, f"expected all, or some of {', '.join(PROBLEMS)}")
-        if self.peer is not None and self.peer not in SIDES:
-            raise ConfigError("peer", self.peer, f"expected one of {', '.join(SIDES)}, or nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +153,19 @@ class Row:
 
 
 def peer(name: str) -> str | None:
-    """The side of that name; of "auto" the one that is installed."""
-    if name == "none":
-        return None
-    installed = all(importlib.util.find_spec(module) for module in ("fla", "torch"))
-    return ("fla" if installed else None) if name == "auto" else name
+    """The other library of that name, None for "none"; of "auto" the one that is installed.
+
+    Raises:
+      ConfigError: it is not known, or not installed.
+    """
+    installed = [peer for peer, modules in PEERS.items() if all(map(importlib.util.find_spec, modules))]
+    if name in ("auto", "none"):
+        return installed[0] if name == "auto" and installed else None
+    if name not in PEERS:
+        raise ConfigError("peer", name, f"expected auto, none or one of {', '.join(PEERS)}")
+    if name not in installed:
+        raise ConfigError("peer", name, f"expected {', '.join(PEERS[name])} to be installed")
+    return name
 
 
 def environment(settings: Settings) -> dict[str, Any]:

@@ -51,6 +51,24 @@ def _log_choice(op: str, impl: str, shape: tuple) -> None:
     logging.info("%s %s runs as %r", op, shape, impl)
 
 
+def select_fast(
+    op: str, impl: str | None, forms: Mapping[str, Callable], kernels: str, x: Array, *others: Array | None
+) -> Callable:
+    """`select` where there is a module of Hopper kernels: by default they run if they serve x [B,T,...] and the others.
+
+    Not for one token, which takes the definition, nor on several devices, over which nothing would divide them.
+
+    Raises:
+      ValueError: `impl` names nothing this op has, or the kernels, which cannot serve.
+    """
+    refusal = hopper_refusal(kernels, x, *others)
+    default = "recurrent" if x.shape[1] == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
+    form = select(op, impl, forms, default, x.shape)
+    if refusal and form is forms["pallas_gpu"]:
+        raise ValueError(f"{op}: impl = 'pallas_gpu' cannot serve: {refusal}")
+    return form
+
+
 def hopper_refusal(kernels: str, *inputs: Array | None) -> str | None:
     """Why the kernels of a module cannot serve, or None. It is imported on GPUs only: JAX lacks them elsewhere."""
     if jax.default_backend() != "gpu":

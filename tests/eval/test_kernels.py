@@ -97,5 +97,14 @@ def test_report(tmp_path):
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match=r"problems = 'lstm': expected all, or some of constant, scalar"):
         settings(problems=("lstm",))
-    with pytest.raises(ConfigError, match=r"peer = 'apex': expected one of hydrax, fla"):
-        settings(peer="apex")
+    with pytest.raises(ConfigError, match=r"peer = 'apex': expected auto, none or one of fla"):
+        kernels.peer("apex")
+
+
+def test_a_peer_must_be_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kernels.peer("auto") is kernels.peer("none") is None
+    with pytest.raises(ConfigError, match=r"peer = 'fla': expected fla, torch to be installed"):
+        kernels.peer("fla")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert kernels.peer("auto") == kernels.peer("fla") == "fla"

@@ -158,7 +158,7 @@ OTHERS = [
     ("bench_kernels", ["--problems=lstm"], r"problems = 'lstm': expected all, or some of constant, scalar"),
     ("bench_kernels", ["--shapes=8x64"], r"shapes = '8x64': expected rows x tokens x heads x width"),
     ("bench_kernels", ["--shapes=0x64x1x64"], r"shapes = '0x64x1x64': expected rows x tokens x heads x width"),
-    ("bench_kernels", ["--peer=apex"], r"peer = 'apex': expected one of hydrax, fla"),
+    ("bench_kernels", ["--peer=apex"], r"peer = 'apex': expected auto, none or one of fla"),
     ("bench_train", ["--variants=train.remat"], r"variants = 'train\.remat': expected key=value"),
     ("bench_train", ["--variants=train.remat=all"], r"train\.remat = 'all': expected one of none"),
     ("bench_train", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),

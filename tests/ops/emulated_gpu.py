@@ -80,8 +80,6 @@ class Barriers:
 
 
 def _allocate(kind: PyTree) -> PyTree:
-    if kind is None:
-        return None
     if isinstance(kind, Mapping):
         return {name: _allocate(x) for name, x in kind.items()}
     if isinstance(kind, plgpu.Barrier):
@@ -140,7 +138,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert source.shape == target.shape and source.dtype == target.dtype
         target[...] = source.array
 
-    def mm(*pairs: tuple, columns: int = tiles.BLOCK) -> jax.Array:
+    def mm(*pairs: tuple) -> jax.Array:
         return jnp.asarray(sum(value(a) @ value(b) for a, b in pairs))
 
     replacements = {
@@ -153,7 +151,6 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "zeros": lambda: jnp.zeros(tiles.SQUARE),
             "index": lambda axis: jax.lax.broadcasted_iota(jnp.int32, tiles.SQUARE, axis),
             "mm": mm,
-            "acc_mm": lambda init, pairs: [x + mm(pair) for x, pair in zip(init, pairs, strict=True)],
             "accumulate": lambda init, sums: [x + mm(*pairs) for x, pairs in zip(init, sums, strict=True)],
         },
         plgpu: {
@@ -165,11 +162,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "copy_gmem_to_smem": copy_in,
             "copy_smem_to_gmem": copy_out,
         },
-        jax.lax: {
-            "axis_index": lambda name: jnp.int32(place.index[name]),
-            "fori_loop": fori_loop,
-            "cond": lambda condition, yes, no: yes() if condition else no(),
-        },
+        jax.lax: {"axis_index": lambda name: jnp.int32(place.index[name]), "fori_loop": fori_loop},
         pl: {
             "when": lambda condition: lambda f: f() if condition else None,
             "loop": lambda start, stop: lambda f: [f(jnp.int32(n)) for n in range(start, stop)],

@@ -40,7 +40,7 @@ def problem(name: str, dtype: str) -> tuple[ms.Inputs, dict, np.ndarray, Tuning]
 
 def by_kernels(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
     """`linear_scan` runs its kernels, whatever the device."""
-    monkeypatch.setattr("hydrax.ops.scan.hopper_refusal", lambda *_: None)
+    monkeypatch.setattr("hydrax.ops.dispatch.hopper_refusal", lambda *_: None)
     monkeypatch.setattr(gpu, "TUNING", dict.fromkeys([jax.devices()[0].device_kind], tuning))
 
 

@@ -17,7 +17,7 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.delta import forms
-from hydrax.ops.dispatch import hopper_refusal, select
+from hydrax.ops.dispatch import select_fast
 from hydrax.ops.identity import as_matrix, identity_values
 
 
@@ -76,15 +76,10 @@ def delta_rule(
     Raises:
       ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
-    T, K = q.shape[1], q.shape[3]
-    scale = K**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, beta, log_decay, segment_ids, initial_state)
-    refusal = hopper_refusal("hydrax.ops.delta.gpu", q, k, v, log_decay)
-    default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
-    form = select("delta_rule", impl, FORMS, default, q.shape)
+    form = select_fast("delta_rule", impl, FORMS, "hydrax.ops.delta.gpu", q, k, v, log_decay)
     if form is _fused:
-        if refusal:
-            raise ValueError(f"delta_rule: impl = 'pallas_gpu' cannot serve: {refusal}")
         jax.eval_shape(functools.partial(_by_form, forms.recurrent, scale), *inputs)  # refuses shapes that do not fit
         return _fused(*inputs, scale=scale)
     if form is _on_tpu:

@@ -52,6 +52,9 @@ from hydrax.ops.pallas.tuning import TUNING, Tuning
 READ, WRITTEN, KEPT, STRENGTH = range(4)
 """Rows of the sums of a chunk [4,C]: the three of dg, and dβ."""
 
+SLOTS = {"k": 2, "v": 2}
+"""Chunks in shared memory at once, of what the kernel of the gradients needs first; one of the rest."""
+
 
 def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
     """Why these kernels cannot serve, or None."""
@@ -201,7 +204,7 @@ def _solve_body(
     """
     k, facts = inputs
     at = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
-    _fetch_rows({"k": k}, row_s, at, facts.shape[2], 0, full.at[0])
+    ring.fetch_rows({"k": k}, row_s, at, facts.shape[2], 0, full.at[0])
     plgpu.copy_gmem_to_smem(facts.at[at], fact_s, full.at[0])
     plgpu.barrier_wait(full.at[0])
     keys = _blocks(row_s["k"].at[0])
@@ -300,7 +303,7 @@ def _sweep_body(
         return N - 1 - n if reverse else n
 
     def fetch(n: Array, slot: Array | int, full: PyTree) -> None:
-        _fetch_rows(rows, row_s, (b, chunk(n), h), facts.shape[2], slot, full)
+        ring.fetch_rows(rows, row_s, (b, chunk(n), h), facts.shape[2], slot, full)
         plgpu.copy_gmem_to_smem(facts.at[b, chunk(n), h], fact_s.at[slot], full)
         plgpu.copy_gmem_to_smem(systems.at[b, chunk(n), h], system_s.at[slot], full)
 
@@ -318,7 +321,7 @@ def _sweep_body(
                 for j, block in enumerate(state):
                     plgpu.copy_smem_to_gmem(block, outputs["states"].at[b, chunk(n), h, tiles.block(j), columns])
 
-            y = outputs["y"].at[b, _tokens(chunk(n)), h, columns] if "y" in outputs else None
+            y = outputs["y"].at[b, tiles.block(chunk(n)), h, columns] if "y" in outputs else None
             blocks = {name: x.at[slot, :, columns] if name == "v" else _blocks(x.at[slot]) for name, x in row_s.items()}
             return step(blocks, fact_s.at[slot], system_s.at[slot], state, own_s, y, Z)
 
@@ -337,25 +340,11 @@ def _sweep_body(
         ring.load(fetch, N, stages, full, free)
 
 
-def _tokens(chunk: Array | int) -> PyTree:
-    return pl.ds(chunk * BLOCK, BLOCK)
-
-
 def _store(x: Array, through: PyTree, target: PyTree) -> None:
     """A block in registers to global memory, through shared memory that is read until the next wait."""
     through[...] = x.astype(through.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(through, target)
-
-
-def _fetch_rows(
-    rows: Mapping[str, PyTree], row_s: Mapping[str, PyTree], at: tuple, heads: int, slot: Array | int, full: PyTree
-) -> None:
-    """Starts the copies of a chunk of `rows` [B,T,H,D], for one of `heads` value heads."""
-    b, chunk, h = at
-    for name, x in rows.items():
-        head = jax.lax.div(h, jnp.int32(heads // x.shape[2]))
-        plgpu.copy_gmem_to_smem(x.at[b, _tokens(chunk), head], row_s[name].at[slot], full)
 
 
 def _blocks(rows: PyTree) -> list[PyTree]:
@@ -493,9 +482,6 @@ def gradients(
     return dq, dk, dv, sums.sum(3).reshape(B, -1, Hv, 4, BLOCK)
 
 
-SLOTS = {"k": 2, "v": 2}
-
-
 def _square(matrix_s: PyTree, j: int, c: int) -> PyTree:
     """The j-th rows and c-th columns, by blocks."""
     return matrix_s.at[tiles.block(j), tiles.block(c)]
@@ -527,7 +513,7 @@ def _gradients_body(
 
     def fetch_rows(*names: str) -> Callable:
         def fetch(n: Array, slot: Array | int, full: PyTree) -> None:
-            _fetch_rows({x: rows[x] for x in names}, row_s, (b, n, h), facts.shape[2], slot, full)
+            ring.fetch_rows({x: rows[x] for x in names}, row_s, (b, n, h), facts.shape[2], slot, full)
 
         return fetch
 
@@ -553,7 +539,7 @@ def _gradients_body(
 
         def put(x: Array, ref: PyTree, n: Array) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            _store(x, out_s.at[w], ref.at[b, _tokens(n), h, tiles.block(w)])
+            _store(x, out_s.at[w], ref.at[b, tiles.block(n), h, tiles.block(w)])
 
         def meet(i: int) -> None:
             plgpu.commit_smem()

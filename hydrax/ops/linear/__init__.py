@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
-from hydrax.ops.dispatch import hopper_refusal, select
+from hydrax.ops.dispatch import select_fast
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.linear import forms
 
@@ -74,15 +74,10 @@ def linear_attention(
     Raises:
       ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
-    T, K = q.shape[1], q.shape[3]
-    scale = K**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, log_decay, segment_ids, initial_state)
-    refusal = hopper_refusal("hydrax.ops.linear.gpu", q, k, v, log_decay)
-    default = "recurrent" if T == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
-    form = select("linear_attention", impl, FORMS, default, q.shape)
+    form = select_fast("linear_attention", impl, FORMS, "hydrax.ops.linear.gpu", q, k, v, log_decay)
     if form is _fused:
-        if refusal:
-            raise ValueError(f"linear_attention: impl = 'pallas_gpu' cannot serve: {refusal}")
         by_xla = functools.partial(by_form, forms.chunked, scale)
         jax.eval_shape(by_xla, *inputs)  # refuses shapes that do not fit
         return _fused(*inputs, scale=scale, form=by_xla)

@@ -297,15 +297,12 @@ def _body(
     first = next(iter(rows.values()))
     N = first.shape[1] // BLOCK
 
-    def tokens(n: Array) -> PyTree:
-        return pl.ds((N - 1 - n if reverse else n) * BLOCK, BLOCK)
+    def place(n: Array) -> Array:
+        return N - 1 - n if reverse else n
 
     def fetch(n: Array, slot: Array, full: PyTree) -> None:
-        for name, x in rows.items():
-            head = jax.lax.div(h, jnp.int32(facts.shape[2] // x.shape[2]))
-            plgpu.copy_gmem_to_smem(x.at[b, tokens(n), head], row_s[name].at[slot], full)
-        chunk = N - 1 - n if reverse else n
-        source = facts.at[0, 0, h] if facts.shape[:2] == (1, 1) else facts.at[b, chunk, h]
+        ring.fetch_rows(rows, row_s, (b, place(n), h), facts.shape[2], slot, full)
+        source = facts.at[0, 0, h] if facts.shape[:2] == (1, 1) else facts.at[b, place(n), h]
         plgpu.copy_gmem_to_smem(source, fact_s.at[slot], full)
 
     for w, (i, columns) in enumerate(workers):
@@ -315,7 +312,7 @@ def _body(
             if len(workers) > 1:
                 plgpu.set_max_registers(232, action="increase")
             own = {name: ref.at[w] for name, ref in scratch.items()}
-            where = (b, h, tokens, sum(x == i for x, _ in workers[:w]))
+            where = (b, h, place, sum(x == i for x, _ in workers[:w]))
             chunk = functools.partial(_chunk, products[i], columns, scale, reverse, own, kept, outputs[i], where)
 
             def step(n: Array, slot: Array, Z: list) -> list:
@@ -360,7 +357,7 @@ def _chunk(
     Z: list,
 ) -> list:
     """The columns of y of one chunk, and Z after it."""
-    b, h, tokens, part = where
+    b, h, place, part = where
     reads, writes = (WRITES, READS) if reverse else (READS, WRITES)
     state_s, write_s, y_s, sum_s = (own[name] for name in ("state_s", "write_s", "y_s", "sum_s"))
     dtype = rows[p.b][0].dtype
@@ -387,25 +384,25 @@ def _chunk(
             plgpu.commit_smem()
         write_s[...] = _scaled(rows[p.c][c], facts, writes)
         plgpu.commit_smem()
-        init, pairs = [keep * block for block in z], [(compat.transpose(x), write_s) for x in rows[p.b]]
+        init, pairs = [keep * block for block in z], [[(compat.transpose(x), write_s)] for x in rows[p.b]]
         if p.a:
-            y, *z = tiles.acc_mm([y, *init], [(low, rows[p.c][c]), *pairs])
+            y, *z = tiles.accumulate([y, *init], [[(low, rows[p.c][c])], *pairs])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             y_s[...] = y.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s, outputs["y"].at[b, tokens(n), h, tiles.block(c)])
+            plgpu.copy_smem_to_gmem(y_s, outputs["y"].at[b, tiles.block(place(n)), h, tiles.block(c)])
         else:
-            z = tiles.acc_mm(init, pairs)
+            z = tiles.accumulate(init, pairs)
         after.append(list(z))
         if p.x:
             sums.append((tiles.load(rows[p.x][c]) * y).sum(1))
         if p.meets:
-            source = kept.at[b, kept.shape[1] - 1 - n if reverse else n, h]
+            source = kept.at[b, place(n), h]
             sums += [(tiles.load(source.at[tiles.block(j), tiles.block(c)]) * x).sum(1) for j, x in enumerate(z)]
     if sums:
         sum_s[...] = sum(sums)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sum_s, outputs["sums"].at[b, h, part, tokens(n)])
+        plgpu.copy_smem_to_gmem(sum_s, outputs["sums"].at[b, h, part, tiles.block(place(n))])
     return after
 
 

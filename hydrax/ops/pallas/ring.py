@@ -4,7 +4,7 @@ In Pallas Mosaic a barrier must be waited for between two of its completions, by
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,6 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from hydrax.core.typing import Array, PyTree
+from hydrax.ops.pallas import tiles
 
 
 def barriers(slots: int, copies: int, workers: int) -> dict[str, PyTree]:
@@ -20,6 +21,16 @@ def barriers(slots: int, copies: int, workers: int) -> dict[str, PyTree]:
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=(slots,)),
         "free": plgpu.Barrier(num_arrivals=workers, num_barriers=(slots,)),
     }
+
+
+def fetch_rows(
+    rows: Mapping[str, PyTree], row_s: Mapping[str, PyTree], at: tuple, heads: int, slot: Array | int, full: PyTree
+) -> None:
+    """Starts the copies of the chunk `at` (row, chunk, value head) of `rows` [B,T,H,D], for `heads` value heads."""
+    b, chunk, h = at
+    for name, x in rows.items():
+        head = jax.lax.div(h, jnp.int32(heads // x.shape[2]))
+        plgpu.copy_gmem_to_smem(x.at[b, tiles.block(chunk), head], row_s[name].at[slot], full)
 
 
 def load(fetch: Callable, chunks: int, slots: int, full: PyTree, free: PyTree) -> None:

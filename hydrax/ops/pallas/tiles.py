@@ -57,25 +57,15 @@ def zeros() -> Array:
     return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILED)
 
 
-def mm(*pairs: Pair, columns: int = BLOCK) -> Array:
-    """Σ left @ right over the pairs [64,columns], in fp32."""
+def mm(*pairs: Pair) -> Array:
+    """Σ left @ right over the pairs, in fp32."""
 
     def run(acc: PyTree) -> Array:
         for left, right in pairs:
             plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((BLOCK, columns), jnp.float32))
-
-
-def acc_mm(init: Sequence[Array], pairs: Sequence[Pair]) -> tuple[Array, ...]:
-    """init + left @ right, one block per pair, all in flight together."""
-
-    def run(accs: Sequence[PyTree]) -> None:
-        for acc, (left, right) in zip(accs, pairs, strict=True):
-            plgpu.wgmma(acc, left, right)
-
-    return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in init))
+    return pl.run_scoped(run, plgpu.ACC(SQUARE, jnp.float32))
 
 
 def accumulate(init: Sequence[Array], sums: Sequence[Sequence[Pair]]) -> tuple[Array, ...]:

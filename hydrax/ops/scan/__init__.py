@@ -7,17 +7,16 @@ Covers HGRN (arXiv 2311.04823) and Mamba (2312.00752).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from hydrax.core import tree
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
-from hydrax.ops.dispatch import hopper_refusal, select
+from hydrax.ops.dispatch import select, select_fast
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.scan import forms
 
@@ -65,12 +64,10 @@ def linear_scan(
     a, b, seg, valid = _linear_inputs(a, b, segment_ids)
     dtype = jnp.result_type(fp32(a), fp32(b))
     h = _state(initial_state, (a.shape[0], *a.shape[2:]), dtype)
-    refusal = hopper_refusal("hydrax.ops.scan.gpu", a, b)
-    fast = "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
-    form = _form("linear_scan", LINEAR, impl, chunk_size, a, fast)
-    if form.func is _fused and refusal:
-        raise ValueError(f"linear_scan: impl = 'pallas_gpu' cannot serve: {refusal}")
-    y, h = form(*((a, b) if form.func is _fused else (a.astype(dtype), b.astype(dtype))), seg, h)
+    form = select_fast("linear_scan", impl, LINEAR, "hydrax.ops.scan.gpu", a, b)
+    if form is not _fused:  # the kernels convert what they load
+        a, b = a.astype(dtype), b.astype(dtype)
+    y, h = _sized(form, LINEAR, chunk_size)(a, b, seg, h)
     return y if valid is None else tree.where(valid, y, jnp.zeros_like(y)), h
 
 
@@ -107,7 +104,8 @@ def selective_scan(
     _check_selective(x, dt, A, b, c)
     seg, valid, (x, dt) = layout.at_padding(segment_ids, x, dt)
     h = _state(initial_state, (x.shape[0], *A.shape), jnp.result_type(*map(fp32, (x, dt, A, b, c))))
-    form = _form("selective_scan", SELECTIVE, impl, chunk_size, x)
+    form = select("selective_scan", impl, SELECTIVE, "recurrent" if x.shape[1] == 1 else "chunked", x.shape)
+    form = _sized(form, SELECTIVE, chunk_size)
     y, h = form(x, dt, A, b, c, seg, h)
     y = y.astype(x.dtype)
     return y if valid is None else y * valid[:, :, None], h
@@ -203,12 +201,10 @@ def _state(initial: Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> A
     return initial.astype(dtype)
 
 
-def _form(
-    op: str, table: dict, impl: str | None, chunk_size: int | None, x: Array, fast: str = "chunked"
-) -> functools.partial:
-    form = select(op, impl, table, "recurrent" if x.shape[1] == 1 else fast, x.shape)
-    chunked = form is table["chunked"] and chunk_size is not None
-    return functools.partial(form, chunk_size=chunk_size) if chunked else functools.partial(form)
+def _sized(form: Callable, forms: Mapping[str, Callable], chunk_size: int | None) -> Callable:
+    """The chunked form with chunks of that size, the others as they are."""
+    given = chunk_size is not None and form is forms["chunked"]
+    return functools.partial(form, chunk_size=chunk_size) if given else form
 
 
 def _unless_cut(seg: Array | None, M: Array) -> Array:
