@@ -4,7 +4,8 @@
     python -m launch.bench_kernels --problems=gated_delta,delta --shapes=8x4096x16x128 --peer=fla
 
 The two libraries take turns, in processes of their own. A peer whose results are not right keeps its time, marked as
-such. The file holds command, environment and rows; a picture lies beside it.
+such. Its kernels are compiled before, by many processes. The file holds command, environment and all rows so far; a
+picture lies beside it.
 """
 
 import pathlib
@@ -22,9 +23,12 @@ flags.DEFINE_string("problems", "all", "names, or all", flag_values=FLAGS)
 flags.DEFINE_string(
     "shapes", "8x4096x16x128,1x32768x16x128", "rows x tokens x heads x width of a head", flag_values=FLAGS
 )
-flags.DEFINE_string("peer", "auto", "the other library: fla, none, or auto: if installed", flag_values=FLAGS)
+flags.DEFINE_string("peer", "auto", "the other library: fla, none, or auto: if it can run", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 5, "turns of each library", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("calls", 50, "calls in a row per turn", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "prepare", 300, "seconds at most for compiling the peer's kernels before", lower_bound=0, flag_values=FLAGS
+)
 flags.DEFINE_string("out", "", "a .json file for the results; empty: print them only", flag_values=FLAGS)
 
 
@@ -40,6 +44,7 @@ def main(overrides: cli.Overrides) -> None:
             "peer": kernels.peer(FLAGS.peer),
             "rounds": FLAGS.rounds,
             "calls": FLAGS.calls,
+            "prepare": FLAGS.prepare,
         },
     )
     given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
@@ -47,6 +52,7 @@ def main(overrides: cli.Overrides) -> None:
     out = pathlib.Path(FLAGS.out) if FLAGS.out else None
     results = report.Report(out, command, kernels.environment(settings), settings, kernels_report.draw)
     console = Console(width=max(120, Console().width))
+    kernels.prepare(settings, lambda text: console.print(text, highlight=False, markup=False))
     total = len(settings.problems) * len(settings.shapes)
     for rows in track(kernels.compare(settings), "", total, console=console, disable=not console.is_terminal):
         results.add(rows)

@@ -2,10 +2,12 @@
 
 Each library has a process of its own (`sides`), which holds one problem at a time. First comes accuracy: outputs and
 all gradients of a small problem against the recurrence in fp32. Then the processes are timed alternately, at full
-size; time is what a caller waits for per call, of many calls in a row.
+size; time is what a caller waits for per call, of many calls in a row. A library that compiles when it is first called
+can do so before, in many processes (`prepare`).
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -14,10 +16,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from hydrax.core.build import Check, ConfigError, Positive
+from hydrax.core.build import Check, ConfigError, NonNegative, Positive
+from hydrax.eval.sides import workers
 from hydrax.eval.timing import Times, isolated, times_of
 from hydrax.eval.tolerances import op_tolerance, relative_rms
 from hydrax.train import folder
@@ -26,7 +30,8 @@ BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12}
 """Bytes per second between memory and chip by device, from data sheets."""
 
 SIDES = {"hydrax": "hydrax.eval.sides.ours", "fla": "hydrax.eval.sides.fla"}
-"""Who can be timed, and the module that does it: `facts()`, `evaluate(...)` and `sample(...)`."""
+"""Who can be timed, and the module that does it: `facts()`, `evaluate(...)` and `sample(...)`; a peer's also has
+`compile_share(...)`."""
 
 PEERS = {"fla": ("fla", "torch")}
 """The sides that are other libraries, and what has to be installed for them."""
@@ -116,8 +121,9 @@ PROBLEMS = {
     "scan": Problem("linear_scan"),
 }
 
-CHECKED: Shape = (2, 1024, 2, 128)
-"""Where results are compared: the recurrence keeps a state per token."""
+CHECKED: Shape = (2, 512, 16, 128)
+"""Where results are compared: short, since the recurrence keeps a state per token; with the heads of what is timed,
+since a library tunes its kernels for their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Settings:
     peer: str | None  # the other library; None: hydrax alone
     rounds: Positive  # turns of each process
     calls: Positive  # calls in a row per turn
+    prepare: NonNegative = 0  # seconds in which many processes compile the peer's kernels before
 
     def __post_init__(self) -> None:
         for name in self.problems:
@@ -152,25 +159,42 @@ class Row:
     floor_seconds: float | None
 
 
-def peer(name: str) -> str | None:
-    """The other library of that name, None for "none"; of "auto" the one that is installed.
+def peer(name: str, *also: str) -> str | None:
+    """The other library of that name, None for "none"; of "auto" the one that can run here. `also` are needed as well.
 
     Raises:
-      ConfigError: it is not known, or not installed.
+      ConfigError: it is not known, not installed, or there is no GPU.
     """
-    installed = [peer for peer, modules in PEERS.items() if all(map(importlib.util.find_spec, modules))]
-    if name in ("auto", "none"):
-        return installed[0] if name == "auto" and installed else None
-    if name not in PEERS:
+    if name not in ("auto", "none", *PEERS):
         raise ConfigError("peer", name, f"expected auto, none or one of {', '.join(PEERS)}")
-    if name not in installed:
-        raise ConfigError("peer", name, f"expected {', '.join(PEERS[name])} to be installed")
-    return name
+    wanted = [] if name == "none" else [name] if name in PEERS else list(PEERS)
+    installed = [peer for peer in wanted if all(map(importlib.util.find_spec, (*PEERS[peer], *also)))]
+    if name in PEERS and not installed:
+        raise ConfigError("peer", name, f"expected {', '.join((*PEERS[name], *also))} to be installed")
+    if not installed or isolated(jax.default_backend) == "gpu":
+        return next(iter(installed), None)
+    if name in PEERS:
+        raise ConfigError("peer", name, "its kernels need a GPU, and JAX finds none here; expected none")
+    return None
+
+
+def prepare(settings: Settings, say: Callable[[str], None]) -> None:
+    """Compiles the peer's kernels in many processes, for as long as it may take."""
+    if settings.peer is None or not settings.prepare:
+        return
+    problems = [PROBLEMS[name] for name in settings.problems if PROBLEMS[name].peer]
+    what = (SIDES[settings.peer], "compile_share", problems, (*settings.shapes, CHECKED))
+    workers.share(
+        *what,
+        workers=workers.many(),
+        seconds=settings.prepare,
+        say=lambda text: say(f"compiling kernels of {settings.peer}: {text}"),
+    )
 
 
 def environment(settings: Settings) -> dict[str, Any]:
     """Where it is measured, and the versions on both sides."""
-    facts = {name: isolated(_call, SIDES[name], "facts") for name in ("hydrax", settings.peer) if name}
+    facts = {name: isolated(workers.call, SIDES[name], "facts") for name in ("hydrax", settings.peer) if name}
     return {**isolated(folder.environment), "sides": facts}
 
 
@@ -184,7 +208,7 @@ class Side:
 
     def ask(self, what: str, *args: Any) -> Any:
         """`what(*args)` of its module, there."""
-        return self._pool.submit(_call, SIDES[self.name], what, *args).result()
+        return self._pool.submit(workers.call, SIDES[self.name], what, *args).result()
 
     def close(self) -> None:
         """Ends the process."""
@@ -196,10 +220,6 @@ def _alone() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
-def _call(module: str, what: str, *args: Any) -> Any:
-    return getattr(importlib.import_module(module), what)(*args)
-
-
 def compare(settings: Settings) -> Iterator[list[Row]]:
     """The rows of one problem and shape after another."""
     sides = [Side(name) for name in ("hydrax", settings.peer) if name]
@@ -207,6 +227,9 @@ def compare(settings: Settings) -> Iterator[list[Row]]:
         for name in settings.problems:
             problem = PROBLEMS[name]
             own = [side for side in sides if side.name == "hydrax" or problem.peer]
+            for side in own:  # what is tuned at the first call is tuned here, not at the small shape
+                with contextlib.suppress(Exception):  # it is named when its turn comes
+                    side.ask("sample", problem, settings.shapes[0], PASSES[-1], 1)
             expected = own[0].ask("definition", problem, CHECKED)
             verdicts = {side.name: _verdict(side, problem, expected) for side in own}
             for shape in settings.shapes:
@@ -220,7 +243,7 @@ def _verdict(side: Side, problem: Problem, expected: Mapping[str, np.ndarray]) -
     try:
         found = side.ask("evaluate", problem, CHECKED)
     except Exception as error:
-        return f"fails: {_line(error)}", {}
+        return f"fails: {workers.line(error)}", {}
     errors = {name: relative_rms(x, expected[name]) for name, x in found.items()}
     wrong = [name for name, x in errors.items() if not x <= op_tolerance(name, "bfloat16")]
     return (f"wrong: {', '.join(wrong)}" if wrong else "right"), errors
@@ -241,7 +264,7 @@ def _rows_of(
                 try:
                     samples.setdefault(key, []).append(side.ask("sample", problem, shape, which, settings.calls))
                 except Exception as error:
-                    failures[key] = f"fails: {_line(error)}"
+                    failures[key] = f"fails: {workers.line(error)}"
     device = sides[0].ask("facts")["device"]
     rows = []
     for side in sides:
@@ -253,7 +276,3 @@ def _rows_of(
             verdict = failures.get(key, verdict)
             rows.append(Row(name, shape, side.name, which, verdict, errors, times, size, floor))
     return rows
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -106,5 +106,23 @@ def test_a_peer_must_be_installed(monkeypatch):
     assert kernels.peer("auto") is kernels.peer("none") is None
     with pytest.raises(ConfigError, match=r"peer = 'fla': expected fla, torch to be installed"):
         kernels.peer("fla")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "apex" else name)
+    monkeypatch.setattr(kernels, "isolated", lambda function: "gpu")
     assert kernels.peer("auto") == kernels.peer("fla") == "fla"
+    with pytest.raises(ConfigError, match=r"peer = 'fla': expected fla, torch, apex to be installed"):
+        kernels.peer("fla", "apex")
+    monkeypatch.setattr(kernels, "isolated", lambda function: "cpu")
+    assert kernels.peer("auto") is None
+    with pytest.raises(ConfigError, match=r"peer = 'fla': its kernels need a GPU"):
+        kernels.peer("fla")
+
+
+def test_a_peer_is_prepared_for_all_that_is_timed(monkeypatch):
+    given, said = [], []
+    monkeypatch.setattr(kernels.workers, "share", lambda *args, say, **options: (given.append(args), say("3 in 1 s")))
+    kernels.prepare(settings(prepare=9), said.append)
+    kernels.prepare(settings(peer="fla"), said.append)
+    assert not given
+    kernels.prepare(settings(peer="fla", problems=("scalar", "scan"), prepare=9), said.append)
+    assert given == [("hydrax.eval.sides.fla", "compile_share", [kernels.PROBLEMS["scalar"]], (SHAPE, SHAPE))]
+    assert said == ["compiling kernels of fla: 3 in 1 s"]

@@ -20,6 +20,7 @@ from tests.ops import (
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
     test_scan_gpu as scan_kernels,
+    test_vector_gpu as vector_kernels,
 )
 from tests.tolerances import TOLERANCE, assert_close
 
@@ -142,7 +143,7 @@ def test_linear_kernels_with_saturated_gates(gate: str) -> None:
     hopper.check_gates(ms.SATURATED[gate], *hopper.CASES["grouped"])
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_pallas_linear_equals_definition(decay: str) -> None:
     inputs = _inputs(decay, jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in inputs)
@@ -169,12 +170,25 @@ def test_scan_kernels_with_decays_of_nothing_and_everything(decay: str, monkeypa
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", delta_kernels.CASES)
 def test_delta_kernels_equal_the_recurrence(name: str, packed: bool) -> None:
-    delta_kernels.check_case(name, packed)
+    delta_kernels.check_case(*delta_kernels.CASES[name], packed)
 
 
 @pytest.mark.parametrize("gate", ms.SATURATED)
 def test_delta_kernels_with_saturated_gates(gate: str) -> None:
-    delta_kernels.check_saturated(gate)
+    delta_kernels.check_gates(ms.SATURATED[gate], *delta_kernels.CASES["scalar"])
+
+
+@pytest.mark.parametrize("op", vector_kernels.OPS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", vector_kernels.CASES)
+def test_vector_kernels_equal_the_recurrence(op: str, name: str, packed: bool) -> None:
+    vector_kernels.OPS[op].check_case(*vector_kernels.CASES[name], packed)
+
+
+@pytest.mark.parametrize("op", vector_kernels.OPS)
+@pytest.mark.parametrize("gate", vector_kernels.GATES)
+def test_vector_kernels_with_other_gates(op: str, gate: str) -> None:
+    vector_kernels.OPS[op].check_gates(vector_kernels.GATES[gate], *vector_kernels.CASES["wide"])
 
 
 @pytest.mark.parametrize("correlation", delta_kernels.CORRELATED)
@@ -182,7 +196,7 @@ def test_delta_kernels_with_correlated_keys(correlation: float) -> None:
     delta_kernels.check_correlated(correlation)
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_pallas_delta_equals_definition(decay: str) -> None:
     inputs = _inputs(decay, jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in inputs)

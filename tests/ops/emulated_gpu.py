@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hydrax.core.typing import PyTree
-from hydrax.ops.pallas import compat, tiles
+from hydrax.ops.pallas import compat, step, tiles
 
 WAIT_SECONDS = 30
 
@@ -121,6 +121,14 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return jax.pure_callback(run, outputs, inputs)
 
+    def in_place(body: Callable, inputs: PyTree, output: PyTree, state: jax.Array, grid: Mapping) -> tuple:
+        types = output, jax.ShapeDtypeStruct(state.shape, state.dtype)
+
+        def apart(ins: tuple, outs: tuple) -> None:
+            body(*ins, *reversed(outs))
+
+        return launch(apart, (inputs, state), types, scratch={}, grid=grid, warpgroups=1)
+
     def value(x: object) -> np.ndarray:
         return np.asarray(x.array if isinstance(x, Ref) else x).astype(np.float32)
 
@@ -139,7 +147,8 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         target[...] = source.array
 
     def mm(*pairs: tuple) -> jax.Array:
-        return jnp.asarray(sum(value(a) @ value(b) for a, b in pairs))
+        with np.errstate(over="ignore", invalid="ignore"):  # as wgmma does; a body masks what may overflow
+            return jnp.asarray(sum(value(a) @ value(b) for a, b in pairs))
 
     replacements = {
         compat: {
@@ -153,7 +162,9 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "mm": mm,
             "accumulate": lambda init, sums: [x + mm(*pairs) for x, pairs in zip(init, sums, strict=True)],
         },
+        step: {"in_place": in_place},
         plgpu: {
+            "layout_cast": lambda x, layout: x,
             "set_max_registers": lambda n, action: None,
             "commit_smem": lambda: None,
             "wait_smem_to_gmem": lambda n, wait_read_only=False: None,
@@ -174,3 +185,10 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+def lowered_kernels(function: Callable, *args: PyTree) -> int:
+    """How many Mosaic kernels a function has, lowered for CUDA on any machine."""
+    check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check])(*args)
+    return exported.mlir_module().count("mosaic_gpu_v2")

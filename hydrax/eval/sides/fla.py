@@ -1,14 +1,24 @@
-"""The same ops of flash-linear-attention (https://github.com/fla-org/flash-linear-attention), where it is installed."""
+"""The same ops of flash-linear-attention (https://github.com/fla-org/flash-linear-attention), where it is installed.
 
+At the first call of a kernel Triton compiles all its forms, one after another, and times them: minutes per op. So
+several processes compile first, each its share of the forms and without running any (`compiling`), and leave them in
+Triton's cache on disk. What was timed stays there as well.
+"""
+
+import contextlib
 import functools
 import importlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from hydrax.eval.kernels import LOW, Problem, Shape
+from hydrax.eval.sides.workers import Mine
+
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read when Triton is imported, here or in a process from here
 
 OPS = {
     "simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla"),
@@ -18,6 +28,10 @@ OPS = {
     "kda": ("fla.ops.kda", "chunk_kda"),
 }
 """Module and function by the peer's name of a problem."""
+
+
+TUNING = {"warmup": 5, "rep": 20}
+"""Milliseconds of a form of a kernel when Triton compares them."""
 
 
 def facts() -> dict[str, Any]:
@@ -44,11 +58,9 @@ def evaluate(problem: Problem, shape: Shape) -> dict[str, np.ndarray]:
 
 def sample(problem: Problem, shape: Shape, name: str, calls: int) -> float:
     """Seconds per call of a pass. Gradients that the library refuses for wrong results are timed all the same."""
-    import fla.ops.common.chunk_o
     import torch
 
-    fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True  # its guard, which `evaluate` leaves alone
-    try:
+    with unguarded():
         call = _program(problem, shape)[name]
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -56,19 +68,61 @@ def sample(problem: Problem, shape: Shape, name: str, calls: int) -> float:
             call()
         torch.cuda.synchronize()
         return (time.perf_counter() - began) / calls
+
+
+def compile_share(problems: Sequence[Problem], shapes: Sequence[Shape], mine: Mine) -> None:
+    """Compiles what is `mine` of the kernels of both passes. Forms depend on B, H and D, hardly on T."""
+    for problem in problems:
+        for B, T, H, D in shapes:
+            with compiling(mine), contextlib.suppress(Exception):  # it will be back when the problem is timed
+                _pull(problem, *_inputs(problem, (B, min(T, 1024), H, D)))
+
+
+@contextlib.contextmanager
+def compiling(mine: Mine) -> Iterator[None]:
+    """In there no kernel that Triton tunes is run. Those of its forms that are `mine` are compiled."""
+    from triton.runtime.autotuner import Autotuner
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            if mine(f"{self.base_fn.__name__} {config}"):
+                with contextlib.suppress(Exception):  # too large for the device: Triton passes over it, too
+                    self.fn.run(*args, **kwargs | config.all_kwargs() | {"warmup": True})
+
+    run, Autotuner.run = Autotuner.run, compile_only
+    try:
+        with unguarded():
+            yield
     finally:
-        fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = _guarded()
+        Autotuner.run = run
 
 
-def _guarded() -> bool:
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """In there gradients are computed even where the library knows that this Triton gets them wrong."""
+    import fla.ops.common.chunk_o as guarded
     import fla.utils
 
-    return fla.utils.TRITON_ABOVE_3_7_1
+    guarded.TRITON_ABOVE_3_7_1 = True
+    try:
+        yield
+    finally:
+        guarded.TRITON_ABOVE_3_7_1 = fla.utils.TRITON_ABOVE_3_7_1
+
+
+def quick_tuning() -> None:
+    """From now on Triton times each form for `TUNING` milliseconds instead of 25 and 100."""
+    import triton.testing
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner.do_bench = staticmethod(functools.partial(triton.testing.do_bench, **TUNING))
 
 
 def _inputs(problem: Problem, shape: Shape) -> tuple[dict[str, Any], Any]:
     import torch
 
+    quick_tuning()
     x = {
         n: torch.tensor(a, device="cuda", dtype=torch.bfloat16 if n in LOW else torch.float32)
         for n, a in problem.inputs(shape).items()

@@ -1,5 +1,7 @@
 """`delta_rule` with scalar decays on Hopper GPUs: forward and backward as Pallas kernels.
 
+Vector decays have kernels of their own (`gpu_vector`).
+
 In a chunk of C = 64 tokens, G is the cumulative log-decay, Γ_ij = e^{G_i - G_j} for j <= i in one document, else 0;
 a token reads with r_i = e^{G_i} the incoming state S, if that belongs to its document, and writes with
 w_i = e^{G_C - G_i} to the outgoing one, which keeps λ = e^{G_C} of it. With the system of the chunk
@@ -40,12 +42,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hydrax.core.numerics import clamp_decay, einsum, fp32
+from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
+from hydrax.ops.delta import gpu_vector
+from hydrax.ops.delta.segments import between_segments, identity, segments
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.linear import gpu as linear
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READS, WRITER, WRITES
+from hydrax.ops.pallas.sweep import sweep
 from hydrax.ops.pallas.tiles import BLOCK, per_row
 from hydrax.ops.pallas.tuning import TUNING, Tuning
 
@@ -56,11 +61,8 @@ SLOTS = {"k": 2, "v": 2}
 """Chunks in shared memory at once, of what the kernel of the gradients needs first; one of the rest."""
 
 
-def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
-    """Why these kernels cannot serve, or None."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "log_decay is a vector per token: these kernels serve scalar decays"
-    return linear.refusal(q, k, v, log_decay, device)
+refusal = linear.refusal
+"""Why these kernels cannot serve, or None: for the same reasons."""
 
 
 def fused(
@@ -76,12 +78,15 @@ def fused(
     tuning: Tuning | None = None,
 ) -> tuple[Array, Array]:
     """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], beta [B,T,Hv], g like it or [Hv]."""
+    tuning = tuning or TUNING[jax.devices()[0].device_kind]
+    if g is not None and g.ndim == 4:
+        return gpu_vector.fused(scale, tuning, q, k, v, beta, g, seg, S)
     (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
     parts = chunks.parts_of(V)
     g = jnp.broadcast_to(0.0 if g is None else clamp_decay(fp32(g)), v.shape[:3])
     beta, g = (jnp.repeat(fp32(x), parts, axis=-1) for x in (beta, g))
     x = (chunks.pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), beta, g, seg))
-    o, S = _fused(scale, tuning or TUNING[jax.devices()[0].device_kind], *x, chunks.apart(S, parts))
+    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
     return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
 
 
@@ -109,7 +114,7 @@ def _run(
     maps: Any = None
     run = functools.partial(sweep, functools.partial(_forward, scale), facts=facts, systems=systems, n=n, tuning=tuning)
     if n > 1:
-        maps = run({"k": k}, Z=_identity(k, facts, n))["Z"].astype(k.dtype)
+        maps = run({"k": k}, Z=identity(k, facts, n))["Z"].astype(k.dtype)
         S = between_segments(maps, run({"k": k, "v": v})["Z"], S, n)
     found = run({"q": q, "k": k, "v": v}, Z=S, wanted=wanted)
     return (found["y"], found["Z"][n - 1 :: n]), (facts, systems, maps, found.get("states"))
@@ -148,26 +153,6 @@ def _decay_gradient(sums: Array) -> Array:
     return jax.lax.cumsum(read, axis=3, reverse=True) + before + kept.sum(-1, keepdims=True)
 
 
-def segments(v: Array, tuning: Tuning) -> int:
-    """See `chunks.segments`: two do not make up for the passes that give the states between them."""
-    n = chunks.segments(v, tuning)
-    return n if n > 2 else 1
-
-
-def _identity(k: Array, facts: Array, n: int) -> Array:
-    K = k.shape[3]
-    return jnp.broadcast_to(jnp.eye(K), (k.shape[0] * n, facts.shape[2], K, K))
-
-
-def between_segments(maps: Array, updates: Array, Z: Array | None, n: int, *, reverse: bool = False) -> Array:
-    """Z before each of the n segments of every row [B·n,Hv,K,V], where Z ← map Z + update; zeros if None."""
-    maps, updates = (x.reshape(-1, n, *x.shape[1:]) for x in (maps, updates))
-    states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
-    for i in list(reversed(range(1, n)) if reverse else range(n - 1)):
-        states.append(einsum("bhij,bhjv->bhiv", maps[:, i], states[-1].astype(maps.dtype)) + updates[:, i])
-    return jnp.stack(states[::-1] if reverse else states, 1).reshape(-1, *updates.shape[2:])
-
-
 def solve(k: Array, facts: Array) -> Array:
     """M of every chunk [B,N,Hv,C,C]."""
     B, N, Hv = facts.shape[:3]
@@ -197,159 +182,16 @@ def _solve_body(
     system_s: PyTree,
     full: PyTree,
 ) -> None:
-    """M by doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
-
-    Factors and blocks are rounded to fp16, which has room for the inverses if keys have norm <= 1 and β is in [0, 2].
-    No powers of L: with correlated keys they exceed their sum by many orders of magnitude.
-    """
     k, facts = inputs
     at = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
     ring.fetch_rows({"k": k}, row_s, at, facts.shape[2], 0, full.at[0])
     plgpu.copy_gmem_to_smem(facts.at[at], fact_s, full.at[0])
     plgpu.barrier_wait(full.at[0])
-    keys = _blocks(row_s["k"].at[0])
-    low_s, inverse_s = factor_s.at[0], factor_s.at[1]
-    row, column = tiles.index(0), tiles.index(1)
-    level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
+    keys = tiles.blocks(row_s["k"].at[0])
     L = tiles.mm(*((x, compat.transpose(x)) for x in keys)) * per_row(_beta(fact_s))
-    L = jnp.where(row > column, L, 0)
-    low_s[...] = L.astype(low_s.dtype)
-    X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
-    for p in range(1, BLOCK.bit_length() - 1):
-        plgpu.commit_smem()  # all have read what is stored next
-        inverse_s[...] = X
-        plgpu.commit_smem()
-        XL = tiles.mm((X, low_s)).astype(X.dtype)
-        joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
-        X = jnp.where(joined, -tiles.mm((XL, inverse_s)).astype(X.dtype), X)
-    _store(X.astype(jnp.float32) * _decay(fact_s), system_s, system.at[at])
+    X = tiles.inverse(jnp.where(tiles.index(0) > tiles.index(1), L, 0), factor_s)
+    tiles.store(X.astype(jnp.float32) * _decay(fact_s), system_s, system.at[at])
     plgpu.wait_smem_to_gmem(0)
-
-
-def sweep(
-    step: Callable,
-    rows: Mapping[str, Array],
-    facts: Array,
-    systems: Array,
-    n: int,
-    tuning: Tuning,
-    *,
-    Z: Array | None = None,
-    wanted: Sequence[str] = ("Z",),
-    reverse: bool = False,
-) -> dict[str, Array]:
-    """The recurrence of `step` over all chunks of every row, cut in n segments, from the states `Z` [B·n,Hv,K,V].
-
-    Args:
-      rows: k and, by head of values, "v" (v or do); for outputs also q. Without "v" that is zero, with K columns.
-      systems: M of every chunk.
-      wanted: any of "y" [B,T,Hv,V] (o or dY), "Z", the state after the segment, "states" [B·n,N,Hv,K,V] before every
-        chunk.
-    """
-    B, T, _, K = rows["k"].shape
-    V, Hv, N = rows.get("v", rows["k"]).shape[-1], facts.shape[2], T // BLOCK // n
-    dtype = rows["k"].dtype
-    inputs = {name: x.reshape(B * n, T // n, *x.shape[2:]) for name, x in rows.items()}
-    facts, systems = (x.reshape(B * n, N, *x.shape[2:]) for x in (facts, systems))
-    workers, depth, moving = V // BLOCK, K // BLOCK, sum(x.shape[-1] for x in rows.values()) // BLOCK + 1
-    stages = tuning.stages_of(moving, workers * (depth + 1), facts.shape[3])
-    types = {
-        "y": jax.ShapeDtypeStruct((B * n, T // n, Hv, V), dtype),
-        "Z": jax.ShapeDtypeStruct((B * n, Hv, K, V), jnp.float32),
-        "states": jax.ShapeDtypeStruct((B * n, N, Hv, K, V), dtype),
-    }
-    found = compat.launch(
-        functools.partial(_sweep_body, step, reverse, workers),
-        (inputs, facts, systems, Z),
-        {name: types[name] for name in wanted},
-        scratch={
-            "row_s": {name: tiles.scratch(dtype, stages, BLOCK, x.shape[-1]) for name, x in rows.items()},
-            "fact_s": plgpu.SMEM((stages, *facts.shape[3:]), jnp.float32),
-            "system_s": tiles.scratch(dtype, stages, *tiles.SQUARE),
-            "state_s": tiles.scratch(dtype, workers, depth, *tiles.SQUARE),
-            "work_s": tiles.scratch(dtype, workers, *tiles.SQUARE),
-            **ring.barriers(stages, len(rows) + 2, workers),
-        },
-        grid={"h": Hv, "b": B * n},
-        warpgroups=workers + 1,
-    )
-    if "y" in found:
-        found["y"] = found["y"].reshape(B, T, Hv, V)
-    return found
-
-
-def _sweep_body(
-    step: Callable,
-    reverse: bool,
-    workers: int,
-    inputs: tuple,
-    outputs: dict[str, PyTree],
-    *,
-    row_s: dict[str, PyTree],
-    fact_s: PyTree,
-    system_s: PyTree,
-    state_s: PyTree,
-    work_s: PyTree,
-    full: PyTree,
-    free: PyTree,
-) -> None:
-    """One thread block: a (segment of a) row and a value head."""
-    rows, facts, systems, states = inputs
-    b, h, wg = (jax.lax.axis_index(name) for name in ("b", "h", "wg"))
-    stages, N, depth = fact_s.shape[0], facts.shape[1], state_s.shape[1]
-    columns = pl.ds(wg * BLOCK, BLOCK)
-
-    def chunk(n: Array) -> Array:
-        return N - 1 - n if reverse else n
-
-    def fetch(n: Array, slot: Array | int, full: PyTree) -> None:
-        ring.fetch_rows(rows, row_s, (b, chunk(n), h), facts.shape[2], slot, full)
-        plgpu.copy_gmem_to_smem(facts.at[b, chunk(n), h], fact_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(systems.at[b, chunk(n), h], system_s.at[slot], full)
-
-    @pl.when(wg < workers)
-    def _() -> None:
-        if workers > 1:
-            plgpu.set_max_registers(232, action="increase")
-        own_s, state = work_s.at[wg], [state_s.at[wg, j] for j in range(depth)]
-
-        def run(n: Array, slot: Array, Z: list) -> list:
-            for block, z in zip(state, Z, strict=True):
-                block[...] = z.astype(block.dtype)
-            plgpu.commit_smem()
-            if "states" in outputs:
-                for j, block in enumerate(state):
-                    plgpu.copy_smem_to_gmem(block, outputs["states"].at[b, chunk(n), h, tiles.block(j), columns])
-
-            y = outputs["y"].at[b, tiles.block(chunk(n)), h, columns] if "y" in outputs else None
-            blocks = {name: x.at[slot, :, columns] if name == "v" else _blocks(x.at[slot]) for name, x in row_s.items()}
-            return step(blocks, fact_s.at[slot], system_s.at[slot], state, own_s, y, Z)
-
-        places = [(b, h, tiles.block(j), columns) for j in range(depth)]
-        Z = [tiles.zeros() if states is None else tiles.load(states.at[at]) for at in places]
-        Z = ring.work(run, Z, N, stages, full, free)
-        if "Z" in outputs:
-            for at, z in zip(places, Z, strict=True):
-                outputs["Z"][at] = z
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(wg == workers)
-    def _() -> None:
-        if workers > 1:
-            plgpu.set_max_registers(40, action="decrease")
-        ring.load(fetch, N, stages, full, free)
-
-
-def _store(x: Array, through: PyTree, target: PyTree) -> None:
-    """A block in registers to global memory, through shared memory that is read until the next wait."""
-    through[...] = x.astype(through.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(through, target)
-
-
-def _blocks(rows: PyTree) -> list[PyTree]:
-    """Rows [C,D] in shared memory by blocks of columns."""
-    return [rows.at[:, tiles.block(j)] for j in range(rows.shape[1] // BLOCK)]
 
 
 def _beta(facts: PyTree) -> PyTree:
@@ -368,7 +210,7 @@ def _forward(
     system: PyTree,
     state: Sequence[PyTree],
     own_s: PyTree,
-    y: PyTree,
+    outputs: Mapping[str, PyTree],
     S: Sequence[Array],
 ) -> list[Array]:
     """The columns of o of one chunk, and S after it."""
@@ -398,7 +240,7 @@ def _forward(
     )
     if q:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        _store(after[0], own_s, y)
+        tiles.store(after[0], own_s, outputs["y"])
     return list(after[len(low) :])
 
 
@@ -409,7 +251,7 @@ def _backward(
     system: PyTree,
     state: Sequence[PyTree],
     own_s: PyTree,
-    y: PyTree,
+    outputs: Mapping[str, PyTree],
     dS: Sequence[Array],
 ) -> list[Array]:
     """The columns of dY of one chunk, and dS before it."""
@@ -428,8 +270,8 @@ def _backward(
     dY = tiles.mm((compat.transpose(system), own_s))
     state[0][...] = (-per_row(_beta(facts)) * reads * dY).astype(do.dtype)
     plgpu.commit_smem()
-    if y is not None:
-        _store(dY, own_s, y)
+    if "y" in outputs:
+        tiles.store(dY, own_s, outputs["y"])
     init = [facts[KEEP, 0] * z for z in dS]
     products = [[(compat.transpose(x), state[0]), (compat.transpose(y), do)] for x, y in zip(k, q, strict=True)]
     dS = list(tiles.accumulate(init, products))
@@ -539,7 +381,7 @@ def _gradients_body(
 
         def put(x: Array, ref: PyTree, n: Array) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            _store(x, out_s.at[w], ref.at[b, tiles.block(n), h, tiles.block(w)])
+            tiles.store(x, out_s.at[w], ref.at[b, tiles.block(n), h, tiles.block(w)])
 
         def meet(i: int) -> None:
             plgpu.commit_smem()
@@ -554,7 +396,8 @@ def _gradients_body(
                 {name: rings[name][way].at[slot if name == "first" else 0] for name in rings}
                 for way in ("full", "free")
             )
-            q, k, u, do, dy = (_blocks(row_s[x].at[slot if x in SLOTS else 0]) for x in ("q", "k", "v", "do", "dy"))
+            own_rows = {name: tiles.blocks(x.at[slot if name in SLOTS else 0]) for name, x in row_s.items()}
+            q, k, u, do, dy = (own_rows[name] for name in ("q", "k", "v", "do", "dy"))
             fact = fact_s.at[slot]
             sums: list[list[Array]] = [[], [], [], []]
 

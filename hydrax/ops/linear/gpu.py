@@ -1,5 +1,7 @@
 """`linear_attention` with scalar decays on Hopper GPUs: forward and backward as Pallas kernels of one body.
 
+Vector decays have kernels of their own (`gpu_vector`).
+
 In a chunk of C = 64 tokens, G is the cumulative log-decay and Γ_ij = e^{G_i - G_j} for j <= i in one document, else 0.
 A token i reads with r_i = scale · e^{G_i} the incoming state, if that belongs to its document, and writes with
 w_i = e^{G_C - G_i} to the outgoing one. The output and the three gradients are then the same map of rows a, b, c,
@@ -35,6 +37,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
+from hydrax.ops.linear import gpu_vector
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READS, WIDEST, WIDTHS, WRITER, WRITES
 from hydrax.ops.pallas.tiles import BLOCK, per_row
@@ -66,8 +69,6 @@ class Product:
 def refusal(q: Array, k: Array, v: Array, log_decay: Array | None, device: jax.Device | None = None) -> str | None:
     """Why these kernels cannot serve, or None."""
     kind = (device or jax.devices()[0]).device_kind
-    if log_decay is not None and log_decay.ndim == 4:
-        return "log_decay is a vector per token: these kernels serve scalar decays"
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: these kernels multiply bfloat16"
     K, V = q.shape[-1], v.shape[-1]
@@ -90,12 +91,16 @@ def fused(
     form: Callable,
     tuning: Tuning | None = None,
 ) -> tuple[Array, Array]:
-    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], g [Hv] or [B,T,Hv], S [B,Hv,K,V].
+    """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k [B,T,H,K], v [B,T,Hv,V], S [B,Hv,K,V];
+    g [Hv], [B,T,Hv] or, for `gpu_vector`, [B,T,H,K].
 
     The gradient of constant decays is a sum over all tokens, in which the bf16 states of these kernels would lose what
     remains: where it is wanted, `form` of the same inputs takes their place.
     """
-    run = functools.partial(_padded, scale, tuning or TUNING[jax.devices()[0].device_kind])
+    tuning = tuning or TUNING[jax.devices()[0].device_kind]
+    if g is not None and g.ndim == 4:
+        return gpu_vector.fused(scale, tuning, q, k, v, g, seg, S)
+    run = functools.partial(_padded, scale, tuning)
     if g is None or g.ndim > 1:
         return run(q, k, v, g, seg, S)
     return _unless_learned(run, form, q, k, v, g, seg, S)
@@ -208,9 +213,8 @@ def segment_states(
         return Z, None
     B, T = rows[b].shape[:2]
     (found,) = sweep((Product(None, b, c, end=True),), rows, facts, (None,), n, tuning, reverse=reverse)
-    return chunks.between_segments(
-        found["Z"].reshape(B, n, *found["Z"].shape[1:]), facts, Z, T // BLOCK // n, reverse=reverse
-    )
+    keeps = jnp.broadcast_to(facts[:, :, :, KEEP, :1], (B, T // BLOCK, facts.shape[2], 1))
+    return chunks.between_segments(found["Z"], keeps, Z, reverse=reverse)
 
 
 def sweep(

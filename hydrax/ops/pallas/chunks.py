@@ -136,20 +136,20 @@ def segments(v: Array, tuning: Tuning) -> int:
     return n
 
 
-def between_segments(
-    updates: Array, facts: Array, Z: Array | None, chunks: int, *, reverse: bool = False
-) -> tuple[Array, Array]:
+def between_segments(updates: Array, keeps: Array, Z: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
     """Z ← keep · Z + update over the segments of every row: Z before each [B·n,Hv,K,V], and the last one.
 
     Args:
-      updates: [B,n,Hv,K,V], what each segment of `chunks` chunks adds.
-      facts: of all chunks.
+      updates: [B·n,Hv,K,V], what each segment adds.
+      keeps: what each chunk keeps [B,N,Hv,K or 1].
       Z: before the first; zeros if None.
     """
-    B, n, Hv = updates.shape[:3]
-    keep = jnp.broadcast_to(facts[:, :, :, KEEP, 0], (B, n * chunks, Hv)).reshape(B, n, chunks, Hv).prod(2)
+    B = keeps.shape[0]
+    updates = updates.reshape(B, -1, *updates.shape[1:])
+    n = updates.shape[1]
+    keep = keeps.reshape(B, n, -1, *keeps.shape[2:]).prod(2)[..., None]
     states = [jnp.zeros_like(updates[:, 0]) if Z is None else Z]
     for i in reversed(range(n)) if reverse else range(n):
-        states.append(keep[:, i, :, None, None] * states[-1] + updates[:, i])
+        states.append(keep[:, i] * states[-1] + updates[:, i])
     before = states[-2::-1] if reverse else states[:-1]
     return jnp.stack(before, 1).reshape(-1, *updates.shape[2:]), states[-1]

@@ -29,8 +29,12 @@ def fetch_rows(
     """Starts the copies of the chunk `at` (row, chunk, value head) of `rows` [B,T,H,D], for `heads` value heads."""
     b, chunk, h = at
     for name, x in rows.items():
-        head = jax.lax.div(h, jnp.int32(heads // x.shape[2]))
-        plgpu.copy_gmem_to_smem(x.at[b, tiles.block(chunk), head], row_s[name].at[slot], full)
+        plgpu.copy_gmem_to_smem(x.at[b, tiles.block(chunk), head(h, heads, x)], row_s[name].at[slot], full)
+
+
+def head(h: Array, heads: int, x: PyTree) -> Array:
+    """The head of x, with heads on axis 2, that serves value head h of `heads`."""
+    return jax.lax.div(h, jnp.int32(heads // x.shape[2]))
 
 
 def load(fetch: Callable, chunks: int, slots: int, full: PyTree, free: PyTree) -> None:

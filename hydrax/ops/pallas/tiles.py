@@ -28,6 +28,18 @@ def block(i: int | Array) -> PyTree:
     return pl.ds(i * BLOCK, BLOCK)
 
 
+def blocks(rows: PyTree) -> list[PyTree]:
+    """Rows [64,D] in shared memory by blocks of columns."""
+    return [rows.at[:, block(j)] for j in range(rows.shape[1] // BLOCK)]
+
+
+def store(x: Array, through: PyTree, target: PyTree) -> None:
+    """A block in registers to global memory, through shared memory that is read until the next wait."""
+    through[...] = x.astype(through.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(through, target)
+
+
 def load(ref: PyTree) -> Array:
     """A block in fp32 registers."""
     return compat.load(ref, TILED).astype(jnp.float32)
@@ -77,3 +89,25 @@ def accumulate(init: Sequence[Array], sums: Sequence[Sequence[Pair]]) -> tuple[A
                 plgpu.wgmma(acc, left, right)
 
     return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in init))
+
+
+def inverse(L: Array, factor_s: PyTree) -> Array:
+    """(I + L)^-1 in fp16, for L below the diagonal, by two blocks of shared memory in fp16.
+
+    By doubling: the inverse of [[A, 0], [L, B]] is [[A^-1, 0], [-B^-1 L A^-1, B^-1]], for all blocks of a width.
+    fp16 has room for the inverses of the delta rule if keys have norm <= 1 and β is in [0, 2].
+    No powers of L: with correlated keys they exceed their sum by many orders of magnitude.
+    """
+    low_s, inverse_s = factor_s.at[0], factor_s.at[1]
+    row, column = index(0), index(1)
+    level = jax.lax.bitwise_xor(row, column)  # its highest bit: the width of the two blocks that this entry joins
+    low_s[...] = L.astype(low_s.dtype)
+    X = jnp.where(row == column, 1.0, jnp.where(level == 1, -L, 0)).astype(inverse_s.dtype)
+    for p in range(1, BLOCK.bit_length() - 1):
+        plgpu.commit_smem()  # all have read what is stored next
+        inverse_s[...] = X
+        plgpu.commit_smem()
+        XL = mm((X, low_s)).astype(X.dtype)
+        joined = jax.lax.shift_right_logical(level, jnp.int32(p)) == 1
+        X = jnp.where(joined, -mm((XL, inverse_s)).astype(X.dtype), X)
+    return X

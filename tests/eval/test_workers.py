@@ -1,0 +1,55 @@
+"""Processes that share work, and one with a limit: what they say, and what becomes of those that fail."""
+
+import os
+import pathlib
+import time
+
+import pytest
+
+from hydrax.eval.sides import workers
+
+HERE = __name__
+
+
+def leave(folder: str, names: tuple[str, ...], mine: workers.Mine) -> None:
+    """A file per piece of work; the first piece ends its process, and without a name it waits."""
+    for name in names:
+        if mine(name):
+            if name == "poison":
+                os._exit(3)
+            pathlib.Path(folder, name).touch(exist_ok=False)
+    if not names:
+        time.sleep(60)
+
+
+def double(x: int) -> int:
+    if x < 0:
+        raise ValueError("no\nnumber")
+    if x == 0:
+        os._exit(5)
+    time.sleep(60 if x > 100 else 0)
+    return 2 * x
+
+
+def test_work_is_shared_once_and_survives_a_failure(tmp_path):
+    said, names = [], tuple(f"piece {i}" for i in range(12))
+    workers.share(HERE, "leave", str(tmp_path), (*names, "poison"), workers=2, seconds=60, say=said.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    assert said[-1].startswith("13 in") and said[-1].endswith("0 of 2 processes at work, 1 ended early")
+
+
+def test_shared_work_ends_in_time(tmp_path):
+    began = time.monotonic()
+    workers.share(HERE, "leave", str(tmp_path), (), workers=1, seconds=0.1, say=lambda text: None)
+    assert time.monotonic() - began < 30
+
+
+def test_limited():
+    assert workers.limited(60, double, 4) == 8
+    for seconds, x, what in (
+        (60, -1, "ValueError: no number"),
+        (60, 0, "ended with code 5"),
+        (1, 101, "not done in 1 s"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            workers.limited(seconds, double, x)
