@@ -7,11 +7,9 @@ can do so before, in many processes (`prepare`).
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -133,6 +131,7 @@ class Settings:
     peer: str | None  # the other library; None: hydrax alone
     rounds: Positive  # turns of each process
     calls: Positive  # calls in a row per turn
+    seconds: Positive = 300  # of a library for one answer, at most; then its process is replaced
     prepare: NonNegative = 0  # seconds in which many processes compile the peer's kernels before
 
     def __post_init__(self) -> None:
@@ -194,67 +193,92 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> None:
 
 def environment(settings: Settings) -> dict[str, Any]:
     """Where it is measured, and the versions on both sides."""
-    facts = {name: isolated(workers.call, SIDES[name], "facts") for name in ("hydrax", settings.peer) if name}
-    return {**isolated(folder.environment), "sides": facts}
+    names = [name for name in ("hydrax", settings.peer) if name]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # together: each imports for long
+        facts = pool.map(lambda name: isolated(_alone, SIDES[name], "facts"), names)
+        here = pool.submit(isolated, folder.environment)
+        return {**here.result(), "sides": dict(zip(names, facts, strict=True))}
 
 
 class Side:
     """A library in a process of its own, started on first use."""
 
-    def __init__(self, name: str):
-        self.name = name
-        context = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_alone)
+    def __init__(self, name: str, seconds: float):
+        self.name, self._seconds = name, seconds
+        self._worker = workers.Worker()
 
     def ask(self, what: str, *args: Any) -> Any:
-        """`what(*args)` of its module, there."""
-        return self._pool.submit(workers.call, SIDES[self.name], what, *args).result()
+        """`what(*args)` of its module, there; raises what `Worker.ask` raises."""
+        return self._worker.ask(self._seconds, _alone, SIDES[self.name], what, *args)
 
     def close(self) -> None:
         """Ends the process."""
-        self._pool.shutdown()
+        self._worker.close()
 
 
-def _alone() -> None:
-    """Two processes share the device: neither may take what it does not use."""
+def _alone(module: str, what: str, *args: Any) -> Any:
+    """`what(*args)` of a module. Two processes share the device: neither may take what it does not use."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    return workers.call(module, what, *args)
 
 
 def compare(settings: Settings) -> Iterator[list[Row]]:
     """The rows of one problem and shape after another."""
-    sides = [Side(name) for name in ("hydrax", settings.peer) if name]
+    sides = [Side(name, settings.seconds) for name in ("hydrax", settings.peer) if name]
     try:
+        bandwidth = BANDWIDTH.get(sides[0].ask("facts")["device"])
         for name in settings.problems:
             problem = PROBLEMS[name]
             own = [side for side in sides if side.name == "hydrax" or problem.peer]
-            for side in own:  # what is tuned at the first call is tuned here, not at the small shape
-                with contextlib.suppress(Exception):  # it is named when its turn comes
-                    side.ask("sample", problem, settings.shapes[0], PASSES[-1], 1)
-            expected = own[0].ask("definition", problem, CHECKED)
-            verdicts = {side.name: _verdict(side, problem, expected) for side in own}
+            out = {side.name: text for side in own if (text := _first(side, problem, settings.shapes[0]))}
+            left = [side for side in own if side.name not in out]
+            verdicts = _verdicts(own[0], left, problem)
             for shape in settings.shapes:
-                yield _rows_of(name, shape, own, verdicts, settings)
+                yield _rows_of(name, shape, own, out, verdicts, settings, bandwidth)
     finally:
         for side in sides:
             side.close()
 
 
+def _first(side: Side, problem: Problem, shape: Shape) -> str:
+    """Why it cannot be called. What is tuned at the first call is tuned here, not at the small shape of the check."""
+    try:
+        side.ask("sample", problem, shape, PASSES[-1], 1)
+    except RuntimeError as error:
+        return f"fails: {error}"
+    return ""
+
+
+def _verdicts(own: Side, sides: Sequence[Side], problem: Problem) -> dict[str, tuple[str, dict[str, float]]]:
+    try:
+        expected = own.ask("definition", problem, CHECKED) if sides else {}
+    except RuntimeError as error:
+        return {side.name: (f"not checked: {error}", {}) for side in sides}
+    return {side.name: _verdict(side, problem, expected) for side in sides}
+
+
 def _verdict(side: Side, problem: Problem, expected: Mapping[str, np.ndarray]) -> tuple[str, dict[str, float]]:
     try:
         found = side.ask("evaluate", problem, CHECKED)
-    except Exception as error:
-        return f"fails: {workers.line(error)}", {}
+    except RuntimeError as error:
+        return f"fails: {error}", {}
     errors = {name: relative_rms(x, expected[name]) for name, x in found.items()}
     wrong = [name for name, x in errors.items() if not x <= op_tolerance(name, "bfloat16")]
     return (f"wrong: {', '.join(wrong)}" if wrong else "right"), errors
 
 
 def _rows_of(
-    name: str, shape: Shape, sides: Sequence[Side], verdicts: Mapping[str, tuple], settings: Settings
+    name: str,
+    shape: Shape,
+    sides: Sequence[Side],
+    out: Mapping[str, str],
+    verdicts: Mapping[str, tuple[str, dict[str, float]]],
+    settings: Settings,
+    bandwidth: float | None,
 ) -> list[Row]:
     problem = PROBLEMS[name]
     samples: dict[tuple[str, str], list[float]] = {}
-    failures: dict[tuple[str, str], str] = {}
+    failures = {(side, which): text for side, text in out.items() for which in PASSES}
     for _ in range(settings.rounds):
         for side in sides:
             for which in PASSES:
@@ -263,16 +287,15 @@ def _rows_of(
                     continue
                 try:
                     samples.setdefault(key, []).append(side.ask("sample", problem, shape, which, settings.calls))
-                except Exception as error:
-                    failures[key] = f"fails: {workers.line(error)}"
-    device = sides[0].ask("facts")["device"]
+                except RuntimeError as error:
+                    failures[key] = f"fails: {error}"
     rows = []
     for side in sides:
         for which in PASSES:
             key, size = (side.name, which), problem.bytes(shape, which)
-            verdict, errors = verdicts[side.name]
+            verdict, errors = verdicts.get(side.name, ("", {}))
             times = times_of(samples[key], settings.calls) if key not in failures else None
-            floor = size / BANDWIDTH[device] if device in BANDWIDTH else None
+            floor = size / bandwidth if bandwidth else None
             verdict = failures.get(key, verdict)
             rows.append(Row(name, shape, side.name, which, verdict, errors, times, size, floor))
     return rows

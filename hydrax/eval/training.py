@@ -284,7 +284,7 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def environment(peer: str | None) -> dict[str, Any]:
-    """Where it was measured."""
-    sides = {peer: isolated(workers.call, SIDES[peer], "facts")} if peer else {}
-    return {**isolated(folder.environment), "cores": os.cpu_count(), "sides": sides}
+def environment(peer: str | None = None) -> dict[str, Any]:
+    """Where it was measured, and the versions on the other side."""
+    sides = {"sides": {peer: isolated(workers.call, SIDES[peer], "facts")}} if peer else {}
+    return {**isolated(folder.environment), "cores": os.cpu_count(), **sides}

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from hydrax.eval import kernels
 from hydrax.eval.sides import workers
 
 HERE = __name__
@@ -46,10 +47,15 @@ def test_shared_work_ends_in_time(tmp_path):
 
 def test_limited():
     assert workers.limited(60, double, 4) == 8
-    for seconds, x, what in (
-        (60, -1, "ValueError: no number"),
-        (60, 0, "ended with code 5"),
-        (1, 101, "not done in 1 s"),
-    ):
+    with pytest.raises(RuntimeError, match="took longer than 1 s"):
+        workers.limited(1, double, 101)
+
+
+def test_a_side_that_dies_is_started_again(monkeypatch):
+    monkeypatch.setitem(kernels.SIDES, "here", HERE)
+    side = kernels.Side("here", 60)
+    for x, what in ((-1, "ValueError: no number"), (0, "ended with code 5")):
         with pytest.raises(RuntimeError, match=what):
-            workers.limited(seconds, double, x)
+            side.ask("double", x)
+    assert side.ask("double", 4) == 8
+    side.close()

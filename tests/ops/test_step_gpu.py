@@ -57,11 +57,17 @@ def check_case(op: str, decay: str, shape: str, dtype: str, packed: bool) -> Non
     assert_close("o", o, expected["o"], TOLERANCE["fp32_op" if dtype == "float32" else "bf16_output"])
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("op", "decay", "shape", "dtype"), RUNS)
 @pytest.mark.usefixtures("emulated_gpu")
 def test_body_equals_the_recurrence(op: str, decay: str, shape: str, dtype: str, packed: bool) -> None:
     check_case(op, decay, shape, dtype, packed)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("emulated_gpu")
+def test_padding_leaves_the_state(op: str) -> None:
+    check_case(op, "constant", "square", "float32", True)
 
 
 @pytest.mark.parametrize(("op", "decay", "shape", "dtype"), RUNS)

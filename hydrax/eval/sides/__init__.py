@@ -1,1 +1,4 @@
-"""What `eval.kernels` asks of a library, each in a process of its own: definition, evaluate, sample and facts."""
+"""What benchmarks ask of a library, in processes of its own.
+
+`eval.kernels`: definition, evaluate, sample, facts. `eval.training`: architecture, sample. Both: compile_share.
+"""

@@ -30,7 +30,7 @@ OPS = {
 """Module and function by the peer's name of a problem."""
 
 
-TUNING = {"warmup": 5, "rep": 20}
+TUNING = {"warmup": 2, "rep": 10}
 """Milliseconds of a form of a kernel when Triton compares them."""
 
 
@@ -72,8 +72,8 @@ def sample(problem: Problem, shape: Shape, name: str, calls: int) -> float:
 
 def compile_share(problems: Sequence[Problem], shapes: Sequence[Shape], mine: Mine) -> None:
     """Compiles what is `mine` of the kernels of both passes. Forms depend on B, H and D, hardly on T."""
-    for problem in problems:
-        for B, T, H, D in shapes:
+    for B, T, H, D in shapes:  # outside: of a second shape most is there when it is its turn
+        for problem in problems:
             with compiling(mine), contextlib.suppress(Exception):  # it will be back when the problem is timed
                 _pull(problem, *_inputs(problem, (B, min(T, 1024), H, D)))
 
@@ -85,8 +85,9 @@ def compiling(mine: Mine) -> Iterator[None]:
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
+        given = _form(self.fn, {**self.nargs, **kwargs})
         for config in self.prune_configs(kwargs):
-            if mine(f"{self.base_fn.__name__} {config}"):
+            if mine(f"{self.base_fn.__name__} {config} {given}"):
                 with contextlib.suppress(Exception):  # too large for the device: Triton passes over it, too
                     self.fn.run(*args, **kwargs | config.all_kwargs() | {"warmup": True})
 
@@ -96,6 +97,19 @@ def compiling(mine: Mine) -> Iterator[None]:
             yield
     finally:
         Autotuner.run = run
+
+
+def _form(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
+    """What Triton compiles anew for: constants, types, and whether an integer is 1 or a multiple of 16."""
+    while not hasattr(kernel, "params"):
+        kernel = kernel.fn
+    found: list[Any] = []
+    for p in kernel.params:
+        x = arguments.get(p.name)
+        if isinstance(x, int) and not p.is_constexpr:
+            x = p.do_not_specialize or (x == 1, x % 16 == 0)
+        found.append(getattr(x, "dtype", x))
+    return found
 
 
 @contextlib.contextmanager

@@ -33,8 +33,10 @@ LAYOUT = plgpu.Layout.TILED(
 DTYPES = ("bfloat16", "float32")
 
 
-def refusal(q: Array, k: Array, v: Array, device: jax.Device | None = None) -> str | None:
-    """Why this kernel cannot serve, or None."""
+def refusal(
+    q: Array, k: Array, v: Array, log_decay: Array | None = None, device: jax.Device | None = None
+) -> str | None:
+    """Why this kernel cannot serve, or None; it serves every decay."""
     kind = (device or jax.devices()[0]).device_kind
     if not {x.dtype.name for x in (q, k, v)} <= set(DTYPES):
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: expected {' or '.join(DTYPES)}"

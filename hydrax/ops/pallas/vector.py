@@ -32,7 +32,7 @@ Exponents are sums of log-decays in between, by products with matrices of 0, 1 a
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -66,29 +66,29 @@ class Gates:
     """The log-decays of 64 channels of a chunk, as a sum of two bf16 matrices: to 2^-17 of each."""
 
     facts: PyTree | None
-    terms_s: PyTree
+    terms: Sequence[PyTree]
     mask_s: PyTree
     line_s: PyTree
 
-    def split(self, g: PyTree) -> None:
-        """Takes them from shared memory; padding leaves the state alone."""
-        x = jnp.maximum(tiles.load(g), LEAST)
+    def put(self, g: Array) -> None:
+        """Takes them; padding leaves the state alone."""
+        g = jnp.maximum(g, LEAST)
         if self.facts is not None:
-            x = jnp.where(per_row(self.facts.at[READER]) >= 0, x, 0.0)
-        self.put(x)
+            g = jnp.where(per_row(self.facts.at[READER]) >= 0, g, 0.0)
+        _split(g, self.terms)
 
-    def put(self, x: Array) -> None:
-        high = x.astype(self.terms_s.dtype)
-        plgpu.commit_smem()  # all have read what is stored next
-        self.terms_s.at[0][...] = high
-        self.terms_s.at[1][...] = (x - high.astype(x.dtype)).astype(self.terms_s.dtype)
+    @property
+    def learned(self) -> Array:
+        """Where they are what they were, before `LEAST` and padding."""
+        found = sum(tiles.load(x) for x in self.terms) > LEAST
+        return found if self.facts is None else found & (per_row(self.facts.at[READER]) >= 0)
 
-    def sums(self, which: Array) -> Array:
-        """Σ_t which_it x_t for every row i; `which` is 0, 1 or -1."""
+    def sums(self, which: Array, terms: Sequence[PyTree] | None = None) -> Array:
+        """Σ_t which_it x_t for every row i of these terms, or others; `which` is 0, 1 or -1."""
         plgpu.commit_smem()
         self.mask_s[...] = which.astype(self.mask_s.dtype)
         plgpu.commit_smem()
-        return tiles.mm(*((self.mask_s, self.terms_s.at[i]) for i in range(2)))
+        return tiles.mm(*((self.mask_s, term) for term in terms or self.terms))
 
     def until(self) -> Array:
         """G."""
@@ -103,7 +103,7 @@ class Gates:
         plgpu.commit_smem()
         self.mask_s[...] = _where(_row() >= 0).astype(self.mask_s.dtype)
         plgpu.commit_smem()
-        return tiles.mm(*((compat.transpose(self.terms_s.at[i]), self.mask_s) for i in range(2))).max(1)
+        return tiles.mm(*((compat.transpose(term), self.mask_s) for term in self.terms)).max(1)
 
     def passes(self, f: Callable[[Pass, PyTree], PyTree], carry: PyTree, *, diagonal: bool) -> PyTree:
         """`carry = f(pass, carry)` until all pairs with j < i have met, or with j = i too."""
@@ -140,6 +140,15 @@ class Gates:
     @property
     def keep(self) -> Array | float:
         return 1.0 if self.facts is None else self.facts[KEEP, 0]
+
+
+def _split(x: Array, terms: Sequence[PyTree]) -> None:
+    """x as the sum of two bf16 matrices, to 2^-17 of its entries."""
+    high, low = terms
+    rounded = x.astype(high.dtype)
+    plgpu.commit_smem()  # all have read what is stored next
+    high[...] = rounded
+    low[...] = (x - rounded.astype(x.dtype)).astype(low.dtype)
 
 
 def _row() -> Array:
@@ -185,14 +194,13 @@ def prepare(
             jax.ShapeDtypeStruct((B, N, heads, matrices * BLOCK, BLOCK), q.dtype),
         ),
         scratch={
-            "row_s": {name: tiles.scratch(x.dtype, width, *tiles.SQUARE) for name, x in rows.items()},
+            "row_s": {name: tiles.scratch(q.dtype, width, *tiles.SQUARE) for name in "qk"},
             "vector_s": _in_shared(vectors),
             "terms_s": tiles.scratch(q.dtype, 2, *tiles.SQUARE),
-            "pair_s": tiles.scratch(q.dtype, 2, *tiles.SQUARE),
-            "mask_s": tiles.scratch(q.dtype, *tiles.SQUARE),
+            "work_s": tiles.scratch(q.dtype, *tiles.SQUARE),
             "line_s": plgpu.SMEM((BLOCK,), jnp.float32),
             **({} if beta is None else {"factor_s": tiles.scratch(jnp.dtype(jnp.float16), 2, *tiles.SQUARE)}),
-            "full": plgpu.Barrier(num_arrivals=len(rows) * width + len(vectors), num_barriers=(1,)),
+            "full": plgpu.Barrier(num_arrivals=2 * width + len(vectors), num_barriers=(1,)),
         },
         grid={"b": B, "n": N, "h": heads},
         warpgroups=1,
@@ -224,50 +232,54 @@ def _prepare_body(
     row_s: dict[str, PyTree],
     vector_s: dict[str, PyTree],
     terms_s: PyTree,
-    pair_s: PyTree,
-    mask_s: PyTree,
+    work_s: PyTree,
     line_s: PyTree,
     full: PyTree,
     factor_s: PyTree = None,
 ) -> None:
-    """One thread block: a chunk of a head."""
+    """One thread block: a chunk of a head. Several share a multiprocessor, so shared memory is used over and over."""
     rows, vectors = inputs
     row_out, decay_out, system_out = outputs
     b, n, h = at = tuple(jax.lax.axis_index(name) for name in ("b", "n", "h"))
-    width, low = row_s["q"].shape[0], pair_s.dtype
-    for name, x in rows.items():
+    width, low = row_s["q"].shape[0], work_s.dtype
+
+    def place(name: str, j: int) -> PyTree:
+        return rows[name].at[b, tiles.block(n), ring.head(h, heads, rows[name]), tiles.block(j)]
+
+    for name, x in row_s.items():
         for j in range(width):
-            source = x.at[b, tiles.block(n), ring.head(h, heads, x), tiles.block(j)]
-            plgpu.copy_gmem_to_smem(source, row_s[name].at[j], full.at[0])
+            plgpu.copy_gmem_to_smem(place(name, j), x.at[j], full.at[0])
     _fetch_vectors(vectors, vector_s, at, heads, full.at[0])
-    plgpu.barrier_wait(full.at[0])
 
     beta = vector_s.get("beta")
-    gates = Gates(vector_s.get("documents"), terms_s, mask_s, line_s)
+    gates = Gates(vector_s.get("documents"), [terms_s.at[i] for i in range(2)], work_s, line_s)
     scores = [tiles.zeros() for _ in range(1 if beta is None else 2)]
     for j in range(width):
         q, k = row_s["q"].at[j], row_s["k"].at[j]
+        g = tiles.load(place("g", j))
+        if j == 0:
+            plgpu.barrier_wait(full.at[0])
 
         def meet(p: Pass, scores: list, q: PyTree = q, k: PyTree = k) -> list:
+            plgpu.commit_smem()  # all have read what is stored next
+            work_s[...] = (tiles.load(k) * p.looked).astype(low)
+            plgpu.commit_smem()
             found = []
-            for looks, x in zip((q, k), scores, strict=False):
-                plgpu.commit_smem()  # all have read what is stored next
-                pair_s.at[0][...] = (tiles.load(looks) * p.looks).astype(low)
-                pair_s.at[1][...] = (tiles.load(k) * p.looked).astype(low)
-                plgpu.commit_smem()
-                found.append(jnp.where(p.pairs, x + tiles.mm((pair_s.at[0], compat.transpose(pair_s.at[1]))), x))
+            for x, looks in zip(scores, (q, k), strict=False):
+                weighed = (tiles.load(looks) * p.looks).astype(low)
+                found.append(jnp.where(p.pairs, x + tiles.mm((weighed, compat.transpose(work_s))), x))
             return found
 
-        gates.split(row_s["g"].at[j])
+        gates.put(g)
         scores = gates.passes(meet, scores, diagonal=True)
-        until, after = jnp.exp(gates.until()), jnp.exp(gates.after())
+        until, after, total = jnp.exp(gates.until()), jnp.exp(gates.after()), jnp.exp(gates.total())
         reads = gates.masked(until, READS)
         out = {"q": scale * reads * tiles.load(q), "k": gates.masked(after * tiles.load(k), WRITES)}
         if beta is not None:
             out["r"] = reads * tiles.load(k)
-        places = {"q": q, "k": k, "r": pair_s.at[0]}
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        line_s[...] = gates.keep * jnp.exp(gates.total())
+        places = {"q": q, "k": k, "r": work_s}
+        plgpu.commit_smem()  # all have read what is stored next
+        line_s[...] = gates.keep * total
         for name, x in out.items():
             places[name][...] = x.astype(low)
         plgpu.commit_smem()
@@ -276,10 +288,10 @@ def _prepare_body(
             plgpu.copy_smem_to_gmem(places[name], row_out[name].at[b, tiles.block(n), h, tiles.block(j)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    tiles.store(scale * scores[0], pair_s.at[0], system_out.at[b, n, h, tiles.block(0)])
+    tiles.store(scale * scores[0], work_s, system_out.at[b, n, h, tiles.block(0)])
     if beta is not None:
         L = jnp.where(_row() > _column(), per_row(beta.at[0]) * scores[1], 0.0)
-        tiles.store(tiles.inverse(L, factor_s).astype(low), pair_s.at[1], system_out.at[b, n, h, tiles.block(1)])
+        tiles.store(tiles.inverse(L, factor_s).astype(low), terms_s.at[0], system_out.at[b, n, h, tiles.block(1)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -304,22 +316,22 @@ def gradients(
     keyed = {name: x for name, x in rows.items() if name in "qkg"}
     valued = {name: x for name, x in rows.items() if name not in "qkg"}
     dtype = rows["q"].dtype
+    spare = max(0, 2 + len(valued) - 2 * V // BLOCK)  # what does not fit where the states were
     sums = None if beta is None else jax.ShapeDtypeStruct((Bn, N, Hv, width, BLOCK), jnp.float32)
     found, sums = compat.launch(
         functools.partial(_gradients_body, scale),
         (keyed, valued, vectors, {"S": S, "dS": dS}),
         ({x: jax.ShapeDtypeStruct((Bn, N * BLOCK, Hv, K), y.dtype) for x, y in keyed.items()}, sums),
         scratch={
-            "key_s": {x: tiles.scratch(y.dtype, *tiles.SQUARE) for x, y in keyed.items()},
+            "key_s": {x: tiles.scratch(dtype, *tiles.SQUARE) for x in "qk"},
             "value_s": {x: tiles.scratch(dtype, BLOCK, V) for x in valued},
             "state_s": {x: tiles.scratch(dtype, BLOCK, V) for x in ("S", "dS")},
             "vector_s": _in_shared(vectors),
             "terms_s": tiles.scratch(dtype, 2, *tiles.SQUARE),
-            "row_s": tiles.scratch(dtype, len(valued), *tiles.SQUARE),
             "score_s": tiles.scratch(dtype, len(valued) - 1, *tiles.SQUARE),
-            "mask_s": tiles.scratch(dtype, *tiles.SQUARE),
+            **({"spare_s": tiles.scratch(dtype, spare, *tiles.SQUARE)} if spare else {}),
             "line_s": plgpu.SMEM((BLOCK,), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=len(rows) + 2 + len(vectors), num_barriers=(1,)),
+            "full": plgpu.Barrier(num_arrivals=len(rows) + 1 + len(vectors), num_barriers=(1,)),
         },
         grid={"b": Bn, "n": N, "h": Hv, "j": width},
         warpgroups=1,
@@ -338,92 +350,94 @@ def _gradients_body(
     state_s: dict[str, PyTree],
     vector_s: dict[str, PyTree],
     terms_s: PyTree,
-    row_s: PyTree,
     score_s: PyTree,
-    mask_s: PyTree,
     line_s: PyTree,
     full: PyTree,
+    spare_s: PyTree = None,
 ) -> None:
     """One thread block: 64 channels of the keys of a chunk and a head of values."""
     keyed, valued, vectors, states = inputs
     found, sums = outputs
     b, n, h, j = (jax.lax.axis_index(name) for name in ("b", "n", "h", "j"))
-    heads, low = states["S"].shape[2], row_s.dtype
-    for group, target, columns in ((keyed, key_s, (tiles.block(j),)), (valued, value_s, ())):
-        for name, x in group.items():
-            source = x.at[(b, tiles.block(n), ring.head(h, heads, x), *columns)]
-            plgpu.copy_gmem_to_smem(source, target[name], full.at[0])
-    for name, x in states.items():
-        plgpu.copy_gmem_to_smem(x.at[b, n, h, tiles.block(j)], state_s[name], full.at[0])
+    heads, low = states["S"].shape[2], score_s.dtype
+
+    def place(x: PyTree, *columns: PyTree) -> PyTree:
+        return x.at[(b, tiles.block(n), ring.head(h, heads, x), *columns)]
+
+    for name, target in key_s.items():
+        plgpu.copy_gmem_to_smem(place(keyed[name], tiles.block(j)), target, full.at[0])
+    for name, target in value_s.items():
+        plgpu.copy_gmem_to_smem(place(valued[name]), target, full.at[0])
+    for name, target in state_s.items():
+        plgpu.copy_gmem_to_smem(states[name].at[b, n, h, tiles.block(j)], target, full.at[0])
     _fetch_vectors(vectors, vector_s, (b, n, h), heads, full.at[0])
+    g = tiles.load(place(keyed["g"], tiles.block(j)))
     plgpu.barrier_wait(full.at[0])
 
-    gates = Gates(vector_s.get("documents"), terms_s, mask_s, line_s)
-    q, k, g = (key_s[name] for name in "qkg")
+    gates = Gates(vector_s.get("documents"), [terms_s.at[i] for i in range(2)], score_s.at[0], line_s)
+    q, k = key_s["q"], key_s["k"]
     u, do, dy = (tiles.blocks(value_s[name]) if name in value_s else [] for name in ("u", "do", "dy"))
     S, dS = (tiles.blocks(state_s[name]) for name in ("S", "dS"))
     beta = per_row(vector_s["beta"].at[0]) if dy else 0.0
 
-    # Through the states, before and after the chunk.
-    gates.split(g)
-    until = jnp.exp(gates.until())
-    dq = scale * until * gates.masked(_against(do, S), READS)
+    # Through the states, before and after the chunk; their memory is then free.
+    gates.put(g)
+    until = gates.masked(jnp.exp(gates.until()), READS)
+    dq = scale * until * _against(do, S)
     moments = tiles.load(q) * dq
-    dk, strength = tiles.zeros(), tiles.zeros()
+    dk, strength = tiles.zeros(), tiles.zeros().sum(1)
     if dy:
-        dk = -until * gates.masked(_against(dy, S), READS)
-        strength = tiles.load(k) * dk
+        dk = -until * _against(dy, S)
+        strength = (tiles.load(k) * dk).sum(1)
         dk *= beta
         moments += tiles.load(k) * dk
-    written = jnp.exp(gates.after()) * gates.masked(_against(u, dS), WRITES)
+    written = gates.masked(jnp.exp(gates.after()), WRITES) * _against(u, dS)
+    dk += written
     kept = gates.keep * jnp.exp(gates.total()) * _inner(S, dS)
+    free = [*S, *dS, *(spare_s.at[i] for i in range(spare_s.shape[0] if spare_s else 0))]
+    later, row = free[:2], free[2:]
+    _split(written * tiles.load(k), later)
 
     def meet(p: Pass, carry: tuple) -> tuple:
         dq, dk, moments, strength = carry
         plgpu.commit_smem()  # all have read what is stored next
-        row_s.at[0][...] = (scale * p.looks * tiles.load(q)).astype(low)
-        row_s.at[1][...] = (p.looked * tiles.load(k)).astype(low)
+        row[0][...] = (scale * p.looks * tiles.load(q)).astype(low)
+        row[1][...] = (p.looked * tiles.load(k)).astype(low)
         score_s.at[0][...] = jnp.where(p.pairs, _against(do, u), 0.0).astype(low)
         if dy:
-            row_s.at[2][...] = (beta * p.looks * tiles.load(k)).astype(low)
+            row[2][...] = (beta * p.looks * tiles.load(k)).astype(low)
             score_s.at[1][...] = jnp.where(p.pairs, -_against(dy, u), 0.0).astype(low)
         plgpu.commit_smem()
-        looked = tiles.mm(*((compat.transpose(score_s.at[i]), row_s.at[2 * i]) for i in range(score_s.shape[0])))
+        looked = tiles.mm(*((compat.transpose(score_s.at[i]), row[2 * i]) for i in range(score_s.shape[0])))
         dk += p.looked * looked
-        moments -= tiles.load(row_s.at[1]) * looked
-        looks = tiles.mm((score_s.at[0], row_s.at[1]))
+        moments -= tiles.load(row[1]) * looked
+        looks = tiles.mm((score_s.at[0], row[1]))
         dq += scale * p.looks * looks
-        moments += tiles.load(row_s.at[0]) * looks
+        moments += tiles.load(row[0]) * looks
         if dy:
-            looks = tiles.mm((score_s.at[1], row_s.at[1]))
-            dk += beta * p.looks * looks
-            moments += tiles.load(row_s.at[2]) * looks
-            strength += p.looks * tiles.load(k) * looks
+            looks = tiles.mm((score_s.at[1], row[1]))
+            moments += tiles.load(row[2]) * looks
+            looks *= p.looks
+            strength += (tiles.load(k) * looks).sum(1)
+            dk += beta * looks
         return dq, dk, moments, strength
 
     dq, dk, moments, strength = gates.passes(meet, (dq, dk, moments, strength), diagonal=False)
     own = tiles.spread(scale * _inner(do, u))
     if gates.facts is not None:
         own *= jnp.where(per_row(gates.facts.at[READER]) >= 0, 1.0, 0.0)
-    dq, dk = dq + own * tiles.load(k), dk + written + own * tiles.load(q)
-
-    written *= tiles.load(k)
-    plgpu.commit_smem()
+    dq, dk = dq + own * tiles.load(k), dk + own * tiles.load(q)
+    _split(moments, row[:2])
     line_s[...] = kept
     plgpu.commit_smem()
-    dg = per_column(line_s)
-    gates.put(moments)
-    dg += gates.sums(_where(_row() <= _column()))
-    gates.put(written)
-    dg += gates.sums(_where(_row() > _column()))
-    dg = jnp.where(tiles.load(g) >= LEAST, dg, 0.0)
-    if gates.facts is not None:
-        dg = jnp.where(per_row(gates.facts.at[READER]) >= 0, dg, 0.0)
-    plgpu.commit_smem()
-    for name, x in (("q", dq), ("k", dk), ("g", dg)):
+    for name, x in (("q", dq), ("k", dk)):
         tiles.store(x, key_s[name], found[name].at[b, tiles.block(n), h, tiles.block(j)])
+    dg = per_column(line_s) + gates.sums(_where(_row() <= _column()), row[:2])
+    dg += gates.sums(_where(_row() > _column()), later)
+    found["g"].at[b, tiles.block(n), h, tiles.block(j)][...] = jnp.where(gates.learned, dg, 0.0)
     if dy:
-        line_s[...] = strength.sum(1)
+        plgpu.commit_smem()
+        line_s[...] = strength
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(line_s, sums.at[b, n, h, j])
     plgpu.wait_smem_to_gmem(0)
