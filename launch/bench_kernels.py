@@ -4,8 +4,8 @@
     python -m launch.bench_kernels --problems=gated_delta,delta --shapes=8x4096x16x128 --peer=fla
 
 The two libraries take turns, in processes of their own. A peer whose results are not right keeps its time, marked as
-such. Its kernels are compiled before, by many processes. The file holds command, environment and all rows so far; a
-picture lies beside it.
+such; one that fails or takes too long is named with the reason. Its kernels are compiled before, by many processes.
+The file holds command, environment and all rows so far; a picture lies beside it.
 """
 
 import pathlib
@@ -26,6 +26,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("peer", "auto", "the other library: fla, none, or auto: if it can run", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 5, "turns of each library", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("calls", 50, "calls in a row per turn", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seconds", 300, "of a library for one answer, at most", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "prepare", 300, "seconds at most for compiling the peer's kernels before", lower_bound=0, flag_values=FLAGS
 )
@@ -44,6 +45,7 @@ def main(overrides: cli.Overrides) -> None:
             "peer": kernels.peer(FLAGS.peer),
             "rounds": FLAGS.rounds,
             "calls": FLAGS.calls,
+            "seconds": FLAGS.seconds,
             "prepare": FLAGS.prepare,
         },
     )

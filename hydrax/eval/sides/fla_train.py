@@ -55,6 +55,7 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
 def sample(cfg: RunConfig, steps: int, compiled: bool) -> Sample:
     """`steps` steps, one after another, in this process; `compiled`: by `torch.compile`."""
     import torch
+    import torch._dynamo
 
     quick_tuning()
     torch.manual_seed(0)
@@ -65,7 +66,8 @@ def sample(cfg: RunConfig, steps: int, compiled: bool) -> Sample:
     )
     tokens = _tokens(cfg)
     if compiled:
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILES
+        limits = torch._dynamo.config
+        limits.recompile_limit = limits.accumulated_recompile_limit = RECOMPILES
         model = torch.compile(model)
 
     def step() -> tuple[float, float]:
@@ -100,7 +102,7 @@ def compile_share(cfg: RunConfig, mine: Mine) -> None:
     found["num_hidden_layers"] = 2 if found["attn"] else 1
     if found["attn"]:
         found["attn"] |= {"layers": [1]}
-    with compiling(mine):
+    with compiling(mine), contextlib.suppress(Exception):  # it will be back when the step is timed
         _pull(_model(found), _tokens(cfg))
 
 
@@ -116,10 +118,12 @@ def guard() -> Iterator[str]:
 
 def _model(found: dict[str, Any]) -> Any:
     import fla.layers.attn as attention
+    import torch
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     attention.flash_attn_func = _attention
-    return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**found)).to(DEVICE).float().train()
+    with torch.device(DEVICE):
+        return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**found)).float().train()
 
 
 def _attention(q: Any, k: Any, v: Any, causal: bool, window_size: tuple[int, int]) -> Any:

@@ -85,34 +85,31 @@ class Gates:
 
     def sums(self, which: Array, terms: Sequence[PyTree] | None = None) -> Array:
         """Σ_t which_it x_t for every row i of these terms, or others; `which` is 0, 1 or -1."""
-        plgpu.commit_smem()
-        self.mask_s[...] = which.astype(self.mask_s.dtype)
-        plgpu.commit_smem()
+        self._mask(which)
         return tiles.mm(*((self.mask_s, term) for term in terms or self.terms))
 
-    def until(self) -> Array:
-        """G."""
-        return self.sums(_where(_row() >= _column()))
+    def halves(self) -> tuple[Array, Array]:
+        """G_m and G_C - G_m [64], m being the last token of the first half, as the rows of a state have channels."""
+        first = _column() < BLOCK // 2
+        self._mask(_where((_row() < BLOCK // 2) == first))
+        found = tiles.mm(*((compat.transpose(term), self.mask_s) for term in self.terms))
+        return jnp.where(first, found, -jnp.inf).max(1), jnp.where(first, -jnp.inf, found).max(1)
 
-    def after(self) -> Array:
-        """G_C - G."""
-        return self.sums(_where(_row() < _column()))
+    def from_middle(self) -> Array:
+        """G - G_m."""
+        return self._exponents(jnp.int32(BLOCK // 2))
 
-    def total(self) -> Array:
-        """G_C [64], one value per channel as the rows of a state have them."""
+    def across(self, x: Array) -> Array:
+        """A vector [64] as [64,64], one value per column."""
         plgpu.commit_smem()
-        self.mask_s[...] = _where(_row() >= 0).astype(self.mask_s.dtype)
+        self.line_s[...] = x
         plgpu.commit_smem()
-        return tiles.mm(*((compat.transpose(term), self.mask_s) for term in self.terms)).max(1)
+        return per_column(self.line_s)
 
-    def passes(self, f: Callable[[Pass, PyTree], PyTree], carry: PyTree, *, diagonal: bool) -> PyTree:
-        """`carry = f(pass, carry)` until all pairs with j < i have met, or with j = i too."""
+    def passes(self, E: Array, f: Callable[[Pass, PyTree], PyTree], carry: PyTree, *, diagonal: bool) -> PyTree:
+        """`carry = f(pass, carry)` until all pairs with j < i have met, or with j = i too; E is `from_middle`."""
         row, column = _row(), _column()
         apart = jax.lax.bitwise_xor(row, column)
-
-        def exponents(half: Array) -> Array:
-            middle = (row & -(2 * half)) | (half - 1)
-            return self.sums(_where((column > middle) & (column <= row)) - _where((column > row) & (column <= middle)))
 
         def meet(E: Array, half: Array, least: Array, carry: PyTree) -> PyTree:
             pairs = (row >= column if diagonal else row > column) & (apart < 2 * half) & (apart >= least)
@@ -121,7 +118,7 @@ class Gates:
             return f(Pass(pairs, jnp.exp(jnp.minimum(E, MOST)), jnp.exp(jnp.minimum(-E, MOST))), carry)
 
         half = jnp.int32(BLOCK // 2)
-        E = exponents(half)
+        plgpu.commit_smem()
         self.line_s[...] = jnp.abs(E).max(1)
         plgpu.commit_smem()
         far = jnp.maximum(self.line_s[0], self.line_s[BLOCK - 1]) > DIRECT
@@ -129,9 +126,20 @@ class Gates:
 
         def finer(n: Array, carry: PyTree) -> PyTree:
             half = jax.lax.shift_right_logical(jnp.int32(BLOCK // 2), n)
-            return meet(exponents(half), half, jnp.where(n == PASSES - 1, 0, half), carry)
+            return meet(self._exponents(half), half, jnp.where(n == PASSES - 1, 0, half), carry)
 
         return jax.lax.fori_loop(1, jnp.where(far, PASSES, 1), finer, carry)
+
+    def _exponents(self, half: Array) -> Array:
+        """G - R, with R of the middle of every block of two halves."""
+        row, column = _row(), _column()
+        middle = (row & -(2 * half)) | (half - 1)
+        return self.sums(_where((column > middle) & (column <= row)) - _where((column > row) & (column <= middle)))
+
+    def _mask(self, which: Array) -> None:
+        plgpu.commit_smem()  # all have read what is stored next
+        self.mask_s[...] = which.astype(self.mask_s.dtype)
+        plgpu.commit_smem()
 
     def masked(self, x: Array, which: int) -> Array:
         """Rows of x, without those that a fact of documents excludes."""
@@ -271,15 +279,17 @@ def _prepare_body(
             return found
 
         gates.put(g)
-        scores = gates.passes(meet, scores, diagonal=True)
-        until, after, total = jnp.exp(gates.until()), jnp.exp(gates.after()), jnp.exp(gates.total())
-        reads = gates.masked(until, READS)
-        out = {"q": scale * reads * tiles.load(q), "k": gates.masked(after * tiles.load(k), WRITES)}
+        first, second = gates.halves()
+        E = gates.from_middle()
+        scores = gates.passes(E, meet, scores, diagonal=True)
+        reads = gates.masked(jnp.exp(E + gates.across(first)), READS)
+        writes = gates.masked(jnp.exp(gates.across(second) - E), WRITES)
+        out = {"q": scale * reads * tiles.load(q), "k": writes * tiles.load(k)}
         if beta is not None:
             out["r"] = reads * tiles.load(k)
         places = {"q": q, "k": k, "r": work_s}
         plgpu.commit_smem()  # all have read what is stored next
-        line_s[...] = gates.keep * total
+        line_s[...] = gates.keep * jnp.exp(first + second)
         for name, x in out.items():
             places[name][...] = x.astype(low)
         plgpu.commit_smem()
@@ -382,18 +392,20 @@ def _gradients_body(
 
     # Through the states, before and after the chunk; their memory is then free.
     gates.put(g)
-    until = gates.masked(jnp.exp(gates.until()), READS)
-    dq = scale * until * _against(do, S)
+    first, second = gates.halves()
+    E = gates.from_middle()
+    reads = gates.masked(jnp.exp(E + gates.across(first)), READS)
+    dq = scale * reads * _against(do, S)
     moments = tiles.load(q) * dq
     dk, strength = tiles.zeros(), tiles.zeros().sum(1)
     if dy:
-        dk = -until * _against(dy, S)
+        dk = -reads * _against(dy, S)
         strength = (tiles.load(k) * dk).sum(1)
         dk *= beta
         moments += tiles.load(k) * dk
-    written = gates.masked(jnp.exp(gates.after()), WRITES) * _against(u, dS)
+    written = gates.masked(jnp.exp(gates.across(second) - E), WRITES) * _against(u, dS)
     dk += written
-    kept = gates.keep * jnp.exp(gates.total()) * _inner(S, dS)
+    kept = gates.keep * jnp.exp(first + second) * _inner(S, dS)
     free = [*S, *dS, *(spare_s.at[i] for i in range(spare_s.shape[0] if spare_s else 0))]
     later, row = free[:2], free[2:]
     _split(written * tiles.load(k), later)
@@ -422,18 +434,16 @@ def _gradients_body(
             dk += beta * looks
         return dq, dk, moments, strength
 
-    dq, dk, moments, strength = gates.passes(meet, (dq, dk, moments, strength), diagonal=False)
+    dq, dk, moments, strength = gates.passes(E, meet, (dq, dk, moments, strength), diagonal=False)
     own = tiles.spread(scale * _inner(do, u))
     if gates.facts is not None:
         own *= jnp.where(per_row(gates.facts.at[READER]) >= 0, 1.0, 0.0)
     dq, dk = dq + own * tiles.load(k), dk + own * tiles.load(q)
     _split(moments, row[:2])
-    line_s[...] = kept
-    plgpu.commit_smem()
+    dg = gates.across(kept) + gates.sums(_where(_row() <= _column()), row[:2])
+    dg += gates.sums(_where(_row() > _column()), later)
     for name, x in (("q", dq), ("k", dk)):
         tiles.store(x, key_s[name], found[name].at[b, tiles.block(n), h, tiles.block(j)])
-    dg = per_column(line_s) + gates.sums(_where(_row() <= _column()), row[:2])
-    dg += gates.sums(_where(_row() > _column()), later)
     found["g"].at[b, tiles.block(n), h, tiles.block(j)][...] = jnp.where(gates.learned, dg, 0.0)
     if dy:
         plgpu.commit_smem()
