@@ -52,17 +52,26 @@ def _log_choice(op: str, impl: str, shape: tuple) -> None:
 
 
 def select_fast(
-    op: str, impl: str | None, forms: Mapping[str, Callable], kernels: str, x: Array, *others: Array | None
+    op: str,
+    impl: str | None,
+    forms: Mapping[str, Callable],
+    kernels: str,
+    x: Array,
+    *others: Array | None,
+    step: str | None = None,
 ) -> Callable:
     """`select` where there is a module of Hopper kernels: by default they run if they serve x [B,T,...] and the others.
 
-    Not for one token, which takes the definition, nor on several devices, over which nothing would divide them.
+    Not on several devices, over which nothing would divide them. One token takes the kernel of the module `step`, or
+    else the definition.
 
     Raises:
       ValueError: `impl` names nothing this op has, or the kernels, which cannot serve.
     """
-    refusal = hopper_refusal(kernels, x, *others)
-    default = "recurrent" if x.shape[1] == 1 else "chunked" if refusal or jax.device_count() > 1 else "pallas_gpu"
+    single = x.shape[1] == 1
+    refusal = hopper_refusal((single and step) or kernels, x, *others)
+    unserved = refusal or jax.device_count() > 1 or (single and not step)
+    default = ("recurrent" if single else "chunked") if unserved else "pallas_gpu"
     form = select(op, impl, forms, default, x.shape)
     if refusal and form is forms["pallas_gpu"]:
         raise ValueError(f"{op}: impl = 'pallas_gpu' cannot serve: {refusal}")

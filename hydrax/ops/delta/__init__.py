@@ -21,9 +21,12 @@ from hydrax.ops.dispatch import select_fast
 from hydrax.ops.identity import as_matrix, identity_values
 
 
-def _fused(*inputs: Any, scale: float) -> tuple[Array, Array]:
+def _fused(*inputs: Any, scale: float, form: Callable) -> tuple[Array, Array]:
     from hydrax.ops.delta import gpu
+    from hydrax.ops.pallas import step
 
+    if inputs[0].shape[1] == 1:
+        return step.step(form, scale, *inputs)
     return gpu.fused(*inputs, scale=scale)
 
 
@@ -78,10 +81,13 @@ def delta_rule(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, beta, log_decay, segment_ids, initial_state)
-    form = select_fast("delta_rule", impl, FORMS, "hydrax.ops.delta.gpu", q, k, v, log_decay)
+    form = select_fast(
+        "delta_rule", impl, FORMS, "hydrax.ops.delta.gpu", q, k, v, log_decay, step="hydrax.ops.pallas.step"
+    )
     if form is _fused:
-        jax.eval_shape(functools.partial(_by_form, forms.recurrent, scale), *inputs)  # refuses shapes that do not fit
-        return _fused(*inputs, scale=scale)
+        definition = functools.partial(_by_form, forms.recurrent, scale)
+        jax.eval_shape(definition, *inputs)  # refuses shapes that do not fit
+        return _fused(*inputs, scale=scale, form=definition)
     if form is _on_tpu:
         return _by_form(functools.partial(form, scale=scale), 1.0, *inputs)
     if form is forms.chunked and chunk_size is not None:

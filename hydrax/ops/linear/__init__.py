@@ -23,7 +23,10 @@ from hydrax.ops.linear import forms
 
 def _fused(*inputs: Any, scale: float, form: Callable) -> tuple[Array, Array]:
     from hydrax.ops.linear import gpu
+    from hydrax.ops.pallas import step
 
+    if inputs[0].shape[1] == 1:
+        return step.step(form, scale, *inputs)
     return gpu.fused(*inputs, scale=scale, form=form)
 
 
@@ -76,9 +79,11 @@ def linear_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, log_decay, segment_ids, initial_state)
-    form = select_fast("linear_attention", impl, FORMS, "hydrax.ops.linear.gpu", q, k, v, log_decay)
+    form = select_fast(
+        "linear_attention", impl, FORMS, "hydrax.ops.linear.gpu", q, k, v, log_decay, step="hydrax.ops.pallas.step"
+    )
     if form is _fused:
-        by_xla = functools.partial(by_form, forms.chunked, scale)
+        by_xla = functools.partial(by_form, forms.recurrent if q.shape[1] == 1 else forms.chunked, scale)
         jax.eval_shape(by_xla, *inputs)  # refuses shapes that do not fit
         return _fused(*inputs, scale=scale, form=by_xla)
     if form is _on_tpu:
