@@ -42,15 +42,35 @@ LOW = ("q", "k", "v", "a", "b")
 Shape = tuple[int, int, int, int]
 """B, T, H and D = K = V."""
 
+DECODED: Shape = (128, 1, 16, 128)
+"""One token of each of many rows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An op of hydrax with one kind of decay, and what the other library calls it."""
+    """An op of hydrax with one kind of decay, and what the other library calls it.
+
+    With a `shape` of its own, of one token, it is a step of decoding: forward only, the state being updated in place.
+    """
 
     op: str
     decay: str = "none"
     peer: str | None = None
     gate: float = 1.0  # log-decays are log sigmoid(N(0, 1)) times this
+    shape: Shape | None = None
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return PASSES[:1] if self.shape else PASSES
+
+    def shapes(self, wanted: Sequence[Shape]) -> Sequence[Shape]:
+        """Those it is timed at."""
+        return (self.shape,) if self.shape else wanted
+
+    @property
+    def checked(self) -> Shape:
+        """That at which results are compared."""
+        return (2, *self.shape[1:]) if self.shape else CHECKED
 
     def inputs(self, shape: Shape) -> dict[str, np.ndarray]:
         """Normal values, rounded to bfloat16 where they are `LOW`; keys of norm 1."""
@@ -67,6 +87,8 @@ class Problem:
             x["log_decay"] = -(2.0 ** (-8 * (np.arange(H, dtype=np.float32) + 1) / H))
         if self.decay in ("scalar", "vector"):
             x["log_decay"] = self.gate * np.log(_sigmoid(draw(*((H,) if self.decay == "scalar" else (H, D)))))
+        if self.shape:
+            x["initial_state"] = draw(H, D, D)[:, 0]
         return x
 
     def learned(self, x: Mapping[str, Any]) -> tuple[str, ...]:
@@ -86,6 +108,7 @@ class Problem:
             n: x.size * (2 if n in LOW else 4) * (B * T if n in self.learned(token) else 1) for n, x in token.items()
         }
         forward = sum(size.values()) + B * T * H * D * (4 if self.op == "linear_scan" else 2)
+        forward += size.get("initial_state", 0)
         return forward if name == "forward" else 2 * forward + sum(size[n] for n in self.learned(token))
 
 
@@ -117,6 +140,8 @@ PROBLEMS = {
     "gated_delta": Problem("delta_rule", "scalar", "gated_delta_rule"),
     "kda": Problem("delta_rule", "vector", "kda", gate=1 / 16),
     "scan": Problem("linear_scan"),
+    "decode": Problem("linear_attention", "scalar", shape=DECODED),
+    "decode_delta": Problem("delta_rule", "scalar", shape=DECODED),
 }
 
 CHECKED: Shape = (2, 512, 16, 128)
@@ -230,20 +255,20 @@ def compare(settings: Settings) -> Iterator[list[Row]]:
         for name in settings.problems:
             problem = PROBLEMS[name]
             own = [side for side in sides if side.name == "hydrax" or problem.peer]
-            out = {side.name: text for side in own if (text := _first(side, problem, settings.shapes[0]))}
+            out = {side.name: text for side in own if (text := _first(side, problem, settings.shapes))}
             left = [side for side in own if side.name not in out]
             verdicts = _verdicts(own[0], left, problem)
-            for shape in settings.shapes:
+            for shape in problem.shapes(settings.shapes):
                 yield _rows_of(name, shape, own, out, verdicts, settings, bandwidth)
     finally:
         for side in sides:
             side.close()
 
 
-def _first(side: Side, problem: Problem, shape: Shape) -> str:
+def _first(side: Side, problem: Problem, shapes: Sequence[Shape]) -> str:
     """Why it cannot be called. What is tuned at the first call is tuned here, not at the small shape of the check."""
     try:
-        side.ask("sample", problem, shape, PASSES[-1], 1)
+        side.ask("sample", problem, problem.shapes(shapes)[0], problem.passes[-1], 1)
     except RuntimeError as error:
         return f"fails: {error}"
     return ""
@@ -251,7 +276,7 @@ def _first(side: Side, problem: Problem, shape: Shape) -> str:
 
 def _verdicts(own: Side, sides: Sequence[Side], problem: Problem) -> dict[str, tuple[str, dict[str, float]]]:
     try:
-        expected = own.ask("definition", problem, CHECKED) if sides else {}
+        expected = own.ask("definition", problem, problem.checked) if sides else {}
     except RuntimeError as error:
         return {side.name: (f"not checked: {error}", {}) for side in sides}
     return {side.name: _verdict(side, problem, expected) for side in sides}
@@ -259,7 +284,7 @@ def _verdicts(own: Side, sides: Sequence[Side], problem: Problem) -> dict[str, t
 
 def _verdict(side: Side, problem: Problem, expected: Mapping[str, np.ndarray]) -> tuple[str, dict[str, float]]:
     try:
-        found = side.ask("evaluate", problem, CHECKED)
+        found = side.ask("evaluate", problem, problem.checked)
     except RuntimeError as error:
         return f"fails: {error}", {}
     errors = {name: relative_rms(x, expected[name]) for name, x in found.items()}
@@ -278,10 +303,10 @@ def _rows_of(
 ) -> list[Row]:
     problem = PROBLEMS[name]
     samples: dict[tuple[str, str], list[float]] = {}
-    failures = {(side, which): text for side, text in out.items() for which in PASSES}
+    failures = {(side, which): text for side, text in out.items() for which in problem.passes}
     for _ in range(settings.rounds):
         for side in sides:
-            for which in PASSES:
+            for which in problem.passes:
                 key = side.name, which
                 if key in failures:
                     continue
@@ -291,7 +316,7 @@ def _rows_of(
                     failures[key] = f"fails: {error}"
     rows = []
     for side in sides:
-        for which in PASSES:
+        for which in problem.passes:
             key, size = (side.name, which), problem.bytes(shape, which)
             verdict, errors = verdicts.get(side.name, ("", {}))
             times = times_of(samples[key], settings.calls) if key not in failures else None

@@ -20,6 +20,7 @@ from tests.ops import (
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
     test_scan_gpu as scan_kernels,
+    test_step_gpu as step_kernels,
     test_vector_gpu as vector_kernels,
 )
 from tests.tolerances import TOLERANCE, assert_close
@@ -189,6 +190,12 @@ def test_vector_kernels_equal_the_recurrence(op: str, name: str, packed: bool) -
 @pytest.mark.parametrize("gate", vector_kernels.GATES)
 def test_vector_kernels_with_other_gates(op: str, gate: str) -> None:
     vector_kernels.OPS[op].check_gates(vector_kernels.GATES[gate], *vector_kernels.CASES["wide"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("op", "decay", "shape", "dtype"), step_kernels.RUNS)
+def test_step_kernels_equal_the_recurrence(op: str, decay: str, shape: str, dtype: str, packed: bool) -> None:
+    step_kernels.check_case(op, decay, shape, dtype, packed)
 
 
 @pytest.mark.parametrize("correlation", delta_kernels.CORRELATED)

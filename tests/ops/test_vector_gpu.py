@@ -1,6 +1,7 @@
 """Vector decays of `linear_attention` and `delta_rule` on Hopper without one: kernels lowered for CUDA, and their
 bodies run by numpy."""
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
@@ -27,14 +28,19 @@ GATES = ms.SATURATED | {
 """With chunks that are done in one pass: everywhere, or in one block of channels of two."""
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("name", "packed"), [(name, name != "wide") for name in CASES])
-def test_bodies_equal_the_recurrence(op: str, name: str, packed: bool, emulated_gpu: None) -> None:  # noqa: F811
-    OPS[op].check_case(*CASES[name], packed)
+def _quick(names: Iterable[str], *quick: str) -> list:
+    """All of them; only those named in `make test`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", _quick(CASES, "odd", "wide", "wide_values", "segments"))
+def test_bodies_equal_the_recurrence(op: str, name: str, emulated_gpu: None) -> None:  # noqa: F811
+    OPS[op].check_case(*CASES[name], name != "wide")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("gate", _quick(GATES, "-10", "mixed", "bursts", "one_block_slow"))
 def test_gates(op: str, gate: str, emulated_gpu: None) -> None:  # noqa: F811
     OPS[op].check_gates(GATES[gate], *CASES["wide" if gate == "one_block_slow" else "odd"])
 

@@ -44,8 +44,12 @@ def sample(problem: Problem, shape: Shape, name: str, calls: int) -> float:
 
 def _results(problem: Problem, shape: Shape, dtype: str, impl: str | None) -> dict[str, np.ndarray]:
     x, do = _inputs(problem, shape, dtype)
-    o, gradients = jax.jit(functools.partial(_pull, problem, impl))(x, do)
-    return {name: np.asarray(a, np.float32) for name, a in {"o": o, **gradients}.items()}
+    if problem.shape:
+        found = dict(zip(("o", "state"), jax.jit(functools.partial(OPS[problem.op], impl=impl))(**x), strict=True))
+    else:
+        o, gradients = jax.jit(functools.partial(_pull, problem, impl))(x, do)
+        found = {"o": o, **gradients}
+    return {name: np.asarray(a, np.float32) for name, a in found.items()}
 
 
 def _inputs(problem: Problem, shape: Shape, dtype: str) -> tuple[dict[str, Array], Array]:
@@ -67,6 +71,8 @@ def _pull(problem: Problem, impl: str | None, x: dict[str, Array], do: Array) ->
 def _program(problem: Problem, shape: Shape) -> dict[str, Callable[[], Any]]:
     """The passes, compiled and called once; the last problem makes room."""
     x, do = _inputs(problem, shape, "bfloat16")
+    if problem.shape:
+        return {"forward": _steps(OPS[problem.op], x)}
     forward = jax.jit(functools.partial(_forward, problem, None))
     both = jax.jit(functools.partial(_pull, problem, None))
     calls: dict[str, Callable[[], Any]] = {
@@ -76,3 +82,21 @@ def _program(problem: Problem, shape: Shape) -> dict[str, Callable[[], Any]]:
     for call in calls.values():
         jax.block_until_ready(call())
     return calls
+
+
+def _steps(op: Callable[..., Any], x: dict[str, Array]) -> Callable[[], Array]:
+    """A token after another, from state to state."""
+
+    def step(state: Array, rest: dict[str, Array]) -> tuple[Array, Array]:
+        return op(**rest, initial_state=state)
+
+    run = jax.jit(step, donate_argnums=0)
+    state = x.pop("initial_state")
+
+    def call() -> Array:
+        nonlocal state
+        o, state = run(state, x)
+        return o
+
+    jax.block_until_ready(call())
+    return call
