@@ -155,10 +155,12 @@ class _Patient:
 
 
 def _compiled(op: Callable, x: Tensors, cotangents: tuple[Array, ...]) -> Callable[..., Tensors]:
-    """(inputs, cotangents) -> o, state and d<input>. Constants (one number per head) are not learned."""
+    """(inputs, cotangents) -> o, state and d<input>, the latter for more than one token and not of constants [H]."""
 
     @jax.jit
     def run(x: Tensors, cotangents: tuple[Array, ...]) -> Tensors:
+        if cotangents[0].shape[1] == 1:  # a step of decoding: where it is differentiated, the definition runs
+            return dict(zip(("o", "state"), op(**x), strict=True))
         fixed = {name: a for name, a in x.items() if a.ndim == 1}
         outputs, pullback = jax.vjp(lambda own: op(**own, **fixed), {n: a for n, a in x.items() if n not in fixed})
         (gradients,) = pullback(tuple(d.astype(o.dtype) for d, o in zip(cotangents, outputs, strict=True)))

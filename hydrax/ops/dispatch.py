@@ -62,20 +62,25 @@ def select_fast(
 ) -> Callable:
     """`select` where there is a module of Hopper kernels: by default they run if they serve x [B,T,...] and the others.
 
-    Not on several devices, over which nothing would divide them. One token takes the kernel of the module `step`, or
-    else the definition.
+    Not on several devices, over which nothing would divide them, but inside a `jax.shard_map` over all axes of a mesh.
+    One token takes the kernel of the module `step`, or else the definition.
 
     Raises:
       ValueError: `impl` names nothing this op has, or the kernels, which cannot serve.
     """
     single = x.shape[1] == 1
     refusal = hopper_refusal((single and step) or kernels, x, *others)
-    unserved = refusal or jax.device_count() > 1 or (single and not step)
+    unserved = refusal or not _on_one_device() or (single and not step)
     default = ("recurrent" if single else "chunked") if unserved else "pallas_gpu"
     form = select(op, impl, forms, default, x.shape)
     if refusal and form is forms["pallas_gpu"]:
         raise ValueError(f"{op}: impl = 'pallas_gpu' cannot serve: {refusal}")
     return form
+
+
+def _on_one_device() -> bool:
+    """Whether arrays lie on one device: there are no others, or a `jax.shard_map` has divided all axes of its mesh."""
+    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def hopper_refusal(kernels: str, *inputs: Array | None) -> str | None:

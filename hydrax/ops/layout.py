@@ -20,6 +20,19 @@ UNROLL = 16
 """Chunks per iteration of the loop over chunk states: on a GPU an iteration costs more than what it computes."""
 
 
+def alike(arrays: PyTree, *others: PyTree) -> PyTree:
+    """The arrays, of types that vary over all axes of a `jax.shard_map` over which one of them, or of the others, does.
+
+    So do the zeros that are made like them. Scans and custom derivatives need equal types.
+    """
+
+    def axes(x: Array) -> frozenset:
+        return jax.typeof(x).manual_axis_type.varying
+
+    union = frozenset().union(*map(axes, jax.tree.leaves((arrays, others))))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(union - axes(x))), to="varying"), arrays)
+
+
 def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
     """Log-decay as fp32 [B,T,H,R or 1,K or 1], after checking every shape."""
     B, T, H, K = q.shape
@@ -28,7 +41,7 @@ def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K] twice and [B,T,Hv,V], Hv = R·H")
     if g is None:
         # behind a barrier: compilers would spend seconds on evaluating all that follows from zeros
-        return jax.lax.optimization_barrier(jnp.zeros((B, T, H, 1, 1), wide(q.dtype)))
+        return jax.lax.optimization_barrier(jnp.zeros_like(q, wide(q.dtype), (B, T, H, 1, 1)))
     g = g.astype(wide(jnp.result_type(g, q)))
     if g.shape == (Hv,):
         g = jnp.broadcast_to(g, (B, T, Hv))
@@ -45,7 +58,7 @@ def grouped_state(initial: Array | None, k: Array, v: Array) -> Array:
     K = k.shape[-1]
     dtype = wide(v.dtype)
     if initial is None:
-        return jnp.zeros((B, H, R, K, V), dtype)
+        return jnp.zeros_like(v, dtype, (B, H, R, K, V))
     if initial.shape != (B, H * R, K, V):
         raise ValueError(f"initial_state {initial.shape}: expected {(B, H * R, K, V)}")
     return initial.astype(dtype).reshape(B, H, R, K, V)

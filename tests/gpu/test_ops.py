@@ -20,6 +20,7 @@ from tests.ops import (
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
     test_scan_gpu as scan_kernels,
+    test_sharded_kernels as sharded_kernels,
     test_step_gpu as step_kernels,
     test_vector_gpu as vector_kernels,
 )
@@ -212,3 +213,8 @@ def test_pallas_delta_equals_definition(decay: str) -> None:
     limits = ("bf16_output", *("bf16_gradient",) * 3, *("bf16_gate_gradient",) * 2)
     for name, limit, a, e in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), limits, actual, expected, strict=True):
         assert_close(f"pallas delta {decay} {name}", a, e, TOLERANCE[limit])
+
+
+@pytest.mark.parametrize("op", sharded_kernels.OPS)
+def test_kernels_inside_shard_map_equal_those_outside(op: str) -> None:
+    sharded_kernels.check_equals_unsharded(op, sharded_kernels.mesh_of(1, 1))

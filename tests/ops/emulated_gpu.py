@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hydrax.core.typing import PyTree
+from hydrax.ops.layout import alike
 from hydrax.ops.pallas import compat, step, tiles
 
 WAIT_SECONDS = 30
@@ -119,7 +120,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                     raise errors[0]
             return found
 
-        return jax.pure_callback(run, outputs, inputs)
+        return alike(jax.pure_callback(run, outputs, inputs), inputs)
 
     def in_place(body: Callable, inputs: PyTree, output: PyTree, state: jax.Array, grid: Mapping) -> tuple:
         types = output, jax.ShapeDtypeStruct(state.shape, state.dtype)

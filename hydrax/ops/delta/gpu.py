@@ -83,7 +83,7 @@ def fused(
         return gpu_vector.fused(scale, tuning, q, k, v, beta, g, seg, S)
     (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
     parts = chunks.parts_of(V)
-    g = jnp.broadcast_to(0.0 if g is None else clamp_decay(fp32(g)), v.shape[:3])
+    g = jnp.broadcast_to(jnp.zeros_like(beta) if g is None else clamp_decay(fp32(g)), v.shape[:3])
     beta, g = (jnp.repeat(fp32(x), parts, axis=-1) for x in (beta, g))
     x = (chunks.pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), beta, g, seg))
     o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))

@@ -67,7 +67,7 @@ def linear_attention(
       scale: factor on the output, K^-1/2 if None.
       initial_state: state before token 0, belonging to the document of token 0; zeros if None.
       segment_ids: documents; the state restarts at each change of id, and id 0 (right padding) leaves it alone.
-      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16, no vector decay),
+      impl: "recurrent" (the definition), "chunked", "pallas_gpu" (a Hopper GPU, bfloat16; of one token any dtype),
         "pallas_tpu" (a TPU, bfloat16 or float32; by name only, since it was not timed), or None to choose.
       chunk_size: tokens per chunk of the chunked form (a multiple of 16); results do not depend on it.
 
@@ -78,7 +78,7 @@ def linear_attention(
       ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, log_decay, segment_ids, initial_state)
+    inputs = layout.alike((q, k, v, log_decay, segment_ids, initial_state))
     form = select_fast(
         "linear_attention", impl, FORMS, "hydrax.ops.linear.gpu", q, k, v, log_decay, step="hydrax.ops.pallas.step"
     )

@@ -36,6 +36,9 @@ KERNELS = {
     "narrow values": Case(2, 130, 2, 2, 128, 64, "scalar"),
     "wide values": Case(1, 200, 1, 2, 128, 256, "scalar"),
     "one long row": Case(1, 2048, 1, 1, 128, 128, "scalar"),
+    "vector": Case(2, 300, 2, 2, 64, 64, "vector"),
+    "wide vector": Case(1, 1000, 2, 2, 128, 128, "vector"),
+    "one token": Case(3, 1, 1, 2, 128, 128, "vector"),
 }
 """What kernels are examined on."""
 

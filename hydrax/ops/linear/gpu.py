@@ -37,6 +37,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
+from hydrax.ops.layout import alike
 from hydrax.ops.linear import gpu_vector
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READS, WIDEST, WIDTHS, WRITER, WRITES
@@ -123,7 +124,7 @@ def _either(run: Callable, form: Callable, *inputs: Any) -> tuple:
 
 def _its_derivative(run: Callable, form: Callable, pullback: Callable, cotangents: tuple) -> tuple:
     filled = tuple(jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
-    *gradients, dS = pullback(filled)
+    *gradients, dS = pullback(alike(filled))
     return *gradients, None, dS
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from hydrax.core.typing import Array, PyTree
+from hydrax.ops.layout import alike
 
 _NEW = jax.__version_info__ >= (0, 11)
 
@@ -27,9 +28,10 @@ def launch(
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     types, outputs_tree = jax.tree.flatten(outputs)
+    n = len(arrays)
 
     def flat(*refs: PyTree, **scratch: PyTree) -> None:
-        ins, outs = refs[: len(arrays)], refs[len(arrays) :]
+        ins, outs = refs[:n], refs[n:]
         body(jax.tree.unflatten(inputs_tree, ins), jax.tree.unflatten(outputs_tree, outs), **scratch)
 
     run = plgpu.kernel(
@@ -44,7 +46,16 @@ def launch(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    return jax.tree.unflatten(outputs_tree, run(*arrays))
+    return jax.tree.unflatten(outputs_tree, unsharded(run, *arrays))
+
+
+def unsharded(run: Callable, *arrays: Array) -> PyTree:
+    """`run(*arrays)` of a kernel that takes no notice of a `jax.shard_map` around it.
+
+    It is traced for arrays of no mesh: in a body nothing says how types that vary over one meet.
+    """
+    run, _ = jax.closure_convert(run, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
+    return alike(run(*arrays), arrays)
 
 
 def load(ref: PyTree, layout: PyTree) -> Array:

@@ -109,16 +109,18 @@ def in_place(
         *ins, state, output = refs
         body(dict(zip(inputs, ins, strict=True)), state, state, output)
 
+    local = output.update(manual_axis_type=jax.sharding.ManualAxisType())  # as `compat.unsharded` types all
+
     @jax.custom_batching.sequential_vmap
     def run(state: Array, *inputs: Array) -> tuple[Array, Array]:
         def update(refs: tuple[PyTree, PyTree]) -> None:
             state, found = refs
-            (found[...],) = pl.kernel(flat, out_type=(output,), mesh=mesh, compiler_params=params)(*inputs, state)
+            (found[...],) = pl.kernel(flat, out_type=(local,), mesh=mesh, compiler_params=params)(*inputs, state)
 
         state, found = pl.run_state(update)((state, jnp.zeros(output.shape, output.dtype)))
         return found, state
 
-    return run(state, *inputs.values())
+    return compat.unsharded(run, state, *inputs.values())
 
 
 def _body(scale: float, inputs: Mapping[str, PyTree], old: PyTree, new: PyTree, output: PyTree) -> None:
