@@ -20,6 +20,7 @@ from hydrax.core.typing import Array
 from hydrax.eval.timing import side_by_side
 from hydrax.eval.tolerances import op_tolerance, relative_rms
 from hydrax.ops import table as ops
+from hydrax.ops.conv import cases as conv_cases, short_conv
 from hydrax.ops.delta import cases as delta_cases, delta_rule
 from hydrax.ops.linear import cases as linear_cases, linear_attention
 from hydrax.ops.scan import cases as scan_cases, linear_scan
@@ -47,6 +48,13 @@ SUBJECTS: dict[str, Subject] = {
         delta_rule, delta_cases.KERNELS, functools.partial(linear_cases.inputs, beta=True), ("q", "k", "v")
     ),
     "linear_scan": Subject(linear_scan, scan_cases.KERNELS, scan_cases.inputs, ("a", "b"), ("float32", "bfloat16")),
+    "short_conv": Subject(
+        functools.partial(short_conv, activation="silu"),
+        conv_cases.KERNELS,
+        conv_cases.inputs,
+        ("x", "initial_state"),
+        ("float32", "bfloat16"),
+    ),
 }
 """By the names of `ops.table`."""
 

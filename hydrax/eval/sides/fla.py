@@ -53,7 +53,7 @@ def evaluate(problem: Problem, shape: Shape) -> dict[str, np.ndarray]:
     x, do = _inputs(problem, shape)
     o, gradients = _pull(problem, x, do)
     results = {"o": o, **{f"d{name}": a for name, a in gradients.items()}}
-    return {name: a.float().cpu().numpy() for name, a in results.items()}
+    return {name: a.detach().float().cpu().numpy() for name, a in results.items()}
 
 
 def sample(problem: Problem, shape: Shape, name: str, calls: int) -> float:

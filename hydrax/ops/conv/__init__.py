@@ -5,6 +5,9 @@
 Used before q, k and v of most linear mixers, e.g. Mamba (arXiv 2312.00752) and DeltaNet (2406.06484).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,10 +15,24 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.conv import forms
-from hydrax.ops.dispatch import select
+from hydrax.ops.dispatch import hopper_refusal, select
 
-FORMS = {"recurrent": forms.recurrent, "chunked": forms.chunked}
-ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda y: jax.nn.elu(y) + 1}
+
+def _fused(*inputs: Any, **how: Any) -> Array:
+    from hydrax.ops.conv import gpu
+
+    return gpu.fused(*inputs, **how)
+
+
+FORMS: dict[str, Callable] = {"recurrent": forms.recurrent, "chunked": forms.chunked, "pallas_gpu": _fused}
+ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
+    None: lambda y: y,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "elu1": lambda y: jax.nn.elu(y) + 1,
+}
+FUSED = (None, "silu")
+"""Activations that Pallas can lower."""
 
 
 def short_conv(
@@ -37,14 +54,15 @@ def short_conv(
       activation: None, "silu", "relu" or "elu1" (elu + 1).
       initial_state: [B,W-1,*C], inputs before token 0, belonging to its document; zeros if None.
       segment_ids: documents; no tap reaches into another one. Id 0 is right padding.
-      impl: "recurrent" (the definition), "chunked" (all tokens at once), or None to choose.
+      impl: "recurrent" (the definition), "chunked" (all tokens at once), "pallas_gpu" (a Hopper GPU, a multiple of 128
+        channels, 8 taps at most, no activation or "silu"), or None to choose.
 
     Returns:
       y in the dtype of x, zero at padding, and the final state [B,W-1,*C] in the dtype of x, before bias and
       activation: the inputs a continuation needs, zeros standing for tokens before the document.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown activation or `impl`.
+      ValueError: shapes that do not fit, an unknown activation, or an `impl` that is unknown or cannot serve.
     """
     B, T, *C = x.shape
     before = (B, w.shape[0] - 1, *C)
@@ -60,6 +78,18 @@ def short_conv(
         seg, valid = documents.fill_padding(segment_ids)
     tail = jnp.zeros(before, x.dtype) if initial_state is None else initial_state
     form = select("short_conv", impl, FORMS, "chunked", x.shape)
+    if form is _fused:
+        if refusal := _refusal(x, w, activation):
+            raise ValueError(f"short_conv: impl = 'pallas_gpu' cannot serve: {refusal}")
+        y = form(x, w, b, tail, segment_ids, activation=activation)
+        return y, forms.final_state(x, seg, valid, tail)
     y, end = form(x, w, seg, valid, tail)
     y = ACTIVATIONS[activation](y if b is None else y + fp32(b)).astype(x.dtype)
     return jnp.where(valid.reshape(B, T, *(1 for _ in C)), y, 0), end
+
+
+def _refusal(x: Array, w: Array, activation: str | None) -> str | None:
+    """Why the kernels cannot serve, or None."""
+    if activation not in FUSED:
+        return f"activation = {activation!r}: expected one of {', '.join(map(str, FUSED))}"
+    return hopper_refusal("hydrax.ops.conv.gpu", x, w)

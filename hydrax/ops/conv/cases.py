@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -23,3 +25,19 @@ CASES = {
     "one_token": Case(2, 1, (2, 2), 4, False, "silu"),
     "one_tap": Case(1, 5, (3,), 1),
 }
+
+KERNELS = {
+    "rows": Case(2, 1000, (2, 128), 4, True, "silu"),
+    "eight taps": Case(1, 500, (128,), 8, False, "silu"),
+    "one token": Case(2, 1, (128,), 4, False, "silu"),
+}
+"""What kernels are examined on."""
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """Random arguments of `short_conv` by name, in fp64."""
+    rng = np.random.default_rng(0)
+    x = {"x": rng.normal(size=(case.B, case.T, *case.C)), "w": rng.normal(size=(case.W, *case.C))}
+    if case.bias:
+        x["b"] = rng.normal(size=case.C)
+    return x | {"initial_state": rng.normal(size=(case.B, case.W - 1, *case.C))}

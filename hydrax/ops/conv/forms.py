@@ -24,17 +24,27 @@ def recurrent(x: Array, w: Array, seg: Array, valid: Array, tail: Array) -> tupl
 def chunked(x: Array, w: Array, seg: Array, valid: Array, tail: Array) -> tuple[Array, Array]:
     """W shifted multiply-adds; a tap that would reach into another document counts as zero."""
     W, T = w.shape[0], x.shape[1]
-    x = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # x[:, t + W - 1] is token t
-    ids = jnp.concatenate([jnp.broadcast_to(seg[:, :1], (seg.shape[0], W - 1)), seg], axis=1)
+    inputs, ids = _with_tail(x, seg, tail)
+    terms = [fp32(_masked(inputs[:, i : i + T], ids[:, i : i + T], seg)) * fp32(w[i]) for i in range(W)]
+    return sum(terms[1:], terms[0]), final_state(x, seg, valid, tail)
 
-    def masked(taken: Array, ids_taken: Array, ids_here: Array) -> Array:
-        return tree.where(ids_taken == ids_here, taken, jnp.zeros_like(taken))
 
-    terms = [fp32(masked(x[:, i : i + T], ids[:, i : i + T], seg)) * fp32(w[i]) for i in range(W)]
-    last = valid.sum(1).astype(jnp.int32)  # the W - 1 entries of x from here on end with the last real token
+def final_state(x: Array, seg: Array, valid: Array, tail: Array) -> Array:
+    """The W - 1 inputs [B,W-1,*C] that end with the last real token, zeros before its document."""
+    inputs, ids = _with_tail(x, seg, tail)
+    last = valid.sum(1).astype(jnp.int32)
 
     def window(row: Array, start: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(row, start, W - 1)
+        return jax.lax.dynamic_slice_in_dim(row, start, tail.shape[1])
 
-    end = masked(jax.vmap(window)(x, last), jax.vmap(window)(ids, last), seg[:, -1:])
-    return sum(terms[1:], terms[0]), end
+    return _masked(jax.vmap(window)(inputs, last), jax.vmap(window)(ids, last), seg[:, -1:])
+
+
+def _with_tail(x: Array, seg: Array, tail: Array) -> tuple[Array, Array]:
+    """Inputs and ids from W - 1 tokens before the row on, which belong to the document of token 0."""
+    before = jnp.broadcast_to(seg[:, :1], tail.shape[:2])
+    return jnp.concatenate([tail.astype(x.dtype), x], axis=1), jnp.concatenate([before, seg], axis=1)
+
+
+def _masked(taken: Array, ids_taken: Array, ids_here: Array) -> Array:
+    return tree.where(ids_taken == ids_here, taken, jnp.zeros_like(taken))

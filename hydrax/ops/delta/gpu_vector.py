@@ -96,12 +96,10 @@ def _vjp_backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple)
     back = run(Z=dS, wanted=("y", "Z", "states"))
     dy = back["y"]
     inputs = {"q": q, "k": k, "g": g, "u": u, "do": do, "dy": dy}
-    found, strengths = vector.gradients(
-        scale, inputs, vector.facts_of(seg), chunks.by_chunk(beta), states, back["states"]
-    )
+    found = vector.gradients(scale, inputs, vector.facts_of(seg), chunks.by_chunk(beta), states, back["states"])
     dq, dk, dg = (chunks.ungroup(found[name], inputs[name]) for name in "qkg")
     dv = (beta[..., None] * fp32(dy)).astype(v.dtype)
-    dbeta = chunks.by_token(strengths) + (fp32(dy) * fp32(v)).sum(-1)
+    dbeta = chunks.by_token(found["beta"]) + (fp32(dy) * fp32(v)).sum(-1)
     return dq, dk, dv, dbeta, dg, None, None if S is None else back["Z"][::n]
 
 
@@ -118,7 +116,7 @@ def _forward(
     S: Sequence[Array],
 ) -> list[Array]:
     """The columns of o of one chunk, if there are rows "q" to read the state, and S after it."""
-    q, k, r, v = (rows.get(name) for name in "qkrv")
+    q, k, r, v = rows.get("q"), rows["k"], rows["r"], rows.get("v")
     A, T = system.at[tiles.block(0)], system.at[tiles.block(1)]
     y_s = own_s if v is None else v
     held, *read = tiles.accumulate(

@@ -29,8 +29,8 @@ CASES = {
 }
 
 KERNELS = {
-    "none": Case(2, 257, 2, 2, 64, 64, "none"),
-    "constant": Case(2, 300, 2, 2, 128, 128, "constant"),
+    "none": Case(2, 257, 2, 2, 128, 128, "none"),
+    "constant": Case(2, 300, 2, 2, 64, 64, "constant"),
     "scalar": Case(2, 1000, 2, 2, 128, 128, "scalar"),
     "grouped": Case(2, 300, 1, 4, 64, 128, "scalar"),
     "narrow values": Case(2, 130, 2, 2, 128, 64, "scalar"),
@@ -40,7 +40,8 @@ KERNELS = {
     "wide vector": Case(1, 1000, 2, 2, 128, 128, "vector"),
     "one token": Case(3, 1, 1, 2, 128, 128, "vector"),
 }
-"""What kernels are examined on."""
+"""What kernels are examined on. Without decay keys are wider than a chunk is long: with 64 keys of 64 channels and β up
+to 2, the delta rule amplifies the rounding of bf16 beyond the tolerance, by XLA even more than by the kernels."""
 
 
 def inputs(case: Case, *, beta: bool) -> dict[str, np.ndarray]:

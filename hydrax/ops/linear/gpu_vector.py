@@ -77,9 +77,11 @@ def _vjp_backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple)
     turned = {"q": rows["k"], "k": rows["q"], "v": do}
     back = sweep(_backward, turned, decay, A, n, tuning, Z=dS, wanted=("y", "Z", "states"), reverse=True)
     inputs = {"q": q, "k": k, "g": g, "u": v, "do": do}
-    found, _ = vector.gradients(scale, inputs, vector.facts_of(seg), None, states, back["states"])
+    found = vector.gradients(scale, inputs, vector.facts_of(seg), None, states, back["states"])
     dq, dk, dg = (chunks.ungroup(found[name], inputs[name]) for name in "qkg")
-    return dq, dk, back["y"], dg, None, None if S is None else back["Z"][::n] if n == 1 else dS0
+    if S is not None and n == 1:
+        dS0 = back["Z"]
+    return dq, dk, back["y"], dg, None, None if S is None else dS0
 
 
 _fused.defvjp(_vjp_forward, _vjp_backward)

@@ -80,7 +80,8 @@ class Gates:
     @property
     def learned(self) -> Array:
         """Where they are what they were, before `LEAST` and padding."""
-        found = sum(tiles.load(x) for x in self.terms) > LEAST
+        high, low = self.terms
+        found = tiles.load(high) + tiles.load(low) > LEAST
         return found if self.facts is None else found & (per_row(self.facts.at[READER]) >= 0)
 
     def sums(self, which: Array, terms: Sequence[PyTree] | None = None) -> Array:
@@ -225,7 +226,9 @@ def _in_shared(vectors: Mapping[str, Array]) -> dict[str, PyTree]:
     return {name: plgpu.SMEM(x.shape[3:], jnp.float32) for name, x in vectors.items()}
 
 
-def _fetch_vectors(vectors: Mapping[str, PyTree], vector_s: Mapping[str, PyTree], at: tuple, heads: int, full: PyTree):
+def _fetch_vectors(
+    vectors: Mapping[str, PyTree], vector_s: Mapping[str, PyTree], at: tuple, heads: int, full: PyTree
+) -> None:
     b, n, h = at
     for name, x in vectors.items():
         plgpu.copy_gmem_to_smem(x.at[b, n, ring.head(h, heads, x)], vector_s[name], full)
@@ -312,8 +315,8 @@ def gradients(
     beta: Array | None,
     S: Array,
     dS: Array,
-) -> tuple[dict[str, Array], Array | None]:
-    """dq, dk and dg as "q", "k", "g" [B,T,Hv,K]; of dβ [B,N,Hv,C] what is no product of dY and V.
+) -> dict[str, Array]:
+    """dq, dk and dg as "q", "k", "g" [B,T,Hv,K]; and as "beta" [B,N,Hv,C] what of dβ is no product of dY and V.
 
     Args:
       rows: q, k, g as in `prepare`, "u" and "do" [B,T,Hv,V], and for the delta rule "dy".
@@ -347,7 +350,7 @@ def gradients(
         warpgroups=1,
     )
     found = {name: x.reshape(B, T, Hv, K) for name, x in found.items()}
-    return found, None if sums is None else sums.sum(3).reshape(B, -1, Hv, BLOCK)
+    return found if sums is None else found | {"beta": sums.sum(3).reshape(B, -1, Hv, BLOCK)}
 
 
 def _gradients_body(
@@ -460,4 +463,5 @@ def _against(left: list[PyTree], right: list[PyTree]) -> Array:
 
 def _inner(left: list[PyTree], right: list[PyTree]) -> Array:
     """Inner products of equal rows [C]."""
-    return sum((tiles.load(x) * tiles.load(y)).sum(1) for x, y in zip(left, right, strict=True))
+    products = [tiles.load(x) * tiles.load(y) for x, y in zip(left, right, strict=True)]
+    return sum(products[1:], products[0]).sum(1)
