@@ -10,6 +10,7 @@ import pytest
 
 from hydrax.core.typing import Array
 from hydrax.nn.norm import l2_norm
+from hydrax.ops.conv.cases import KERNELS as CONVOLUTIONS
 from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import linear_scan, selective_scan
@@ -17,6 +18,7 @@ from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
 from tests.ops import (
     matrix_state as ms,
+    test_conv_gpu as conv_kernels,
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
     test_scan_gpu as scan_kernels,
@@ -218,3 +220,10 @@ def test_pallas_delta_equals_definition(decay: str) -> None:
 @pytest.mark.parametrize("op", sharded_kernels.OPS)
 def test_kernels_inside_shard_map_equal_those_outside(op: str) -> None:
     sharded_kernels.check_equals_unsharded(op, sharded_kernels.mesh_of(1, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [*conv_kernels.CASES.values(), *CONVOLUTIONS.values()], ids=str)
+def test_conv_kernels_equal_the_recurrence(case: conv_kernels.Case, dtype: str, packed: bool) -> None:
+    conv_kernels.check_case(case, dtype, ms.documents(case.B, case.T) if packed else None)

@@ -31,8 +31,6 @@ ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "elu1": lambda y: jax.nn.elu(y) + 1,
 }
-FUSED = (None, "silu")
-"""Activations that Pallas can lower."""
 
 
 def short_conv(
@@ -55,7 +53,7 @@ def short_conv(
       initial_state: [B,W-1,*C], inputs before token 0, belonging to its document; zeros if None.
       segment_ids: documents; no tap reaches into another one. Id 0 is right padding.
       impl: "recurrent" (the definition), "chunked" (all tokens at once), "pallas_gpu" (a Hopper GPU, a multiple of 128
-        channels, 8 taps at most, no activation or "silu"), or None to choose.
+        channels, 8 taps at most), or None to choose.
 
     Returns:
       y in the dtype of x, zero at padding, and the final state [B,W-1,*C] in the dtype of x, before bias and
@@ -79,17 +77,10 @@ def short_conv(
     tail = jnp.zeros(before, x.dtype) if initial_state is None else initial_state
     form = select("short_conv", impl, FORMS, "chunked", x.shape)
     if form is _fused:
-        if refusal := _refusal(x, w, activation):
+        if refusal := hopper_refusal("hydrax.ops.conv.gpu", x, w):
             raise ValueError(f"short_conv: impl = 'pallas_gpu' cannot serve: {refusal}")
         y = form(x, w, b, tail, segment_ids, activation=activation)
         return y, forms.final_state(x, seg, valid, tail)
     y, end = form(x, w, seg, valid, tail)
     y = ACTIVATIONS[activation](y if b is None else y + fp32(b)).astype(x.dtype)
     return jnp.where(valid.reshape(B, T, *(1 for _ in C)), y, 0), end
-
-
-def _refusal(x: Array, w: Array, activation: str | None) -> str | None:
-    """Why the kernels cannot serve, or None."""
-    if activation not in FUSED:
-        return f"activation = {activation!r}: expected one of {', '.join(map(str, FUSED))}"
-    return hopper_refusal("hydrax.ops.conv.gpu", x, w)

@@ -1,14 +1,15 @@
 """`short_conv` on Hopper GPUs: forward and backward as Pallas kernels of one body, which read and write each row once.
 
-    z_t = b + Σ_{j<W} w_{W-1-j} ⊙ x_{t-j},      y_t = act(z_t)
-    dz_t = act'(z_t) ⊙ dy_t,      dx_t = Σ_{j<W} w_{W-1-j} ⊙ dz_{t+j},      dw_{W-1-j} = Σ_t dz_t ⊙ x_{t-j},      db = Σ_t dz_t
+    z_t = b + Σ_{j<W} w_{W-1-j} ⊙ x_{t-j},          y_t = act(z_t)
+    dz_t = act'(z_t) ⊙ dy_t,                        dx_t = Σ_{j<W} w_{W-1-j} ⊙ dz_{t+j}
+    dw_{W-1-j} = Σ_t dz_t ⊙ x_{t-j},                db = Σ_t dz_t
 
 A thread holds one channel and goes through a range of tokens from the first to the last, in fp32. It carries the last
-W - 1 inputs; backward also the sums of their dx, each complete W - 1 tokens late, and those of dw and db, which XLA adds
-up over ranges. z is computed again. Of documents a token knows its `reach`: the inputs, itself included, that it reads.
+W - 1 inputs; backward, where z is computed again, also the sums of their dx, each complete W - 1 tokens late, and those
+of dw and db, which XLA adds up over ranges. Of documents a token knows its `reach`: how many inputs, itself included,
+it reads. What reaches before token 0 is differentiated by XLA.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops.conv import ACTIVATIONS, short_conv
+from hydrax.ops.conv import short_conv
 from hydrax.ops.layout import alike
 from hydrax.ops.pallas import compat
 from hydrax.ops.pallas.tuning import TUNING
@@ -36,56 +37,22 @@ DTYPES = ("float32", "bfloat16")
 Carry = dict[str, list[Array]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """`w[j]` multiplies the input j tokens ago."""
-
-    w: Sequence[Array]
-    b: Array | None
-    activation: Callable[[Array], Array]
-
-    def before_activation(self, window: Sequence[Array]) -> Array:
-        terms = [w * x for w, x in zip(self.w, window, strict=True)]
-        return sum(terms[1:], terms[0] if self.b is None else terms[0] + self.b)
+def _silu_derivative(z: Array) -> Array:
+    s = jax.nn.sigmoid(z)
+    return s * (1 + z * (1 - s))
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """`carry, row = token(filter, reads, reach, carry)` over the tokens; the row belongs to the token `late` before."""
-
-    token: Callable[[Filter, dict[str, Array], Array | None, Carry], tuple[Carry, Array]]
-    row: str
-    late: bool = False
+def _elu1(z: Array, above: Array) -> Array:
+    return jnp.where(z > 0, above, jnp.exp(jnp.minimum(z, 0.0)))
 
 
-def _forward_token(f: Filter, reads: dict[str, Array], reach: Array | None, carry: Carry) -> tuple[Carry, Array]:
-    window = [reads["x"], *carry["x"]]
-    y = f.activation(f.before_activation(_reached(window, reach)))
-    return {"x": window[:-1]}, _reached([y], reach)[0]
-
-
-def _backward_token(f: Filter, reads: dict[str, Array], reach: Array | None, carry: Carry) -> tuple[Carry, Array]:
-    window = [reads["x"], *carry["x"]]
-    taken = _reached(window, reach)
-    _, pullback = jax.vjp(f.activation, f.before_activation(taken))
-    dz = _reached(pullback(reads["dy"]), reach)[0]
-    own, *others = _reached([w * dz for w in f.w], reach)
-    sums = [own, *(dx + more for dx, more in zip(carry["dx"], others, strict=True))]
-    now = {
-        "x": window[:-1],
-        "dx": sums[:-1],
-        "dw": [dw + dz * x for dw, x in zip(carry["dw"], taken, strict=True)],
-        "db": [carry["db"][0] + dz],
-    }
-    return now, sums[-1]
-
-
-def _reached(values: Sequence[Array], reach: Array | None) -> list[Array]:
-    """Of what belongs to this token and those before it: zero instead of what it does not reach."""
-    return [x if reach is None else jnp.where(reach > j, x, jnp.zeros_like(x)) for j, x in enumerate(values)]
-
-
-FORWARD, BACKWARD = Sweep(_forward_token, "y"), Sweep(_backward_token, "dx", late=True)
+ACTIVATIONS: dict[str | None, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    None: (lambda z: z, jnp.ones_like),
+    "silu": (lambda z: z * jax.nn.sigmoid(z), _silu_derivative),
+    "relu": (lambda z: jnp.maximum(z, 0.0), lambda z: jnp.where(z > 0, jnp.ones_like(z), jnp.zeros_like(z))),
+    "elu1": (lambda z: _elu1(z, z + 1), lambda z: _elu1(z, jnp.ones_like(z))),
+}
+"""Those of the op and their derivatives, in what Pallas lowers."""
 
 
 def refusal(x: Array, w: Array, device: jax.Device | None = None) -> str | None:
@@ -108,44 +75,40 @@ def fused(
 ) -> Array:
     """y of x [B,T,*C], w [W,*C], b [*C] and tail [B,W-1,*C], the inputs before token 0."""
     (B, T), W = x.shape[:2], w.shape[0]
-    shape, pad = x.shape, ((0, 0), (0, -T % TILE), (0, 0))
-    x, w, tail = jnp.pad(x.reshape(B, T, -1), pad), w.reshape(W, -1), tail.astype(x.dtype).reshape(B, W - 1, -1)
-    b = None if b is None else b.reshape(-1)
+    shape, D, pad = x.shape, x[0, 0].size, ((0, 0), (0, -T % TILE), (0, 0))
+    x, w, tail = jnp.pad(x.reshape(B, T, D), pad), w.reshape(W, D), tail.astype(x.dtype).reshape(B, W - 1, D)
+    b = None if b is None else b.reshape(D)
     ids = None if segment_ids is None else jnp.pad(segment_ids, pad[:2])
     return _conv(activation, *alike((x, w, b, tail, ids)))[:, :T].reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(activation: str | None, x: Array, w: Array, b: Array | None, tail: Array, ids: Array | None) -> Array:
-    return _launch(FORWARD, activation, {"x": x}, (w, b, tail), ids, {"y": x})["y"]
-
-
-def _forward(activation: str | None, *inputs: Any) -> tuple[Array, tuple]:
-    return _conv(activation, *inputs), inputs
+    return _launch(activation, (x,), w, b, tail, ids)[0]
 
 
 def _backward(activation: str | None, inputs: tuple, dy: Array) -> tuple:
     x, w, b, tail, ids = inputs
-    B, W, n = x.shape[0], w.shape[0], x.shape[1] // _tokens(x)
-    sums = {name: jax.ShapeDtypeStruct((B, n, *p.shape), jnp.float32) for name, p in {"dw": w, "db": w[:1]}.items()}
-    d = _launch(BACKWARD, activation, {"x": x, "dy": dy}, (w, b, tail), ids, {"dx": x, **sums})
-    dw, db = (d[name].sum((0, 1)) for name in sums)
+    few = slice(w.shape[0] - 1)
 
     def early(tail: Array) -> Array:
-        few = None if ids is None else ids[:, : W - 1]
-        how = {"activation": activation, "segment_ids": few, "initial_state": tail, "impl": "chunked"}
-        return short_conv(x[:, : W - 1], w, b, **how)[0]
+        seg = None if ids is None else ids[:, few]
+        return short_conv(x[:, few], w, b, activation=activation, initial_state=tail, segment_ids=seg, impl="chunked")[
+            0
+        ]
 
-    (dtail,) = jax.vjp(early, tail)[1](dy[:, : W - 1])
-    return d["dx"], dw.astype(w.dtype), None if b is None else db[0].astype(b.dtype), dtail, None
+    dx, dw, db = _launch(activation, (x, dy), w, b, tail, ids)
+    (dtail,) = jax.vjp(early, tail)[1](dy[:, few])
+    dw, db = dw.sum((0, 1)), db.sum((0, 1))
+    return dx, dw.astype(w.dtype), None if b is None else db.astype(b.dtype), dtail, None
 
 
-_conv.defvjp(_forward, _backward)
+_conv.defvjp(lambda activation, *inputs: (_conv(activation, *inputs), inputs), _backward)
 
 
-def _tokens(x: Array) -> int:
+def _tokens(T: int) -> int:
     """Tokens of a thread block."""
-    tiles = x.shape[1] // TILE
+    tiles = T // TILE
     return TILE * max(n for n in range(1, TILES + 1) if tiles % n == 0)
 
 
@@ -161,73 +124,90 @@ def _reach(ids: Array, W: int) -> Array:
 
 
 def _launch(
-    sweep: Sweep, activation: str | None, rows: dict[str, Array], own: tuple, ids: Array | None, wanted: PyTree
-) -> PyTree:
-    B, T, D = rows["x"].shape
-    w, b, tail = own
+    activation: str | None, rows: tuple[Array, ...], w: Array, b: Array | None, tail: Array, ids: Array | None
+) -> tuple[Array, ...]:
+    """y of rows x; or of rows x and dy dx, and dw and db by rows and ranges of tokens."""
+    B, T, D = rows[0].shape
+    W, ranges = w.shape[0], T // _tokens(T)
+    sums = [jax.ShapeDtypeStruct((B, ranges, *n, D), jnp.float32) for n in ((W,), ())]
     return compat.launch(
-        functools.partial(_body, sweep, ACTIVATIONS[activation]),
-        (rows, w, b, tail if tail.size else None, None if ids is None else _reach(ids, w.shape[0])),
-        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()},
+        functools.partial(_body, ACTIVATIONS[activation]),
+        (rows, w, b, tail if W > 1 else None, None if ids is None else _reach(ids, W)),
+        (jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), *(sums if len(rows) == 2 else ())),
         scratch={},
-        grid={"channels": D // LANES, "range": T // _tokens(rows["x"]), "row": B},
+        grid={"channels": D // LANES, "range": ranges, "row": B},
         warpgroups=1,
     )
 
 
-def _body(sweep: Sweep, activation: Callable[[Array], Array], inputs: tuple, outputs: dict[str, PyTree]) -> None:
-    """One thread block: 128 channels of a range of tokens."""
+def _body(activation: tuple[Callable[[Array], Array], ...], inputs: tuple, outputs: tuple[PyTree, ...]) -> None:
+    """One thread block: some channels of a range of tokens."""
     rows, w, b, tail, reach = inputs
-    W, T, tokens = w.shape[0], rows["x"].shape[1], _tokens(rows["x"])
-    late = W - 1 if sweep.late else 0
+    out, *sums = outputs
+    W, T = w.shape[0], rows[0].shape[1]
+    tokens = _tokens(T)
+    late = W - 1 if sums else 0  # tokens between what is read and what it completes
     row, part = jax.lax.axis_index("row"), jax.lax.axis_index("range")
     channels = pl.ds(jax.lax.axis_index("channels") * LANES, LANES)
     first = part * tokens
-    f = Filter(
-        [_lanes(w.at[W - 1 - j, channels]) for j in range(W)], None if b is None else _lanes(b.at[channels]), activation
-    )
+    act, derivative = activation
+    taps = [_lanes(w.at[W - 1 - j, channels]) for j in range(W)]  # by how many tokens ago
+    bias = None if b is None else _lanes(b.at[channels])
 
     def before(j: int) -> Array:
-        earlier = _lanes(rows["x"].at[row, jnp.maximum(first - j, 0), channels])
+        earlier = _lanes(rows[0].at[row, jnp.maximum(first - j, 0), channels])
         return jnp.where(first == 0, _lanes(tail.at[row, W - 1 - j, channels]), earlier)
 
-    def read(t: Array) -> dict[str, Array]:
-        return {name: _lanes(ref.at[row, t, channels]) for name, ref in rows.items()}
+    def read(t: Array) -> list[Array]:
+        return [_lanes(ref.at[row, t, channels]) for ref in rows]
 
-    def advance(t: Array, reads: dict[str, Array], carry: Carry, target: Array) -> Carry:
-        carry, value = sweep.token(f, reads, None if reach is None else reach[row, t], carry)
-        ref = outputs[sweep.row]
-        ref[row, target, channels] = value.astype(ref.dtype)
-        return carry
+    def token(t: Array, reads: list[Array], carry: Carry, target: Array) -> Carry:
+        """Reads token t and writes row `target`, which is `late` tokens before."""
+        reached = functools.partial(_reached, None if reach is None else reach[row, t])
+        window = [reads[0], *carry["x"]]
+        taken = reached(window)
+        terms = [tap * x for tap, x in zip(taps, taken, strict=True)]
+        z = sum(terms[1:], terms[0] if bias is None else terms[0] + bias)
+        now = {"x": window[:-1]}
+        if sums:
+            (dz,) = reached([derivative(z) * reads[1]])
+            own, *others = reached([tap * dz for tap in taps])
+            *now["dx"], value = [own, *(dx + more for dx, more in zip(carry["dx"], others, strict=True))]
+            now["dw"] = [dw + dz * x for dw, x in zip(carry["dw"], taken, strict=True)]
+            now["db"] = [carry["db"][0] + dz]
+        else:
+            (value,) = reached([act(z)])
+        out[row, target, channels] = value.astype(out.dtype)
+        return now
 
-    def step(i: Array, carry: Carry) -> Carry:
+    def tile(i: Array, carry: Carry) -> Carry:
         start = first + i * TILE
         reads = [read(start + t) for t in range(TILE)]
         for t in range(TILE):
             target = start + t - late
             # The first rows that are late belong to the range before; what is complete overwrites them here.
-            carry = advance(start + t, reads[t], carry, jnp.maximum(target, first) if t < late else target)
+            carry = token(start + t, reads[t], carry, jnp.maximum(target, first) if t < late else target)
         return carry
 
     carry = {"x": [before(j) for j in range(1, W)]}
-    if sweep.late:
-        carry |= {name: [_zeros() for _ in range(n)] for name, n in {"dx": W - 1, "dw": W, "db": 1}.items()}
-    carry = jax.lax.fori_loop(0, tokens // TILE, step, carry)
-    if not sweep.late:
-        return
-    for j, dw in enumerate(carry["dw"]):
-        outputs["dw"][row, part, W - 1 - j, channels] = dw
-    outputs["db"][row, part, 0, channels] = carry["db"][0]
-    for t in range(W - 1):  # of the range after, for the last dx
+    if sums:
+        zero = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), _layout())
+        carry |= {"dx": [zero] * (W - 1), "dw": [zero] * W, "db": [zero]}
+    carry = jax.lax.fori_loop(0, tokens // TILE, tile, carry)
+    if sums:
+        for j, dw in enumerate(carry["dw"]):
+            sums[0][row, part, W - 1 - j, channels] = dw
+        sums[1][row, part, channels] = carry["db"][0]
+    for t in range(late):  # the range after completes the last rows
         after = first + tokens + t
         here = jnp.minimum(after, T - 1)
-        reads = read(here)
-        reads["dy"] = jnp.where(after < T, reads["dy"], jnp.zeros_like(reads["dy"]))
-        carry = advance(here, reads, carry, after - late)
+        x, dy = read(here)
+        carry = token(here, [x, jnp.where(after < T, dy, jnp.zeros_like(dy))], carry, after - late)
 
 
-def _zeros() -> Array:
-    return plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), _layout())
+def _reached(reach: Array | None, values: Sequence[Array]) -> list[Array]:
+    """Of what belongs to a token and to those before it: zero instead of what it does not reach."""
+    return [x if reach is None else jnp.where(reach > j, x, jnp.zeros_like(x)) for j, x in enumerate(values)]
 
 
 def _layout() -> Any:

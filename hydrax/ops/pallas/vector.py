@@ -27,7 +27,7 @@ Weights e^{G_i - G_j} are products e^{G_i - R} e^{R - G_j} of rows and columns, 
 pass R is that of the chunk: if |G - R| <= `DIRECT`. Otherwise pairs of tokens meet in blocks of 64, 32, 16 tokens,
 those of the upper half looking at those of the lower one, so that no exponent is positive; and, in a last pass, in
 blocks of 8, where exponents are at most 4 log-decays. For these to be safe, log-decays below `LEAST` count as that.
-Exponents are sums of log-decays in between, by products with matrices of 0, 1 and -1, so that nothing cancels.
+Exponents of pairs are sums of the log-decays in between, by products with matrices of 0, 1 and -1: nothing cancels.
 """
 
 import dataclasses
