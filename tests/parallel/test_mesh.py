@@ -35,7 +35,13 @@ PLAN = lm.blueprint(build(ModelConfig, MODEL))
 # low rate and an eps above rounding keep twenty steps comparable.
 OPTIM = build(OptimConfig, {"lr": 1e-4, "warmup": 2, "eps": 1e-6})
 TX = make_optimizer(OPTIM, STEPS, PLAN.meta)
-MESHES = pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp8", "fsdp4-tensor2"])
+MESHES = pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 8}, id="fsdp8", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, id="fsdp4-tensor2"),
+    ],
+)
 
 
 @functools.cache
