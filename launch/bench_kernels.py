@@ -55,7 +55,7 @@ def main(overrides: cli.Overrides) -> None:
     results = report.Report(out, command, kernels.environment(settings), settings, kernels_report.draw)
     console = Console(width=max(120, Console().width))
     kernels.prepare(settings, lambda text: console.print(text, highlight=False, markup=False))
-    total = len(settings.problems) * len(settings.shapes)
+    total = sum(len(kernels.PROBLEMS[name].shapes(settings.shapes)) for name in settings.problems)
     for rows in track(kernels.compare(settings), "", total, console=console, disable=not console.is_terminal):
         results.add(rows)
         for row in rows:

@@ -1,4 +1,4 @@
-"""Small operations on pytrees of parameters."""
+"""Small operations on pytrees."""
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +23,16 @@ def where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
         return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
 
     return jax.tree.map(choose, new, old)
+
+
+def alike(arrays: PyTree, *others: PyTree) -> PyTree:
+    """The arrays, of types that vary over all axes of a `jax.shard_map` over which one of them, or of the others, does.
+
+    So do the zeros that are made like them. Scans and custom derivatives need equal types.
+    """
+
+    def axes(x: jax.Array) -> frozenset:
+        return jax.typeof(x).manual_axis_type.varying
+
+    union = frozenset().union(*map(axes, jax.tree.leaves((arrays, others))))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(union - axes(x))), to="varying"), arrays)

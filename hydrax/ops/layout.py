@@ -20,19 +20,6 @@ UNROLL = 16
 """Chunks per iteration of the loop over chunk states: on a GPU an iteration costs more than what it computes."""
 
 
-def alike(arrays: PyTree, *others: PyTree) -> PyTree:
-    """The arrays, of types that vary over all axes of a `jax.shard_map` over which one of them, or of the others, does.
-
-    So do the zeros that are made like them. Scans and custom derivatives need equal types.
-    """
-
-    def axes(x: Array) -> frozenset:
-        return jax.typeof(x).manual_axis_type.varying
-
-    union = frozenset().union(*map(axes, jax.tree.leaves((arrays, others))))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(union - axes(x))), to="varying"), arrays)
-
-
 def canonical_decay(q: Array, k: Array, v: Array, g: Array | None) -> Array:
     """Log-decay as fp32 [B,T,H,R or 1,K or 1], after checking every shape."""
     B, T, H, K = q.shape

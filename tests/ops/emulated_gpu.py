@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydrax.core.tree import alike
 from hydrax.core.typing import PyTree
-from hydrax.ops.layout import alike
-from hydrax.ops.pallas import compat, step, tiles
+from hydrax.ops.pallas import compat, tiles
 
 WAIT_SECONDS = 30
 
@@ -154,6 +154,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replacements = {
         compat: {
             "launch": launch,
+            "in_place": in_place,
             "load": lambda ref, layout: jnp.asarray(ref.array.copy()),  # JAX may alias what it is given
             "transpose": lambda ref: Ref(ref.array.T),
         },
@@ -163,7 +164,6 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "mm": mm,
             "accumulate": lambda init, sums: [x + mm(*pairs) for x, pairs in zip(init, sums, strict=True)],
         },
-        step: {"in_place": in_place},
         plgpu: {
             "layout_cast": lambda x, layout: x,
             "set_max_registers": lambda n, action: None,

@@ -19,9 +19,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from hydrax.core import tree
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.conv import short_conv
-from hydrax.ops.layout import alike
 from hydrax.ops.pallas import compat
 from hydrax.ops.pallas.tuning import TUNING
 
@@ -79,7 +79,7 @@ def fused(
     x, w, tail = jnp.pad(x.reshape(B, T, D), pad), w.reshape(W, D), tail.astype(x.dtype).reshape(B, W - 1, D)
     b = None if b is None else b.reshape(D)
     ids = None if segment_ids is None else jnp.pad(segment_ids, pad[:2])
-    return _conv(activation, *alike((x, w, b, tail, ids)))[:, :T].reshape(shape)
+    return _conv(activation, *tree.alike((x, w, b, tail, ids)))[:, :T].reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,9 +93,8 @@ def _backward(activation: str | None, inputs: tuple, dy: Array) -> tuple:
 
     def early(tail: Array) -> Array:
         seg = None if ids is None else ids[:, few]
-        return short_conv(x[:, few], w, b, activation=activation, initial_state=tail, segment_ids=seg, impl="chunked")[
-            0
-        ]
+        y, _ = short_conv(x[:, few], w, b, activation=activation, initial_state=tail, segment_ids=seg, impl="chunked")
+        return y
 
     dx, dw, db = _launch(activation, (x, dy), w, b, tail, ids)
     (dtail,) = jax.vjp(early, tail)[1](dy[:, few])

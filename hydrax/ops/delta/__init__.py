@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hydrax.core import tree
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
@@ -80,7 +81,7 @@ def delta_rule(
       ValueError: shapes that do not fit, or an `impl` that is unknown or cannot serve.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = layout.alike((q, k, v, beta, log_decay, segment_ids, initial_state))
+    inputs = tree.alike((q, k, v, beta, log_decay, segment_ids, initial_state))
     form = select_fast(
         "delta_rule", impl, FORMS, "hydrax.ops.delta.gpu", q, k, v, log_decay, step="hydrax.ops.pallas.step"
     )

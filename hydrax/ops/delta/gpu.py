@@ -45,7 +45,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.delta import gpu_vector
-from hydrax.ops.delta.segments import between_segments, identity, segments
+from hydrax.ops.delta.segments import before_segments, between_segments, segments
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.linear import gpu as linear
 from hydrax.ops.pallas import chunks, compat, ring, tiles
@@ -81,13 +81,9 @@ def fused(
     tuning = tuning or TUNING[jax.devices()[0].device_kind]
     if g is not None and g.ndim == 4:
         return gpu_vector.fused(scale, tuning, q, k, v, beta, g, seg, S)
-    (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
-    parts = chunks.parts_of(V)
     g = jnp.broadcast_to(jnp.zeros_like(beta) if g is None else clamp_decay(fp32(g)), v.shape[:3])
-    beta, g = (jnp.repeat(fp32(x), parts, axis=-1) for x in (beta, g))
-    x = (chunks.pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), beta, g, seg))
-    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
-    return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
+    beta, g = (jnp.repeat(fp32(x), chunks.parts_of(v), axis=-1) for x in (beta, g))
+    return chunks.by_whole_chunks(functools.partial(_fused, scale, tuning), q, k, v, beta, g, seg, S=S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -111,11 +107,8 @@ def _run(
     """o and the final state; the facts, the maps of the segments, all that is wanted of the chunks."""
     facts = jnp.concatenate([chunks.chunk_facts(g, seg, 1.0), chunks.by_chunk(beta)[..., None, :]], -2)
     n, systems = segments(v, tuning), solve(k, facts)
-    maps: Any = None
     run = functools.partial(sweep, functools.partial(_forward, scale), facts=facts, systems=systems, n=n, tuning=tuning)
-    if n > 1:
-        maps = run({"k": k}, Z=identity(k, facts, n))["Z"].astype(k.dtype)
-        S = between_segments(maps, run({"k": k, "v": v})["Z"], S, n)
+    maps, S = before_segments(run, {"k": k}, v, facts, S, n)
     found = run({"q": q, "k": k, "v": v}, Z=S, wanted=wanted)
     return (found["y"], found["Z"][n - 1 :: n]), (facts, systems, maps, found.get("states"))
 

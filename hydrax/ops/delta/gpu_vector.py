@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops.delta.segments import between_segments, identity, segments
+from hydrax.ops.delta.segments import before_segments, between_segments, segments
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.pallas import chunks, compat, tiles, vector
 from hydrax.ops.pallas.sweep import sweep
@@ -40,12 +40,8 @@ def fused(
     S: Array | None,
 ) -> tuple[Array, Array]:
     """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k, g [B,T,H,K], v [B,T,Hv,V], beta [B,T,Hv], S [B,Hv,K,V]."""
-    (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
-    parts = chunks.parts_of(V)
-    beta = jnp.repeat(fp32(beta), parts, axis=-1)
-    x = (chunks.pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), beta, fp32(g), seg))
-    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
-    return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
+    beta = jnp.repeat(fp32(beta), chunks.parts_of(v), axis=-1)
+    return chunks.by_whole_chunks(functools.partial(_fused, scale, tuning), q, k, v, beta, fp32(g), seg, S=S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -70,12 +66,9 @@ def _run(
     strengths = chunks.by_chunk(beta)
     rows, decay, systems = vector.prepare(scale, q, k, g, vector.facts_of(seg), strengths)
     facts = jnp.concatenate([decay, strengths[..., None, :]], -2)
-    n, maps = segments(v, tuning), None
+    n = segments(v, tuning)
     run = functools.partial(sweep, _forward, facts=facts, systems=systems, n=n, tuning=tuning)
-    if n > 1:
-        writes = {name: rows[name] for name in "kr"}
-        maps = run(writes, Z=identity(k, facts, n))["Z"].astype(k.dtype)
-        S = between_segments(maps, run({**writes, "v": v})["Z"], S, n)
+    maps, S = before_segments(run, {name: rows[name] for name in "kr"}, v, facts, S, n)
     found = run({**rows, "v": v}, Z=S, wanted=wanted)
     return (found["y"], found["Z"][n - 1 :: n]), (rows, facts, systems, maps, found.get("u"), found.get("states"))
 

@@ -1,5 +1,7 @@
 """Long rows on Hopper in segments that run at once: what the delta rule does to the states between them."""
 
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 
 from hydrax.core.numerics import einsum
@@ -14,10 +16,20 @@ def segments(v: Array, tuning: Tuning) -> int:
     return n if n > 2 else 1
 
 
-def identity(k: Array, facts: Array, n: int) -> Array:
-    """From which the recurrence without values gives the maps of the segments [B·n,Hv,K,K]."""
-    K = k.shape[3]
-    return jnp.broadcast_to(jnp.eye(K), (k.shape[0] * n, facts.shape[2], K, K))
+def before_segments(
+    run: Callable, rows: Mapping[str, Array], v: Array, facts: Array, S: Array | None, n: int
+) -> tuple[Array | None, Array | None]:
+    """The maps of the n segments of every row [B·n,Hv,K,K], and S before each; for one segment, None and `S`.
+
+    Args:
+      run: the recurrence of rows that write; without values, from the identity, it gives the maps.
+    """
+    if n == 1:
+        return None, S
+    B, K, k = v.shape[0], rows["k"].shape[3], rows["k"]
+    identity = jnp.broadcast_to(jnp.eye(K), (B * n, facts.shape[2], K, K))
+    maps = run(rows, Z=identity)["Z"].astype(k.dtype)
+    return maps, between_segments(maps, run({**rows, "v": v})["Z"], S, n)
 
 
 def between_segments(maps: Array, updates: Array, Z: Array | None, n: int, *, reverse: bool = False) -> Array:

@@ -34,10 +34,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
+from hydrax.core import tree
 from hydrax.core.numerics import clamp_decay, fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.dispatch import KERNEL
-from hydrax.ops.layout import alike
 from hydrax.ops.linear import gpu_vector
 from hydrax.ops.pallas import chunks, compat, ring, tiles
 from hydrax.ops.pallas.chunks import KEEP, READS, WIDEST, WIDTHS, WRITER, WRITES
@@ -124,7 +124,7 @@ def _either(run: Callable, form: Callable, *inputs: Any) -> tuple:
 
 def _its_derivative(run: Callable, form: Callable, pullback: Callable, cotangents: tuple) -> tuple:
     filled = tuple(jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
-    *gradients, dS = pullback(alike(filled))
+    *gradients, dS = pullback(tree.alike(filled))
     return *gradients, None, dS
 
 
@@ -134,17 +134,12 @@ _unless_learned.defvjp(_either, _its_derivative, symbolic_zeros=True)
 def _padded(
     scale: float, tuning: Tuning, q: Array, k: Array, v: Array, g: Array | None, seg: Array | None, S: Array | None
 ) -> tuple[Array, Array]:
-    """Whole chunks, and values no wider than a thread block holds."""
-    (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
-    parts = chunks.parts_of(V)
-    g = jnp.zeros(Hv, jnp.float32) if g is None else clamp_decay(fp32(g))
-    if parts > 1:
-        g, v = jnp.repeat(g, parts, axis=-1), v.reshape(B, T, Hv * parts, -1)
-    if g.ndim == 1 and T % BLOCK:
+    """With decays by value head, and by token where chunks differ."""
+    g = jnp.zeros(v.shape[2], jnp.float32) if g is None else clamp_decay(fp32(g))
+    if g.ndim == 1 and v.shape[1] % BLOCK:
         g = jnp.broadcast_to(g, v.shape[:3])
-    x = (x if x is None or x.ndim == 1 else chunks.pad_tokens(x) for x in (q, k, v, g, seg))
-    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
-    return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
+    g = jnp.repeat(g, chunks.parts_of(v), axis=-1)
+    return chunks.by_whole_chunks(functools.partial(_fused, scale, tuning), q, k, v, g, seg, S=S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

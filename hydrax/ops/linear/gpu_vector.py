@@ -31,11 +31,7 @@ def fused(
     scale: float, tuning: Tuning, q: Array, k: Array, v: Array, g: Array, seg: Array | None, S: Array | None
 ) -> tuple[Array, Array]:
     """o [B,T,Hv,V] and the final state [B,Hv,K,V] of q, k, g [B,T,H,K], v [B,T,Hv,V], S [B,Hv,K,V]."""
-    (B, T), (Hv, V) = q.shape[:2], v.shape[2:]
-    parts = chunks.parts_of(V)
-    x = (chunks.pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), fp32(g), seg))
-    o, S = _fused(scale, tuning, *x, chunks.apart(S, parts))
-    return o[:, :T].reshape(B, T, Hv, V), chunks.together(S, parts)
+    return chunks.by_whole_chunks(functools.partial(_fused, scale, tuning), q, k, v, fp32(g), seg, S=S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

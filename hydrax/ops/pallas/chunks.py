@@ -1,6 +1,8 @@
 """What the kernels of matrix states share before and after they run: whole chunks, what decays and documents mean in
 each of them, values no wider than a thread block, segments of long rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ WIDTHS, WIDEST = (64, 128), 128
 
 def pad_tokens(x: Array | None) -> Array | None:
     """x [B,T,...] with zeros up to whole chunks; without effect where keys, values and log-decays are zero."""
-    if x is None or not x.shape[1] % BLOCK:
+    if x is None or x.ndim == 1 or not x.shape[1] % BLOCK:
         return x
     return jnp.pad(x, [(0, -x.shape[1] % BLOCK) if axis == 1 else (0, 0) for axis in range(x.ndim)])
 
@@ -37,9 +39,22 @@ def by_token(x: Array) -> Array:
     return x.swapaxes(2, 3).reshape(B, N * C, H)
 
 
-def parts_of(V: int) -> int:
+def parts_of(v: Array) -> int:
     """Into how many heads of `WIDEST` columns a value head is cut."""
-    return max(1, V // WIDEST)
+    return max(1, v.shape[-1] // WIDEST)
+
+
+def by_whole_chunks(
+    run: Callable, q: Array, k: Array, v: Array, *others: Array | None, S: Array | None
+) -> tuple[Array, Array]:
+    """o and the final state by `run` of whole chunks, with values no wider than a thread block holds.
+
+    The others [B,T,...] or [Hv] have a value for each part of a value head.
+    """
+    (B, T, Hv, _), parts = v.shape, parts_of(v)
+    x = (pad_tokens(x) for x in (q, k, v.reshape(B, T, Hv * parts, -1), *others))
+    o, S = run(*x, apart(S, parts))
+    return o[:, :T].reshape(v.shape), together(S, parts)
 
 
 def apart(S: Array | None, parts: int) -> Array | None:

@@ -3,12 +3,18 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 
+from hydrax.core import tree
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops.layout import alike
 
 _NEW = jax.__version_info__ >= (0, 11)
+
+PARAMETERS = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 
 
 def launch(
@@ -42,11 +48,33 @@ def launch(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=PARAMETERS,
     )
     return jax.tree.unflatten(outputs_tree, unsharded(run, *arrays))
+
+
+def in_place(
+    body: Callable, inputs: Mapping[str, Array], output: jax.ShapeDtypeStruct, state: Array, grid: Mapping[str, int]
+) -> tuple[Array, Array]:
+    """The output and the new state of `body(inputs, old, new, output)`, of references; old and new are the same."""
+    mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
+
+    def flat(*refs: PyTree) -> None:
+        *ins, state, output = refs
+        body(dict(zip(inputs, ins, strict=True)), state, state, output)
+
+    local = output.update(manual_axis_type=jax.sharding.ManualAxisType())  # as `unsharded` types all
+
+    @jax.custom_batching.sequential_vmap
+    def run(state: Array, *inputs: Array) -> tuple[Array, Array]:
+        def update(refs: tuple[PyTree, PyTree]) -> None:
+            state, found = refs
+            (found[...],) = pl.kernel(flat, out_type=(local,), mesh=mesh, compiler_params=PARAMETERS)(*inputs, state)
+
+        state, found = pl.run_state(update)((state, jnp.zeros(output.shape, output.dtype)))
+        return found, state
+
+    return unsharded(run, state, *inputs.values())
 
 
 def unsharded(run: Callable, *arrays: Array) -> PyTree:
@@ -55,7 +83,7 @@ def unsharded(run: Callable, *arrays: Array) -> PyTree:
     It is traced for arrays of no mesh: in a body nothing says how types that vary over one meet.
     """
     run, _ = jax.closure_convert(run, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
-    return alike(run(*arrays), arrays)
+    return tree.alike(run(*arrays), arrays)
 
 
 def load(ref: PyTree, layout: PyTree) -> Array:

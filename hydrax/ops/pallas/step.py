@@ -86,7 +86,7 @@ def _run(
     _, valid, padded = layout.at_padding(seg, *inputs.values())
     inputs = dict(zip(inputs, padded, strict=True))
     S = jnp.zeros((B, Hv, K, V), jnp.float32) if S is None else fp32(S)
-    o, S = in_place(
+    o, S = compat.in_place(
         functools.partial(_body, scale),
         inputs,
         jax.ShapeDtypeStruct(v.shape, v.dtype),
@@ -94,33 +94,6 @@ def _run(
         {"columns": V // COLUMNS, "h": Hv, "b": B},
     )
     return o if valid is None else o * valid[:, :, None, None], S
-
-
-def in_place(
-    body: Callable, inputs: Mapping[str, Array], output: jax.ShapeDtypeStruct, state: Array, grid: Mapping[str, int]
-) -> tuple[Array, Array]:
-    """The output and the new state of `body(inputs, old, new, output)`, of references; old and new are the same."""
-    mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
-    params = plgpu.CompilerParams(
-        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-    )
-
-    def flat(*refs: PyTree) -> None:
-        *ins, state, output = refs
-        body(dict(zip(inputs, ins, strict=True)), state, state, output)
-
-    local = output.update(manual_axis_type=jax.sharding.ManualAxisType())  # as `compat.unsharded` types all
-
-    @jax.custom_batching.sequential_vmap
-    def run(state: Array, *inputs: Array) -> tuple[Array, Array]:
-        def update(refs: tuple[PyTree, PyTree]) -> None:
-            state, found = refs
-            (found[...],) = pl.kernel(flat, out_type=(local,), mesh=mesh, compiler_params=params)(*inputs, state)
-
-        state, found = pl.run_state(update)((state, jnp.zeros(output.shape, output.dtype)))
-        return found, state
-
-    return compat.unsharded(run, state, *inputs.values())
 
 
 def _body(scale: float, inputs: Mapping[str, PyTree], old: PyTree, new: PyTree, output: PyTree) -> None:

@@ -64,7 +64,7 @@ def linear_scan(
     a, b, seg, valid = _linear_inputs(a, b, segment_ids)
     dtype = jnp.result_type(fp32(a), fp32(b))
     h = _state(initial_state, (a.shape[0], *a.shape[2:]), dtype)
-    a, b, seg, h = layout.alike((a, b, seg, h))
+    a, b, seg, h = tree.alike((a, b, seg, h))
     form = select_fast("linear_scan", impl, LINEAR, "hydrax.ops.scan.gpu", a, b)
     if form is not _fused:  # the kernels convert what they load
         a, b = a.astype(dtype), b.astype(dtype)
