@@ -108,7 +108,7 @@ class Block(nnx.Module):
 
     def _channels(self, h: Array, entry: Array, ctx: mixers.Context, past: State, new: State) -> Array:
         if self.moe is None:
-            return self.ffn(h)
+            return self.ffn(h, impl=ctx.impl)
         early = self.moe.cfg.router_at == "pre_attn"
         y, new["ffn"], losses = self.moe(
             h,

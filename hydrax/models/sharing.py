@@ -84,4 +84,4 @@ class Feed(nnx.Module):
         self, x: Float[Array, "B T D"], ctx: Context, state: PyTree | None
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         z, state = self.mixer.mix(self.mixer_norm(jnp.concatenate([x, ctx.embeddings], axis=-1)), ctx, state)
-        return self.ffn(self.ffn_norm(self.project(z))), state
+        return self.ffn(self.ffn_norm(self.project(z)), impl=ctx.impl), state

@@ -155,7 +155,7 @@ def _ffn_kinds(cfg: ModelConfig, depth: int) -> list[str]:
     if cfg.ffn_pattern is None:
         return [cfg.ffn] * depth
     kinds = patterns.expand(cfg.ffn_pattern, depth, "ffn_pattern")
-    known = ["none", "moe", *ffn.ACTIVATIONS]
+    known = ["none", "moe", *ffn.KINDS]
     wrong = next((kind for kind in kinds if kind not in known), None)
     if wrong is not None:
         raise ConfigError("ffn_pattern", cfg.ffn_pattern, f"{wrong!r}: expected names of {', '.join(known)}")

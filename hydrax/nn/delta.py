@@ -16,9 +16,6 @@ from hydrax.nn.linear import Linear
 from hydrax.nn.norm import l2_norm, sum_norm
 from hydrax.nn.position import Rope
 
-QK_NORMS = {"l2": l2_norm, "sum": sum_norm}
-OUT_GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
-
 
 @dataclasses.dataclass(frozen=True)
 class DeltaConfig:
@@ -84,14 +81,14 @@ class DeltaInputs(nnx.Module):
         q, q_tail = self.q_conv(self.q(x), past["q"], **facts)
         k, k_tail = self.k_conv(self.k(x), past["k"], **facts)
         v, v_tail = self.v_conv(self.v(x), past["v"], **facts)
-        q, k = self._placed(q, ctx.positions), self._placed(ctx.tap("keys", k), ctx.positions)
+        q, k = self._placed(q, ctx), self._placed(ctx.tap("keys", k), ctx)
         beta = jax.nn.sigmoid(fp32(self.beta(x))) * (2 if self.cfg.allow_neg_eigval else 1)
         return (q, k, ctx.tap("values", v), beta), {"q": q_tail, "k": k_tail, "v": v_tail}
 
-    def _placed(self, x: Array, positions: Array) -> Array:
+    def _placed(self, x: Array, ctx: Any) -> Array:
         """Queries or keys, normed and turned to their positions."""
-        x = QK_NORMS[self.cfg.qk_norm](x)
-        return x if self.cfg.rope is None else self.cfg.rope.turn(x, positions)
+        x = sum_norm(x) if self.cfg.qk_norm == "sum" else l2_norm(x, impl=ctx.impl)
+        return x if self.cfg.rope is None else self.cfg.rope.turn(x, ctx.positions)
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The inputs before token 0: zeros."""

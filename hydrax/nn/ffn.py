@@ -8,22 +8,26 @@ from flax import nnx
 
 from hydrax.core.typing import Array, Float
 from hydrax.nn.linear import Linear
+from hydrax.ops import rowwise
 
-ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
-    "swiglu": (jax.nn.silu, True),
-    "geglu": (jax.nn.gelu, True),
-    "reglu": (jax.nn.relu, True),
-    "sglu": (lambda x: x, True),
-    "mlp": (jax.nn.gelu, False),
-    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),
-}
-"""Kind -> (activation, whether it gates a second projection)."""
+GLU: dict[str, str | None] = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "sglu": None}
+"""Kinds that gate a second projection, and the activation of the gate."""
+
+PLAIN: dict[str, Callable[[Array], Array]] = {"mlp": jax.nn.gelu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
+"""The others, and their activation."""
+
+KINDS = (*GLU, *PLAIN)
 
 
 def default_width(kind: str, d_model: int) -> int:
     """4 D, or 8 D / 3 where there are three matrices (equal parameters), rounded up to a multiple of 256."""
-    width = d_model * 8 / 3 if ACTIVATIONS[kind][1] else d_model * 4
+    width = d_model * 8 / 3 if kind in GLU else d_model * 4
     return int(-(-width // 256) * 256)
+
+
+def activated(kind: str, up: Array, gate: Array | None, *, impl: str | None = None) -> Array:
+    """act(gate) ⊙ up, or act(up) where nothing gates it."""
+    return PLAIN[kind](up) if gate is None else rowwise.glu(gate, up, activation=GLU[kind], impl=impl)
 
 
 class FFN(nnx.Module):
@@ -31,12 +35,10 @@ class FFN(nnx.Module):
 
     def __init__(self, d_model: int, width: int, kind: str, *, bias: bool = False, rngs: nnx.Rngs):
         self.kind = kind
-        gated = ACTIVATIONS[kind][1]
-        self.gate = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs) if gated else None
+        self.gate = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs) if kind in GLU else None
         self.up = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs)
         self.down = Linear(width, d_model, axes=("mlp", "embed"), bias=bias, residual=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        act = ACTIVATIONS[self.kind][0]
-        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(inner)
+    def __call__(self, x: Float[Array, "B T D"], *, impl: str | None = None) -> Float[Array, "B T D"]:
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(activated(self.kind, self.up(x), gate, impl=impl))

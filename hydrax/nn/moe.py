@@ -20,7 +20,7 @@ from flax import nnx
 from hydrax.core.build import ConfigError, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Bool, Float, Int
-from hydrax.nn.ffn import ACTIVATIONS, FFN, default_width
+from hydrax.nn.ffn import FFN, GLU, KINDS, activated, default_width
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
 from hydrax.ops.scan import linear_scan
@@ -39,7 +39,7 @@ class MoEConfig:
     experts: Positive = 8  # E
     top_k: Positive = 2  # experts per token
     width: Positive | None = None  # inner width F of one expert; that of a dense FFN if None
-    kind: str = "swiglu"  # of every expert, see `nn.ffn.ACTIVATIONS`
+    kind: str = "swiglu"  # of every expert, see `nn.ffn.KINDS`
     router: Literal["softmax", "sigmoid"] = "softmax"
     renorm: bool = True  # gates of the chosen experts sum to 1
     scale: PositiveFloat = 1.0  # factor on the gates
@@ -59,7 +59,7 @@ class MoEConfig:
         reach = self.experts // self.groups * self.top_groups
         alone = self.top_k == 1 and self.experts > 1
         checks = (
-            ("kind", self.kind in ACTIVATIONS, f"expected one of {', '.join(ACTIVATIONS)}"),
+            ("kind", self.kind in KINDS, f"expected one of {', '.join(KINDS)}"),
             ("groups", self.experts % self.groups == 0, f"expected a divisor of experts = {self.experts}"),
             ("top_groups", self.top_groups <= self.groups, f"expected at most groups = {self.groups}"),
             ("top_k", self.top_k <= reach, f"expected at most {reach}, the experts a token can choose from"),
@@ -97,15 +97,14 @@ class Experts(nnx.Module):
             )
 
         self.kind = kind
-        self.gate = weight(d_model, width, "embed", "mlp") if ACTIVATIONS[kind][1] else None
+        self.gate = weight(d_model, width, "embed", "mlp") if kind in GLU else None
         self.up = weight(d_model, width, "embed", "mlp")
         self.down = weight(width, d_model, "mlp", "embed", residual=True)
 
     def __call__(self, x: Array, sizes: Int[Array, "E"] | None = None) -> Array:
         """x [B,E,C,D], or [M,D] with `sizes` tokens for each expert in turn -> outputs of that shape."""
-        act = ACTIVATIONS[self.kind][0]
-        up = _product(x, self.up, sizes)
-        return _product(act(up) if self.gate is None else act(_product(x, self.gate, sizes)) * up, self.down, sizes)
+        gate = None if self.gate is None else _product(x, self.gate, sizes)
+        return _product(activated(self.kind, _product(x, self.up, sizes), gate), self.down, sizes)
 
 
 class MoE(nnx.Module):

@@ -10,6 +10,7 @@ from flax import nnx
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array
 from hydrax.nn.param import param
+from hydrax.ops import rowwise
 
 
 def rms_norm(x: Array, weight: Array | None = None, *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6) -> Array:
@@ -19,10 +20,9 @@ def rms_norm(x: Array, weight: Array | None = None, *, axes: int | tuple[int, ..
     return (y if weight is None else y * weight).astype(x.dtype)
 
 
-def l2_norm(x: Array, *, eps: float = 1e-6) -> Array:
+def l2_norm(x: Array, *, eps: float = 1e-6, impl: str | None = None) -> Array:
     """x / sqrt(Σ x² + eps) over the last axis, in the dtype of x."""
-    y = fp32(x)
-    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return rowwise.rms_norm(x, mean=False, eps=eps, impl=impl)
 
 
 def sum_norm(x: Array, *, eps: float = 1e-6) -> Array:
@@ -34,7 +34,7 @@ def sum_norm(x: Array, *, eps: float = 1e-6) -> Array:
 class RMSNorm(nnx.Module):
     """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1, if `affine`.
 
-    `offset` is what the parameter leaves of that weight: 1 for a weight 1 + w.
+    With a gate, of the shape of x, the result is multiplied by act(gate) (arXiv 2307.08621). `offset` is what the parameter leaves of that weight: 1 for a weight 1 + w.
     """
 
     def __init__(
@@ -51,9 +51,14 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
         self.weight = param(rngs, jax.nn.initializers.constant(1 - offset), self.shape, axes) if affine else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Array, gate: Array | None = None, *, activation: str | None = "silu", impl: str | None = None
+    ) -> Array:
         weight = None if self.weight is None else self.weight[...] + self.offset
-        return rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
+        if len(self.shape) == 1:
+            return rowwise.rms_norm(x, weight, gate, activation=activation, eps=self.eps, impl=impl)
+        y = rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
+        return y if gate is None else y * rowwise.ACTIVATIONS[activation](gate)
 
 
 NORMS: dict[str, Callable[..., RMSNorm]] = {

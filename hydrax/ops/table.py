@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, linear, scan, slots, softmax
+from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
     "delta_rule": delta.FORMS,
+    "glu": rowwise.GLU,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,
     "short_conv": conv.FORMS,
     "slot_attention": slots.FORMS,

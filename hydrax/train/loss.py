@@ -12,6 +12,13 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int, PyTree
 
 
+MOST_LOGITS = 2**28
+"""Beyond which chunks are as short as they get: 1 GiB in fp32."""
+
+LOWEST = -1e30
+"""A maximum of logits, finite: -inf - -inf is nan."""
+
+
 class Sums(NamedTuple):
     """Unnormalised fp32 sums over counted tokens, so that batches and microbatches add up exactly."""
 
@@ -27,19 +34,22 @@ def chunked_cross_entropy(
     weights: Float[Array, "B T"],
     *,
     z_loss: float = 0.0,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """-log softmax(logits)[target] and the z-loss lse² (arXiv 2204.02311), summed over tokens with their weights.
 
     Returns the objective, nll + z, and its parts. The gradient of the objective with respect to `hidden` and whatever
     `logits_fn` closes over is formed beside it, chunk by chunk: logits exist once, for `chunk` tokens per row at a
-    time. A chunk takes every N-th token, not neighbours: when tokens are sharded over devices, each chunk then lies
+    time (None: 256, and up to 1024 while there are at most 2^28 of them). A chunk takes every N-th token, not neighbours: when tokens are sharded over devices, each chunk then lies
     on all of them.
 
     Raises:
       TypeError: something else is differentiated (the parts, or with respect to the weights).
     """
     B, T = targets.shape
+    if chunk is None:
+        vocabulary = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
+        chunk = min(max(MOST_LOGITS // (B * vocabulary), 256), 1024)
     n = -(-T // chunk)
 
     def split(x: Array) -> Array:
@@ -98,12 +108,31 @@ def _nothing() -> Sums:
     return Sums(*jnp.zeros(3, jnp.float32))
 
 
+def _in_passes(logits: Array, others: Array) -> tuple[Array, Array]:
+    """log Σ e^logits and Σ others over the last axis."""
+    return jax.nn.logsumexp(logits, axis=-1), jnp.sum(others, axis=-1)
+
+
+def _in_one_pass(logits: Array, others: Array) -> tuple[Array, Array]:
+    """The same; a GPU reads the logits once instead of three times (arXiv 1805.02867), a CPU would be slower."""
+
+    def join(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        (m, s, t), (n, r, u) = a, b
+        top = jnp.maximum(jnp.maximum(m, n), LOWEST)
+        return top, s * jnp.exp(m - top) + r * jnp.exp(n - top), t + u
+
+    first = tuple(jnp.asarray(x, logits.dtype) for x in (LOWEST, 0, 0))
+    top, total, other = jax.lax.reduce((logits, jnp.ones_like(logits), others), first, join, (logits.ndim - 1,))
+    return top + jnp.log(total), other
+
+
 def _sums(logits: Array, targets: Array, weights: Array, z_loss: float) -> tuple[Sums, Array]:
     """Those of a chunk, and the gradient of the objective with respect to its logits [B,C,V]."""
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum fuses with its reduction and needs no communication of logits sharded over the vocabulary.
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    nll = lse - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    # A masked sum fuses with its reduction and needs no communication of logits sharded over the vocabulary.
+    parts = logits, jnp.where(is_target, logits, 0)
+    lse, target = jax.lax.platform_dependent(*parts, cuda=_in_one_pass, default=_in_passes)
+    nll = lse - target
     sums = Sums(jnp.sum(weights * nll), z_loss * jnp.sum(weights * lse**2), jnp.sum(weights))
     probabilities = jnp.exp(logits - lse[..., None])
     at_lse, at_target = weights * (1 + 2 * z_loss * lse), jnp.where(is_target, weights[..., None], 0.0)

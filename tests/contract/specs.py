@@ -16,7 +16,7 @@ from hydrax.models.layers import LayerSpec, Place, groups
 from hydrax.models.mix import Mix, Single, key_facts
 from hydrax.models.modes import READABLE
 from hydrax.models.spec import ModelConfig, sections
-from hydrax.nn.ffn import ACTIVATIONS
+from hydrax.nn.ffn import KINDS
 from hydrax.nn.norm import NORMS
 from tests.contract.cases import VARIANTS, D, tiny
 
@@ -254,7 +254,7 @@ class _Draw:
             fields[shared] |= {"ffn": own, **self.sharing()}
         if "feed" in self.axes:
             common = self.named(self.next(*(n for n in mixers.names() if n != "staticqk")), {})
-            self.blocks[common] |= {"ffn": self.pick(list(ACTIVATIONS)), **self.sharing()}
+            self.blocks[common] |= {"ffn": self.pick(list(KINDS)), **self.sharing()}
             fields[kinds - 1 - (shared == kinds - 1)] |= {"feed": common}
         for own in fields:
             if self.chance(0.3):
@@ -272,7 +272,7 @@ class _Draw:
         return {"shared": True, **(lora if self.chance(0.6) else {})}
 
     def channel(self) -> str:
-        return self.pick(["none", *ACTIVATIONS])
+        return self.pick(["none", *KINDS])
 
     def channels(self) -> dict[str, Any]:
         """Feed-forward networks, with experts in every layer, in every second, or in none."""
@@ -289,7 +289,7 @@ class _Draw:
             "experts": 4,
             "top_k": top_k,
             "width": 16,
-            "kind": self.pick(list(ACTIVATIONS)),
+            "kind": self.pick(list(KINDS)),
             "router": self.pick(["softmax", "sigmoid"]),
             "renorm": top_k > 1 and self.chance(0.7),
             "scale": self.pick([1.0, 2.5]),

@@ -174,7 +174,11 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "copy_gmem_to_smem": copy_in,
             "copy_smem_to_gmem": copy_out,
         },
-        jax.lax: {"axis_index": lambda name: jnp.int32(place.index[name]), "fori_loop": fori_loop},
+        jax.lax: {
+            "axis_index": lambda name: jnp.int32(place.index[name]),
+            "fori_loop": fori_loop,
+            "cond": lambda condition, yes, no, *inputs: (yes if condition else no)(*inputs),
+        },
         pl: {
             "when": lambda condition: lambda f: f() if condition else None,
             "loop": lambda start, stop: lambda f: [f(jnp.int32(n)) for n in range(start, stop)],

@@ -35,7 +35,7 @@ RUNS = {
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`short_conv` can run its kernels, whatever the device; tiles and ranges are short."""
-    monkeypatch.setattr("hydrax.ops.conv.hopper_refusal", lambda *_: None)
+    monkeypatch.setattr("hydrax.ops.dispatch.hopper_refusal", lambda *_: None)
     monkeypatch.setattr(gpu, "TILE", 8)
     monkeypatch.setattr(gpu, "TILES", 2)
 
@@ -85,7 +85,7 @@ def test_forward_and_backward_lower_for_cuda(name: str) -> None:
 
 def test_tiles_as_on_the_device_lower_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr("hydrax.ops.conv.hopper_refusal", lambda *_: None)
+    monkeypatch.setattr("hydrax.ops.dispatch.hopper_refusal", lambda *_: None)
     case = Case(2, 1024, (256,), 4, False, "silu")
     assert lowered_kernels(functools.partial(evaluate, "pallas_gpu", "silu", None), *problem(case, "bfloat16")) == 2
 

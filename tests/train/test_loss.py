@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydrax.train.loss import Sums, chunked_cross_entropy
+from hydrax.train.loss import Sums, _in_one_pass, _in_passes, chunked_cross_entropy
 from tests.tolerances import TOLERANCE, assert_close
 
 B, T, D, V = 3, 23, 8, 37
@@ -100,3 +100,19 @@ def test_only_the_objective_has_a_gradient(argument):
     parts["weights"] = lambda weights: chunked(x, table, targets, weights, 0.1, 4)[0]
     with pytest.raises(TypeError, match="differentiated"):
         jax.grad(parts[argument])({"x": x, "weights": weights}[argument])
+
+
+@pytest.mark.parametrize("low", [-1e4, -np.inf])
+def test_one_pass_equals_several(low):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(20 * rng.normal(size=(2, 3, 300)), jnp.float32).at[..., 128:].set(low)
+    others = jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
+    for name, a, e in zip(("lse", "sum"), _in_one_pass(logits, others), _in_passes(logits, others), strict=True):
+        assert_close(name, a, e, TOLERANCE["fp32_op"])
+
+
+def test_lowers_for_both_platforms():
+    x, table, targets, weights = inputs()
+    step = jax.jit(jax.grad(lambda *a: chunked(*a, targets, weights, 0.1, None)[0], (0, 1)))
+    modules = {p: jax.export.export(step, platforms=[p])(x, table).mlir_module() for p in ("cpu", "cuda")}
+    assert modules["cpu"] != modules["cuda"]

@@ -12,7 +12,7 @@ from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.decay import StepDecay
-from hydrax.nn.delta import OUT_GATES, DeltaConfig, DeltaInputs
+from hydrax.nn.delta import DeltaConfig, DeltaInputs
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.ops.delta import delta_rule
@@ -82,9 +82,8 @@ class GatedDeltaNet(Mixer):
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )
-        z = self.norm(ctx.tap("reads", o))
-        if self.gate is not None:
-            z = z * OUT_GATES[self.cfg.out_gate](self.gate(x))
+        gate = None if self.gate is None else self.gate(x)
+        z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)
         return z, {"memory": memory, **tails}
 
     def out(self, z: Array) -> Array:

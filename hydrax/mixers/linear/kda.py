@@ -14,7 +14,7 @@ from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.decay import BoundedDecay, StepDecay
-from hydrax.nn.delta import OUT_GATES, DeltaConfig, DeltaInputs, default_heads
+from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.ops.delta import delta_rule
@@ -75,9 +75,8 @@ class KimiDeltaAttention(Mixer):
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )
-        z = self.norm(ctx.tap("reads", o))
-        if self.gate_up is not None:
-            z = z * OUT_GATES[self.cfg.out_gate](self.gate_up(self.gate_down(x)))
+        gate = None if self.gate_up is None else self.gate_up(self.gate_down(x))
+        z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)
         return z, {"memory": memory, **tails}
 
     def out(self, z: Array) -> Array:

@@ -15,7 +15,7 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.conv import forms
-from hydrax.ops.dispatch import hopper_refusal, select
+from hydrax.ops.dispatch import select_fast
 
 
 def _fused(*inputs: Any, **how: Any) -> Array:
@@ -75,10 +75,8 @@ def short_conv(
     else:
         seg, valid = documents.fill_padding(segment_ids)
     tail = jnp.zeros(before, x.dtype) if initial_state is None else initial_state
-    form = select("short_conv", impl, FORMS, "chunked", x.shape)
+    form = select_fast("short_conv", impl, FORMS, "hydrax.ops.conv.gpu", x, w)
     if form is _fused:
-        if refusal := hopper_refusal("hydrax.ops.conv.gpu", x, w):
-            raise ValueError(f"short_conv: impl = 'pallas_gpu' cannot serve: {refusal}")
         y = form(x, w, b, tail, segment_ids, activation=activation)
         return y, forms.final_state(x, seg, valid, tail)
     y, end = form(x, w, seg, valid, tail)

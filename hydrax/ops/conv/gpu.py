@@ -4,14 +4,14 @@
     dz_t = act'(z_t) ⊙ dy_t,                        dx_t = Σ_{j<W} w_{W-1-j} ⊙ dz_{t+j}
     dw_{W-1-j} = Σ_t dz_t ⊙ x_{t-j},                db = Σ_t dz_t
 
-A thread holds one channel and goes through a range of tokens from the first to the last, in fp32. It carries the last
+A thread holds one channel or two and goes through a range of tokens from the first to the last, in fp32. It carries the last
 W - 1 inputs; backward, where z is computed again, also the sums of their dx, each complete W - 1 tokens late, and those
 of dw and db, which XLA adds up over ranges. Of documents a token knows its `reach`: how many inputs, itself included,
-it reads. What reaches before token 0 is differentiated by XLA.
+it reads; most tiles are `whole`, of tokens that reach all W. What reaches before token 0 is differentiated by XLA.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,11 @@ from hydrax.core import tree
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops.conv import short_conv
 from hydrax.ops.pallas import compat
+from hydrax.ops.pallas.activations import ACTIVATIONS, Pair
 from hydrax.ops.pallas.tuning import TUNING
 
-LANES = 128
-"""Channels of a thread block."""
+LANES = (256, 128)
+"""Channels of a thread block: as many of these as divide the channels."""
 TILE = 32
 """Tokens in registers at once."""
 TILES = 8
@@ -37,32 +38,14 @@ DTYPES = ("float32", "bfloat16")
 Carry = dict[str, list[Array]]
 
 
-def _silu_derivative(z: Array) -> Array:
-    s = jax.nn.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-def _elu1(z: Array, above: Array) -> Array:
-    return jnp.where(z > 0, above, jnp.exp(jnp.minimum(z, 0.0)))
-
-
-ACTIVATIONS: dict[str | None, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    None: (lambda z: z, jnp.ones_like),
-    "silu": (lambda z: z * jax.nn.sigmoid(z), _silu_derivative),
-    "relu": (lambda z: jnp.maximum(z, 0.0), lambda z: jnp.where(z > 0, jnp.ones_like(z), jnp.zeros_like(z))),
-    "elu1": (lambda z: _elu1(z, z + 1), lambda z: _elu1(z, jnp.ones_like(z))),
-}
-"""Those of the op and their derivatives, in what Pallas lowers."""
-
-
 def refusal(x: Array, w: Array, device: jax.Device | None = None) -> str | None:
     """Why these kernels cannot serve, or None."""
     kind = (device or jax.devices()[0]).device_kind
     if x.dtype.name not in DTYPES:
         return f"x is {x.dtype}: expected {' or '.join(DTYPES)}"
     channels = x[0, 0].size
-    if channels % LANES:
-        return f"{channels} channels: expected a multiple of {LANES}"
+    if channels % LANES[-1]:
+        return f"{channels} channels: expected a multiple of {LANES[-1]}"
     if w.shape[0] > MOST_TAPS:
         return f"{w.shape[0]} taps: expected {MOST_TAPS} at most"
     if kind not in TUNING:
@@ -127,27 +110,33 @@ def _launch(
 ) -> tuple[Array, ...]:
     """y of rows x; or of rows x and dy dx, and dw and db by rows and ranges of tokens."""
     B, T, D = rows[0].shape
-    W, ranges = w.shape[0], T // _tokens(T)
+    W, ranges, lanes = w.shape[0], T // _tokens(T), next(n for n in LANES if not D % n)
+    reach = whole = None
+    if ids is not None:
+        reach = _reach(ids, W)
+        whole = (reach.reshape(B, -1, TILE).min(-1) == W).astype(jnp.int32)
     sums = [jax.ShapeDtypeStruct((B, ranges, *n, D), jnp.float32) for n in ((W,), ())]
     return compat.launch(
-        functools.partial(_body, ACTIVATIONS[activation]),
-        (rows, w, b, tail if W > 1 else None, None if ids is None else _reach(ids, W)),
+        functools.partial(_body, ACTIVATIONS[activation], lanes),
+        (rows, w, b, tail if W > 1 else None, reach, whole),
         (jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), *(sums if len(rows) == 2 else ())),
         scratch={},
-        grid={"channels": D // LANES, "range": ranges, "row": B},
+        grid={"channels": D // lanes, "range": ranges, "row": B},
         warpgroups=1,
     )
 
 
-def _body(activation: tuple[Callable[[Array], Array], ...], inputs: tuple, outputs: tuple[PyTree, ...]) -> None:
+def _body(
+    activation: Pair, lanes: int, inputs: tuple, outputs: tuple[PyTree, ...]
+) -> None:
     """One thread block: some channels of a range of tokens."""
-    rows, w, b, tail, reach = inputs
+    rows, w, b, tail, reach, whole = inputs
     out, *sums = outputs
     W, T = w.shape[0], rows[0].shape[1]
     tokens = _tokens(T)
     late = W - 1 if sums else 0  # tokens between what is read and what it completes
     row, part = jax.lax.axis_index("row"), jax.lax.axis_index("range")
-    channels = pl.ds(jax.lax.axis_index("channels") * LANES, LANES)
+    channels = pl.ds(jax.lax.axis_index("channels") * lanes, lanes)
     first = part * tokens
     act, derivative = activation
     taps = [_lanes(w.at[W - 1 - j, channels]) for j in range(W)]  # by how many tokens ago
@@ -160,9 +149,9 @@ def _body(activation: tuple[Callable[[Array], Array], ...], inputs: tuple, outpu
     def read(t: Array) -> list[Array]:
         return [_lanes(ref.at[row, t, channels]) for ref in rows]
 
-    def token(t: Array, reads: list[Array], carry: Carry, target: Array) -> Carry:
-        """Reads token t and writes row `target`, which is `late` tokens before."""
-        reached = functools.partial(_reached, None if reach is None else reach[row, t])
+    def token(t: Array, reads: list[Array], carry: Carry, target: Array, reaches: bool) -> Carry:
+        """Reads token t and writes row `target`, which is `late` tokens before; if it `reaches`, all W inputs count."""
+        reached = functools.partial(_reached, None if reaches else reach[row, t])
         window = [reads[0], *carry["x"]]
         taken = reached(window)
         terms = [tap * x for tap, x in zip(taps, taken, strict=True)]
@@ -179,20 +168,26 @@ def _body(activation: tuple[Callable[[Array], Array], ...], inputs: tuple, outpu
         out[row, target, channels] = value.astype(out.dtype)
         return now
 
-    def tile(i: Array, carry: Carry) -> Carry:
-        start = first + i * TILE
+    def tile(start: Array, reaches: bool, carry: Carry) -> Carry:
         reads = [read(start + t) for t in range(TILE)]
         for t in range(TILE):
             target = start + t - late
             # The first rows that are late belong to the range before; what is complete overwrites them here.
-            carry = token(start + t, reads[t], carry, jnp.maximum(target, first) if t < late else target)
+            carry = token(start + t, reads[t], carry, jnp.maximum(target, first) if t < late else target, reaches)
         return carry
+
+    def some(i: Array, carry: Carry) -> Carry:
+        run = functools.partial(tile, first + i * TILE)
+        if reach is None:
+            return run(True, carry)
+        ways = (functools.partial(run, reaches) for reaches in (True, False))
+        return jax.lax.cond(whole[row, part * (tokens // TILE) + i] != 0, *ways, carry)
 
     carry = {"x": [before(j) for j in range(1, W)]}
     if sums:
-        zero = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), _layout())
+        zero = plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), _layout(lanes))
         carry |= {"dx": [zero] * (W - 1), "dw": [zero] * W, "db": [zero]}
-    carry = jax.lax.fori_loop(0, tokens // TILE, tile, carry)
+    carry = jax.lax.fori_loop(0, tokens // TILE, some, carry)
     if sums:
         for j, dw in enumerate(carry["dw"]):
             sums[0][row, part, W - 1 - j, channels] = dw
@@ -201,7 +196,7 @@ def _body(activation: tuple[Callable[[Array], Array], ...], inputs: tuple, outpu
         after = first + tokens + t
         here = jnp.minimum(after, T - 1)
         x, dy = read(here)
-        carry = token(here, [x, jnp.where(after < T, dy, jnp.zeros_like(dy))], carry, after - late)
+        carry = token(here, [x, jnp.where(after < T, dy, jnp.zeros_like(dy))], carry, after - late, reach is None)
 
 
 def _reached(reach: Array | None, values: Sequence[Array]) -> list[Array]:
@@ -209,10 +204,10 @@ def _reached(reach: Array | None, values: Sequence[Array]) -> list[Array]:
     return [x if reach is None else jnp.where(reach > j, x, jnp.zeros_like(x)) for j, x in enumerate(values)]
 
 
-def _layout() -> Any:
-    return plgpu.Layout.WG_STRIDED((LANES,), vec_size=LANES // 128)
+def _layout(lanes: int) -> Any:
+    return plgpu.Layout.WG_STRIDED((lanes,), vec_size=lanes // 128)
 
 
 def _lanes(ref: PyTree) -> Array:
     """Some channels in fp32 registers."""
-    return compat.load(ref, _layout()).astype(jnp.float32)
+    return compat.load(ref, _layout(ref.shape[-1])).astype(jnp.float32)

@@ -129,7 +129,7 @@ def _vjp_backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple)
         dS = between_segments(jnp.swapaxes(maps, -1, -2), run()["Z"], dS, n, reverse=True)
     back = run(Z=dS, wanted=("y", "Z", "states"))
     rows = {"q": q, "k": k, "v": v, "do": do, "dy": back["y"]}
-    dq, dk, dv, sums = gradients(scale, rows, facts, systems, states, back["states"])
+    dq, dk, dv, sums = gradients(scale, rows, facts, systems, states, back["states"], tuning)
     dbeta, dg = chunks.by_token(sums[..., STRENGTH, :]), chunks.by_token(_decay_gradient(sums))
     if seg is not None:
         dg *= (seg != 0)[..., None]
@@ -279,13 +279,15 @@ def gradients(
     systems: Array,
     S: Array,
     dS: Array,
+    tuning: Tuning,
 ) -> tuple[Array, Array, Array, Array]:
     """dQ, dK [B,T,Hv,K], dV [B,T,Hv,V] and the sums [B,N,Hv,4,C], from q, k, v, do, dy and what is kept by chunk."""
     B, T, _, K = rows["k"].shape
     V, Hv, dtype = rows["v"].shape[-1], facts.shape[2], rows["k"].dtype
-    Bn, N = S.shape[:2]
-    rows = {name: x.reshape(Bn, T * B // Bn, *x.shape[2:]) for name, x in rows.items()}
-    facts, systems = (x.reshape(Bn, N, *x.shape[2:]) for x in (facts, systems))
+    n = chunks.segments(rows["v"], tuning)
+    Bn, N = B * n, T // BLOCK // n
+    rows = {name: x.reshape(Bn, T // n, *x.shape[2:]) for name, x in rows.items()}
+    facts, systems, S, dS = (x.reshape(Bn, N, *x.shape[-3:]) for x in (facts, systems, S, dS))
     workers = max(K, V) // BLOCK
     copies = {"first": 3, "states": 2, "cotangents": 2, "last": 2}
     dq, dk, dv, sums = compat.launch(

@@ -5,6 +5,7 @@ In Pallas Mosaic a barrier must be waited for between two of its completions, by
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,12 +25,24 @@ def barriers(slots: int, copies: int, workers: int) -> dict[str, PyTree]:
 
 
 def fetch_rows(
-    rows: Mapping[str, PyTree], row_s: Mapping[str, PyTree], at: tuple, heads: int, slot: Array | int, full: PyTree
+    rows: Mapping[str, PyTree],
+    row_s: Mapping[str, PyTree],
+    at: tuple,
+    heads: int,
+    slot: Array | int,
+    full: PyTree,
+    parts: Mapping[str, Array] = MappingProxyType({}),
 ) -> None:
-    """Starts the copies of the chunk `at` (row, chunk, value head) of `rows` [B,T,H,D], for `heads` value heads."""
+    """Starts the copies of the chunk `at` (row, chunk, value head) of `rows` [B,T,H,D], for `heads` value heads.
+
+    Of rows wider than their slots it takes the columns of which `parts` tells the number.
+    """
     b, chunk, h = at
     for name, x in rows.items():
-        plgpu.copy_gmem_to_smem(x.at[b, tiles.block(chunk), head(h, heads, x)], row_s[name].at[slot], full)
+        target = row_s[name].at[slot]
+        width = target.shape[-1]
+        columns = pl.ds(parts.get(name, 0) * width, width)
+        plgpu.copy_gmem_to_smem(x.at[b, tiles.block(chunk), head(h, heads, x), columns], target, full)
 
 
 def head(h: Array, heads: int, x: PyTree) -> Array:

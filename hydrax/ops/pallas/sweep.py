@@ -1,7 +1,8 @@
 """The recurrence of matrix states over the chunks of a row, on Hopper: what a chunk does to the state is a `step`.
 
-A thread block takes a (segment of a) row and a value head, a warpgroup 64 columns of values with their part of the
-state in registers; the last warpgroup loads what the chunks need.
+A thread block takes a (segment of a) row and a value head, or 64 columns of its values where the device has room for
+that many; a warpgroup takes 64 columns with their part of the state in registers; the last one loads what the chunks
+need.
 """
 
 import functools
@@ -47,8 +48,12 @@ def sweep(
     dtype = rows["k"].dtype
     inputs = {name: x.reshape(B * n, T // n, *x.shape[2:]) for name, x in rows.items()}
     facts, systems = (x.reshape(B * n, N, *x.shape[2:]) for x in (facts, systems))
-    workers, depth = V // BLOCK, K // BLOCK
-    moving = (sum(x.shape[-1] for x in rows.values()) + systems.shape[3]) // BLOCK
+    depth, parts = K // BLOCK, V // BLOCK
+    if B * n * Hv * parts > tuning.blocks:
+        parts = 1
+    workers = V // BLOCK // parts
+    width = {name: x.shape[-1] // (parts if name == "v" else 1) for name, x in rows.items()}
+    moving = (sum(width.values()) + systems.shape[3]) // BLOCK
     stages = tuning.stages_of(moving, workers * (depth + 1), facts.shape[3])
     types = {
         "y": jax.ShapeDtypeStruct((B * n, T // n, Hv, V), dtype),
@@ -61,14 +66,14 @@ def sweep(
         (inputs, facts, systems, Z),
         {name: types[name] for name in wanted},
         scratch={
-            "row_s": {name: tiles.scratch(dtype, stages, BLOCK, x.shape[-1]) for name, x in rows.items()},
+            "row_s": {name: tiles.scratch(dtype, stages, BLOCK, w) for name, w in width.items()},
             "fact_s": plgpu.SMEM((stages, *facts.shape[3:]), jnp.float32),
             "system_s": tiles.scratch(dtype, stages, *systems.shape[3:]),
             "state_s": tiles.scratch(dtype, workers, depth, *tiles.SQUARE),
             "own_s": tiles.scratch(dtype, workers, *tiles.SQUARE),
             **ring.barriers(stages, len(rows) + 2, workers),
         },
-        grid={"h": Hv, "b": B * n},
+        grid={"part": parts, "h": Hv, "b": B * n},
         warpgroups=workers + 1,
     )
     return {name: x.reshape(B, T, Hv, V) if name in ("y", "u") else x for name, x in found.items()}
@@ -90,16 +95,16 @@ def _body(
     free: PyTree,
 ) -> None:
     rows, facts, systems, Z = inputs
-    b, h, wg = (jax.lax.axis_index(name) for name in ("b", "h", "wg"))
+    b, h, part, wg = (jax.lax.axis_index(name) for name in ("b", "h", "part", "wg"))
     heads = max(x.shape[2] for x in (rows.get("v", facts), facts))
     stages, N, depth = fact_s.shape[0], facts.shape[1], state_s.shape[1]
-    columns = pl.ds(wg * BLOCK, BLOCK)
+    columns = pl.ds((part * workers + wg) * BLOCK, BLOCK)
 
     def chunk(n: Array) -> Array:
         return N - 1 - n if reverse else n
 
     def fetch(n: Array, slot: Array | int, full: PyTree) -> None:
-        ring.fetch_rows(rows, row_s, (b, chunk(n), h), heads, slot, full)
+        ring.fetch_rows(rows, row_s, (b, chunk(n), h), heads, slot, full, {"v": part})
         for source, target in ((facts, fact_s), (systems, system_s)):
             plgpu.copy_gmem_to_smem(source.at[b, chunk(n), ring.head(h, heads, source)], target.at[slot], full)
 
@@ -117,7 +122,7 @@ def _body(
                 for j, block in enumerate(state):
                     plgpu.copy_smem_to_gmem(block, outputs["states"].at[b, chunk(n), h, tiles.block(j), columns])
             places = {x: outputs[x].at[b, tiles.block(chunk(n)), h, columns] for x in ("y", "u") if x in outputs}
-            blocks = {x: y.at[slot, :, columns] if x == "v" else tiles.blocks(y.at[slot]) for x, y in row_s.items()}
+            blocks = {x: y.at[slot, :, tiles.block(wg)] if x == "v" else tiles.blocks(y.at[slot]) for x, y in row_s.items()}
             return step(blocks, fact_s.at[slot], system_s.at[slot], state, own_s.at[wg], places, Z)
 
         places = [(b, h, tiles.block(j), columns) for j in range(depth)]
