@@ -23,6 +23,7 @@ from hydrax.ops import table as ops
 from hydrax.ops.conv import cases as conv_cases, short_conv
 from hydrax.ops.delta import cases as delta_cases, delta_rule
 from hydrax.ops.linear import cases as linear_cases, linear_attention
+from hydrax.ops.rowwise import cases as rowwise_cases, glu, rms_norm
 from hydrax.ops.scan import cases as scan_cases, linear_scan
 
 Inputs = dict[str, np.ndarray]
@@ -31,13 +32,22 @@ Tensors = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An op with kernels: (o, final state) of its `inputs` by name, of which `values` come in one of the `dtypes`."""
+    """An op with kernels: (o, final state) or (o,) of its `inputs` by name, of which `values` come in one of the `dtypes`.
 
-    op: Callable[..., tuple[Array, Array]]
+    `options` are its other arguments in a case.
+    """
+
+    op: Callable[..., tuple[Array, ...]]
     cases: Mapping[str, Any]
     inputs: Callable[[Any], Inputs]
     values: tuple[str, ...]
     dtypes: tuple[str, ...] = ("bfloat16",)
+    options: Callable[[Any], dict[str, Any]] = lambda case: {}
+    documents: bool = True  # whether it knows of them
+
+
+def _stateless(op: Callable[..., Array]) -> Callable[..., tuple[Array]]:
+    return lambda *, segment_ids, **x: (op(**x),)
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -54,6 +64,23 @@ SUBJECTS: dict[str, Subject] = {
         conv_cases.inputs,
         ("x", "initial_state"),
         ("float32", "bfloat16"),
+    ),
+    "glu": Subject(
+        _stateless(glu),
+        rowwise_cases.PRODUCTS,
+        rowwise_cases.inputs,
+        ("x", "gate"),
+        ("float32", "bfloat16"),
+        options=lambda case: {"activation": case.activation},
+        documents=False,
+    ),
+    "rms_norm": Subject(
+        _stateless(rms_norm),
+        rowwise_cases.NORMS,
+        rowwise_cases.inputs,
+        ("x", "gate"),
+        options=lambda case: {"activation": case.activation, "mean": case.mean},
+        documents=False,
     ),
 }
 """By the names of `ops.table`."""
@@ -109,7 +136,7 @@ def examinations(names: Sequence[str]) -> list[Examination]:
         if kernel.startswith("pallas")
         for case in subject.cases
         for dtype in subject.dtypes
-        for packed in (False, True)
+        for packed in (False, True)[: 1 + subject.documents]
     ]
 
 
@@ -141,8 +168,8 @@ class _Patient:
         seg = jnp.asarray(linear_cases.documents(case.B, case.T)) if what.packed else None
         self._low = {n: jnp.asarray(x, what.dtype if n in subject.values else "float32") for n, x in inputs.items()}
         self._exact = {n: x.astype(jnp.float32) for n, x in self._low.items()}
-        kernel = functools.partial(subject.op, segment_ids=seg, impl=what.kernel)
-        definition = functools.partial(subject.op, segment_ids=seg, impl="recurrent")
+        op = functools.partial(subject.op, segment_ids=seg, **subject.options(case))
+        kernel, definition = (functools.partial(op, impl=impl) for impl in (what.kernel, "recurrent"))
         try:
             outputs = jax.eval_shape(lambda x: kernel(**x), self._low)
         except ValueError as refusal:
@@ -163,16 +190,16 @@ class _Patient:
 
 
 def _compiled(op: Callable, x: Tensors, cotangents: tuple[Array, ...]) -> Callable[..., Tensors]:
-    """(inputs, cotangents) -> o, state and d<input>, the latter for more than one token and not of constants [H]."""
+    """(inputs, cotangents) -> o, state and d<input>, the latter for more than one token and not of constant decays."""
 
     @jax.jit
     def run(x: Tensors, cotangents: tuple[Array, ...]) -> Tensors:
         if cotangents[0].shape[1] == 1:  # a step of decoding: where it is differentiated, the definition runs
-            return dict(zip(("o", "state"), op(**x), strict=True))
-        fixed = {name: a for name, a in x.items() if a.ndim == 1}
+            return dict(zip(("o", "state"), op(**x), strict=False))
+        fixed = {name: a for name, a in x.items() if name == "log_decay" and a.ndim == 1}
         outputs, pullback = jax.vjp(lambda own: op(**own, **fixed), {n: a for n, a in x.items() if n not in fixed})
         (gradients,) = pullback(tuple(d.astype(o.dtype) for d, o in zip(cotangents, outputs, strict=True)))
-        return dict(zip(("o", "state"), outputs, strict=True)) | {f"d{name}": d for name, d in gradients.items()}
+        return dict(zip(("o", "state"), outputs, strict=False)) | {f"d{name}": d for name, d in gradients.items()}
 
     return run.lower(x, cotangents).compile()
 

@@ -11,6 +11,7 @@ import pytest
 from hydrax.core.typing import Array
 from hydrax.nn.norm import l2_norm
 from hydrax.ops.conv.cases import KERNELS as CONVOLUTIONS
+from hydrax.ops.rowwise.cases import NORMS, PRODUCTS, Case as Rows
 from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
 from hydrax.ops.scan import linear_scan, selective_scan
@@ -19,6 +20,7 @@ from hydrax.ops.softmax import attention
 from tests.ops import (
     matrix_state as ms,
     test_conv_gpu as conv_kernels,
+    test_rowwise_gpu as rowwise_kernels,
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
     test_scan_gpu as scan_kernels,
@@ -227,3 +229,14 @@ def test_kernels_inside_shard_map_equal_those_outside(op: str) -> None:
 @pytest.mark.parametrize("case", [*conv_kernels.CASES.values(), *CONVOLUTIONS.values()], ids=str)
 def test_conv_kernels_equal_the_recurrence(case: conv_kernels.Case, dtype: str, packed: bool) -> None:
     conv_kernels.check_case(case, dtype, ms.documents(case.B, case.T) if packed else None)
+
+
+@pytest.mark.parametrize("case", [*rowwise_kernels.CASES.values(), *NORMS.values()], ids=str)
+def test_norm_kernels_equal_the_definition(case: Rows) -> None:
+    rowwise_kernels.check_norm(case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS)
+def test_glu_kernels_equal_the_definition(case: Rows, dtype: str) -> None:
+    rowwise_kernels.check_glu(case, dtype)

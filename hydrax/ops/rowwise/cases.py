@@ -18,12 +18,16 @@ class Case:
     mean: bool = True
 
 
-KERNELS = {
+NORMS = {
     "gated": Case(2, 1024, (4, 128), weight=True, gate=True),
-    "odd": Case(1, 999, (64, 64), weight=True, gate=True),
+    "sigmoid": Case(1, 999, (64, 64), weight=True, gate=True, activation="sigmoid"),
+    "weight": Case(2, 1000, (8, 128), weight=True),
     "L2": Case(2, 1024, (4, 128), mean=False),
 }
-"""What the kernels of `rms_norm` are examined on; those of `glu` with a gate and without a weight."""
+"""What the kernels of `rms_norm` are examined on."""
+
+PRODUCTS = {str(name): Case(2, 500, (1024,), gate=True, activation=name) for name in ("silu", "relu", "gelu", None)}
+"""What the kernel of `glu` is examined on."""
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
