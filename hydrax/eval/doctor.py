@@ -32,9 +32,9 @@ Tensors = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An op with kernels: (o, final state) or (o,) of its `inputs` by name, of which `values` come in one of the `dtypes`.
+    """An op with kernels: (o, final state) or (o,) of its `inputs` by name.
 
-    `options` are its other arguments in a case.
+    Of these, `values` come in one of the `dtypes`; `options` are its other arguments in a case.
     """
 
     op: Callable[..., tuple[Array, ...]]

@@ -34,7 +34,8 @@ def sum_norm(x: Array, *, eps: float = 1e-6) -> Array:
 class RMSNorm(nnx.Module):
     """RMS normalisation over the last dimensions named by `shape`, with a learned weight, initially 1, if `affine`.
 
-    With a gate, of the shape of x, the result is multiplied by act(gate) (arXiv 2307.08621). `offset` is what the parameter leaves of that weight: 1 for a weight 1 + w.
+    With a gate, of the shape of x, the result is multiplied by act(gate) (arXiv 2307.08621). `offset` is what the
+    parameter leaves of that weight: 1 for a weight 1 + w.
     """
 
     def __init__(

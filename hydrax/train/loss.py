@@ -11,7 +11,6 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int, PyTree
 
-
 MOST_LOGITS = 2**28
 """Beyond which chunks are as short as they get: 1 GiB in fp32."""
 
@@ -40,8 +39,8 @@ def chunked_cross_entropy(
 
     Returns the objective, nll + z, and its parts. The gradient of the objective with respect to `hidden` and whatever
     `logits_fn` closes over is formed beside it, chunk by chunk: logits exist once, for `chunk` tokens per row at a
-    time (None: 256, and up to 1024 while there are at most 2^28 of them). A chunk takes every N-th token, not neighbours: when tokens are sharded over devices, each chunk then lies
-    on all of them.
+    time; if None, for 256, or up to 1024 while that makes at most `MOST_LOGITS`. A chunk takes every N-th token, not
+    neighbours: when tokens are sharded over devices, each chunk then lies on all of them.
 
     Raises:
       TypeError: something else is differentiated (the parts, or with respect to the weights).

@@ -106,7 +106,9 @@ def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: 
     """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
     together."""
     model = plan.merge(params)
-    x, losses = model.forward(batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes"))
+    x, losses = model.forward(
+        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes")
+    )
     total, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}

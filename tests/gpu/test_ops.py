@@ -11,18 +11,18 @@ import pytest
 from hydrax.core.typing import Array
 from hydrax.nn.norm import l2_norm
 from hydrax.ops.conv.cases import KERNELS as CONVOLUTIONS
-from hydrax.ops.rowwise.cases import NORMS, PRODUCTS, Case as Rows
 from hydrax.ops.delta import delta_rule
 from hydrax.ops.linear import linear_attention
+from hydrax.ops.rowwise.cases import NORMS, PRODUCTS, Case as Rows
 from hydrax.ops.scan import linear_scan, selective_scan
 from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
 from tests.ops import (
     matrix_state as ms,
     test_conv_gpu as conv_kernels,
-    test_rowwise_gpu as rowwise_kernels,
     test_delta_gpu as delta_kernels,
     test_linear_gpu as hopper,
+    test_rowwise_gpu as rowwise_kernels,
     test_scan_gpu as scan_kernels,
     test_sharded_kernels as sharded_kernels,
     test_step_gpu as step_kernels,

@@ -16,6 +16,8 @@ from tests.tolerances import assert_close
 
 ONE_PASS = gpu.Tuning(blocks=1)
 SEGMENTS = gpu.Tuning(blocks=8)
+ROOM = gpu.Tuning(blocks=2)
+"""For the columns of the values of one head, and halves of its row where chunks are independent."""
 CASES = {
     "scalar": (Case(2, 70, 1, 1, 64, 64, "scalar"), ONE_PASS),
     "constant": (Case(2, 63, 1, 1, 64, 64, "constant"), ONE_PASS),
@@ -25,6 +27,7 @@ CASES = {
     "wider_values": (Case(1, 65, 1, 1, 64, 256, "none"), ONE_PASS),
     "narrow_values": (Case(1, 130, 1, 2, 128, 64, "scalar"), ONE_PASS),
     "segments": (Case(1, 2048, 1, 1, 64, 64, "scalar"), SEGMENTS),
+    "room": (Case(1, 1024, 1, 1, 64, 128, "scalar"), ROOM),
 }
 CORRELATED = (0.9, 1.0)
 
@@ -98,7 +101,7 @@ def test_correlated_keys(correlation: float, emulated_gpu: None) -> None:  # noq
     check_correlated(correlation)
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("wide", 4), ("narrow_values", 4), ("segments", 7)])
+@pytest.mark.parametrize(("name", "kernels"), [("wide", 4), ("narrow_values", 4), ("segments", 7), ("room", 4)])
 def test_forward_and_backward_lower_for_cuda(name: str, kernels: int) -> None:
     check_lowering(*CASES[name], name == "narrow_values", kernels)
 

@@ -4,10 +4,11 @@
     dz_t = act'(z_t) ⊙ dy_t,                        dx_t = Σ_{j<W} w_{W-1-j} ⊙ dz_{t+j}
     dw_{W-1-j} = Σ_t dz_t ⊙ x_{t-j},                db = Σ_t dz_t
 
-A thread holds one channel or two and goes through a range of tokens from the first to the last, in fp32. It carries the last
-W - 1 inputs; backward, where z is computed again, also the sums of their dx, each complete W - 1 tokens late, and those
-of dw and db, which XLA adds up over ranges. Of documents a token knows its `reach`: how many inputs, itself included,
-it reads; most tiles are `whole`, of tokens that reach all W. What reaches before token 0 is differentiated by XLA.
+A thread holds one channel or two and goes through a range of tokens from the first to the last, in fp32. It carries
+the last W - 1 inputs; backward, where z is computed again, also the sums of their dx, each complete W - 1 tokens late,
+and those of dw and db, which XLA adds up over ranges. Of documents a token knows its `reach`: how many inputs, itself
+included, it reads; most tiles are `whole`, of tokens that reach all W. What reaches before token 0 is differentiated by
+XLA.
 """
 
 import functools
@@ -126,9 +127,7 @@ def _launch(
     )
 
 
-def _body(
-    activation: Pair, lanes: int, inputs: tuple, outputs: tuple[PyTree, ...]
-) -> None:
+def _body(activation: Pair, lanes: int, inputs: tuple, outputs: tuple[PyTree, ...]) -> None:
     """One thread block: some channels of a range of tokens."""
     rows, w, b, tail, reach, whole = inputs
     out, *sums = outputs

@@ -122,7 +122,9 @@ def _body(
                 for j, block in enumerate(state):
                     plgpu.copy_smem_to_gmem(block, outputs["states"].at[b, chunk(n), h, tiles.block(j), columns])
             places = {x: outputs[x].at[b, tiles.block(chunk(n)), h, columns] for x in ("y", "u") if x in outputs}
-            blocks = {x: y.at[slot, :, tiles.block(wg)] if x == "v" else tiles.blocks(y.at[slot]) for x, y in row_s.items()}
+            blocks = {x: tiles.blocks(y.at[slot]) for x, y in row_s.items() if x != "v"}
+            if "v" in row_s:
+                blocks["v"] = row_s["v"].at[slot, :, tiles.block(wg)]
             return step(blocks, fact_s.at[slot], system_s.at[slot], state, own_s.at[wg], places, Z)
 
         places = [(b, h, tiles.block(j), columns) for j in range(depth)]

@@ -9,7 +9,7 @@ A warpgroup takes 64 rows at a time. Of dweight it keeps the sum over those that
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -67,8 +67,7 @@ def _norm(how: How, x: Array, weight: Array | None, gate: Array | None) -> Array
 
 def _vjp_backward(how: How, inputs: tuple, dy: Array) -> tuple:
     x, weight, gate = inputs
-    tiles_ = x.shape[0] // BLOCK
-    blocks = tiles_ // max(n for n in range(1, TILES + 1) if tiles_ % n == 0)
+    blocks = x.shape[0] // BLOCK // max(n for n in range(1, TILES + 1) if x.shape[0] // BLOCK % n == 0)
     row = jax.ShapeDtypeStruct(x.shape, x.dtype)
     sums = None if weight is None else jax.ShapeDtypeStruct((blocks, BLOCK, x.shape[1]), jnp.float32)
     outputs = {"x": row, "gate": gate if gate is None else row, "weight": sums}
@@ -82,9 +81,9 @@ _norm.defvjp(lambda how, *inputs: (_norm(how, *inputs), inputs), _vjp_backward)
 
 
 def _launch(
-    body: functools.partial, rows: Mapping[str, Array | None], weight: Array | None, outputs: dict, *, blocks: int
+    body: Callable, given: Mapping[str, Array | None], weight: Array | None, outputs: dict, *, blocks: int
 ) -> dict[str, Array]:
-    rows = {name: x for name, x in rows.items() if x is not None}
+    rows = {name: x for name, x in given.items() if x is not None}
     width = rows["x"].shape[1] // BLOCK
     return compat.launch(
         functools.partial(_body, body, blocks),
@@ -100,7 +99,7 @@ def _launch(
 
 
 def _body(
-    step: functools.partial,
+    step: Callable,
     blocks: int,
     inputs: tuple,
     outputs: dict[str, PyTree],
@@ -170,12 +169,13 @@ def _backward(how: How, rows: dict, weights: list, places: dict, sums: list[Arra
         scaled = dy if weights[j] is None else dy * per_column(weights[j])
         return tiles.load(rows["x"][j]), scaled, tiles.load(rows["gate"][j]) if "gate" in rows else None
 
-    sums, projection = list(sums), 0.0
-    for j in range(len(rows["x"])):
+    def projected(j: int) -> Array:
         x, dy, gate = at(j)
-        projection += (x * (dy if gate is None else dy * act(gate))).sum(1)
-    along, rate = spread(share * r * r * projection), spread(r)
-    for j in range(len(rows["x"])):
+        return (x * (dy if gate is None else dy * act(gate))).sum(1)
+
+    sums, columns = list(sums), range(len(rows["x"]))
+    along, rate = spread(share * r * r * sum(map(projected, columns))), spread(r)
+    for j in columns:
         x, dy, gate = at(j)
         dn = dy if gate is None else dy * act(gate)
         if sums:
