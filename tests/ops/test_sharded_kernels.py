@@ -16,11 +16,25 @@ from hydrax.ops.linear import FORMS, gpu as linear_kernels, linear_attention
 from hydrax.ops.linear.cases import Case
 from hydrax.ops.pallas import step
 from hydrax.ops.pallas.tuning import Tuning
+from hydrax.ops.rowwise import glu, rms_norm
 from hydrax.ops.scan import gpu as scan_kernels, linear_scan
 from tests.ops import matrix_state as ms
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 
-OPS: dict[str, Callable] = {"linear": linear_attention, "delta": delta_rule, "scan": linear_scan}
+
+
+def _stateless(op: Callable) -> Callable:
+    """With a state of its inputs."""
+    return lambda x, *, segment_ids, **others: (op(x=x, **others), x[:, 0])
+
+
+OPS: dict[str, Callable] = {
+    "linear": linear_attention,
+    "delta": delta_rule,
+    "scan": linear_scan,
+    "norm": _stateless(rms_norm),
+    "glu": _stateless(glu),
+}
 ONE_PASS, SEGMENTS = Tuning(blocks=1), Tuning(blocks=8)
 TOKENS, HEADS, STATE = P("rows", None, "heads"), P("heads"), P("rows", "heads")
 """How inputs, constant decays and states are divided; documents are by "rows" alone."""
@@ -31,6 +45,10 @@ def problem(op: str, decay: str, T: int = 65, B: int = 4, H: int = 2) -> dict[st
         shape = (B, T, H, 128)
         a, b = np.random.default_rng(0).uniform(0.0, 1.0, (2, *shape))
         return {"a": jnp.asarray(a, jnp.bfloat16), "b": jnp.asarray(b, jnp.bfloat16)}
+    if op in ("norm", "glu"):
+        x, gate = np.random.default_rng(0).normal(size=(2, B, 64, H, 64))
+        weight = {"weight": jnp.linspace(0.5, 2, 64)} if op == "norm" else {}
+        return {"x": jnp.asarray(x, jnp.bfloat16), "gate": jnp.asarray(gate, jnp.bfloat16), **weight}
     x = ms.inputs(Case(B, T, H, H, 64, 64, decay), beta=op == "delta")
     del x["initial_state"]
     return {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in x.items()}
@@ -54,7 +72,7 @@ def evaluate(op: str, seg: Array | None, x: dict[str, Array]) -> tuple:
 
 def sharded(op: str, x: PyTree, mesh: Mesh, check_vma: bool = True) -> Callable:
     """`evaluate(op, seg, x)`, each device doing its rows and heads."""
-    specs = {n: HEADS if a.ndim == 1 else TOKENS for n, a in x.items()}
+    specs = {n: P() if n == "weight" else HEADS if a.ndim == 1 else TOKENS for n, a in x.items()}
     return jax.shard_map(
         functools.partial(evaluate, op),
         mesh=mesh,
@@ -65,10 +83,12 @@ def sharded(op: str, x: PyTree, mesh: Mesh, check_vma: bool = True) -> Callable:
 
 
 def check_equals_unsharded(op: str, mesh: Mesh) -> None:
-    """All bits; by the kernels themselves where there is a GPU."""
+    """All bits, but of sums over devices; by the kernels themselves where there is a GPU."""
     x, seg = problem(op, "scalar", 32, B=2, H=1), jnp.asarray(ms.documents(2, 32))
     expected = jax.jit(functools.partial(evaluate, op))(seg, x)
     actual = jax.jit(sharded(op, x, mesh))(seg, x)
+    summed = actual[1].pop("weight", 0), expected[1].pop("weight", 0)
+    np.testing.assert_allclose(*summed, rtol=1e-5, atol=1e-3)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -96,6 +116,8 @@ SLOW = pytest.mark.slow
         ("delta", "vector", True),
         ("scan", "", True),
         ("scan", "", False),
+        ("norm", "", True),
+        ("glu", "", True),
         pytest.param("linear", "none", True, marks=SLOW),
         pytest.param("linear", "scalar", False, marks=SLOW),
         pytest.param("delta", "none", True, marks=SLOW),
@@ -108,7 +130,7 @@ SLOW = pytest.mark.slow
 def test_forward_and_backward_lower_for_cuda(op: str, decay: str, check_vma: bool, kernels: Callable) -> None:
     kernels(ONE_PASS)
     x, seg = problem(op, decay), jnp.asarray(ms.documents(4, 65))
-    number = {"linear": 3, "delta": 4, "scan": 2}[op] + ((op, decay) == ("linear", "vector"))
+    number = {"linear": 3, "delta": 4, "scan": 2, "norm": 2, "glu": 1}[op] + ((op, decay) == ("linear", "vector"))
     assert lowered_kernels(sharded(op, x, mesh_of(4, 2), check_vma), seg, x) == number
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hydrax.core import tree
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float
 from hydrax.ops.dispatch import select_fast
@@ -68,7 +69,8 @@ def glu(
       ValueError: shapes that differ, an unknown activation, or an `impl` that is unknown or cannot serve.
     """
     _check(x, gate, activation)
-    return select_fast("glu", impl, GLU, "hydrax.ops.rowwise.gpu_glu", gate, x)(gate, x, activation)
+    form = select_fast("glu", impl, GLU, "hydrax.ops.rowwise.gpu_glu", gate, x)
+    return form(*tree.alike((gate, x)), activation)
 
 
 def rms_norm(
@@ -97,7 +99,7 @@ def rms_norm(
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {weight.shape}: expected {x.shape[-1:]} for x {x.shape}")
     form = select_fast("rms_norm", impl, NORM, "hydrax.ops.rowwise.gpu_norm", x, gate)
-    return form(x, weight, gate, activation=activation, mean=mean, eps=eps)
+    return form(*tree.alike((x, weight, gate)), activation=activation, mean=mean, eps=eps)
 
 
 def _check(x: Array, gate: Array, activation: str | None) -> None:
