@@ -6,7 +6,8 @@
 
 Hardware: one GPU of 80 GB. Expected: 393M parameters. Not run by us. It is
 flash-linear-attention's GatedDeltaNetConfig with head_dim 128, num_heads 8, expand_v 1, intermediate_size 2816 and
-attention of 16 heads in every fourth of 24 layers. Rows of 4096 tokens, 8 of them at a time.
+attention of 16 heads in every fourth of 24 layers. Rows of 4096 tokens, 8 of them at a time, each one document to the
+model, as that library trains by default.
 """
 
 from ml_collections import ConfigDict
@@ -26,4 +27,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.accumulate = 1
     config.train.remat = "none"
     config.train.unroll = 6
+    config.data.documents = False
     return config

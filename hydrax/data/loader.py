@@ -24,8 +24,13 @@ class DataConfig:
     seq_len: Positive = 512  # predictions per row (and, with a model of meta tokens, places of these), T
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end
+    documents: bool = True  # the model is told where documents begin; False: to it a row is one document
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
+
+
+FACTS = ("segment_ids", "positions")
+"""What a batch says of the documents in its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +50,16 @@ class Data:
     sha256: str  # over all documents' names and contents
     threads: int
     modes: ModesConfig
+    documents: bool = True  # of the config
 
     def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
         """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
         import grain  # takes seconds to import
 
         def batch(n: int, rows: np.ndarray) -> Batch:
-            return self._batch(self.train, rows, n * batch_size + np.arange(batch_size), seed)
+            whole = self._batch(self.train, rows, n * batch_size + np.arange(batch_size), seed)
+            # Full rows of one document need neither: without them every op takes its fastest form.
+            return whole if self.documents else {k: x for k, x in whole.items() if k not in FACTS}
 
         numbers = grain.MapDataset.range(len(self.train.rows)).seed(seed).shuffle().repeat()
         # There is no remainder to drop, but with one to keep grain rounds the length of endless data beyond 64 bits.
@@ -79,11 +87,13 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
     """Reads, tokenises and splits the documents at `cfg.path`, each behind `prefix` places of the model's meta tokens.
 
     Raises:
-      ConfigError: nothing to read, a split without documents, rows that the prefix fills, or fewer training tokens
-        than one row.
+      ConfigError: nothing to read, a split without documents, rows that the prefix fills, a prefix of documents that
+        are not told apart, or fewer training tokens than one row.
     """
     if prefix >= cfg.seq_len:
         raise ConfigError("model.prefix.meta_tokens", prefix, f"expected less than data.seq_len = {cfg.seq_len}")
+    if prefix and not cfg.documents:
+        raise ConfigError("data.documents", False, f"expected True with model.prefix.meta_tokens = {prefix}")
     tokenizer = open_tokenizer(cfg.tokenizer)
     corpus = open_corpus(cfg.path, tokenizer, cfg.val_fraction)
     held_out = _held_out(corpus, cfg.val_fraction)
@@ -93,7 +103,7 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
         tokens = train.rows.stream_length
         allowed = f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
         raise ConfigError("data.seq_len", cfg.seq_len, allowed)
-    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads, cfg.modes)
+    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads, cfg.modes, cfg.documents)
 
 
 def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
@@ -116,5 +126,14 @@ def _split(
     cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, members: np.ndarray, prefix: int, *, partial: bool
 ) -> Split:
     documents = np.flatnonzero(members)
-    rows = PackedRows(corpus, documents, tokenizer, cfg.seq_len, seed=cfg.seed, partial=partial, prefix=prefix)
+    rows = PackedRows(
+        corpus,
+        documents,
+        tokenizer,
+        cfg.seq_len,
+        seed=cfg.seed,
+        partial=partial,
+        prefix=prefix,
+        joined=not cfg.documents,
+    )
     return Split(rows, documents.size, int(corpus.records["bytes"][documents].sum()), corpus.sha256(documents))

@@ -8,6 +8,8 @@ With a prefix of M places (`model.prefix.meta_tokens`), a document of n tokens t
 i holds the tokens at the places [M + i·(T - M), M + (i + 1)·(T - M)]. Each segment, a continued one too, is M places of
 the prefix and then its tokens, from position M on. Where the edge of a row falls into a prefix, the rows on both sides
 of it end in padding, M places in all.
+
+Rows may also be `joined`, as many published models were trained: each is one document to the model, whatever it holds.
 """
 
 import numpy as np
@@ -27,6 +29,7 @@ class PackedRows:
       seed: decides their order.
       partial: keep the last, padded row. Training drops it, validation must not.
       prefix: places M < seq_len in front of every segment's tokens.
+      joined: a row is one segment, in which a target may be of the next document; without a prefix only.
     """
 
     def __init__(
@@ -39,11 +42,12 @@ class PackedRows:
         seed: int,
         partial: bool,
         prefix: int = 0,
+        joined: bool = False,
     ):
         order = np.random.default_rng(seed).permutation(documents)
         lengths = prefix + np.diff(corpus.offsets)[order]
         self.tokens, self.pad, self.token_bytes = corpus.tokens, tokenizer.pad, tokenizer.token_bytes
-        self.seq_len, self.prefix = seq_len, prefix
+        self.seq_len, self.prefix, self.joined = seq_len, prefix, joined
         self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of each document in the stream; its length last
         self.shift = (
             corpus.offsets[order] - prefix - self.starts[:-1]
@@ -70,30 +74,35 @@ class PackedRows:
         """Rows by number, int [B]; a number past the end gives a row of padding.
 
         Returns tokens (the prefix: pad), targets, segment_ids (from 1; 0 is padding), positions int32 [B,T], weights
-        fp32 [B,T] (1 where the target is in its input's document and the input not in a prefix) and bytes fp32 [B]
+        fp32 [B,T] (1 where the target is in its input's segment and the input not in a prefix) and bytes fp32 [B]
         that the counted targets stand for.
         """
         first = self.prefix + rows[..., None] * self.stride
         last = np.minimum(first + self.stride, self.stream_length - 1)  # place of the last target
-        _, head = self._segment(first, first)
+        head = self._head(self._document(first), first)
         places = head - self.prefix + np.arange(self.seq_len + 1)
-        document, head = self._segment(places, first)
+        document = self._document(places)
+        segment = np.zeros_like(document) if self.joined else document
+        head = self._head(segment, first)
         position = places - head + self.prefix
         at = np.clip(places, head, self.stream_length - 1) + self.shift[document]
         tokens = np.where(position < self.prefix, self.pad, self.tokens[at]).astype(np.int32)
         # An input whose target is not this row's is padding, and so is a prefix without such tokens.
         real = (places[..., 1:] <= last) & (head[..., :-1] < last)
-        weights = real & (document[..., 1:] == document[..., :-1]) & (position[..., :-1] >= self.prefix)
+        weights = real & (segment[..., 1:] == segment[..., :-1]) & (position[..., :-1] >= self.prefix)
         return {
             "tokens": np.where(real, tokens[..., :-1], self.pad),
             "targets": np.where(real, tokens[..., 1:], self.pad),
-            "segment_ids": np.where(real, document[..., :-1] - document[..., :1] + 1, 0).astype(np.int32),
+            "segment_ids": np.where(real, segment[..., :-1] - segment[..., :1] + 1, 0).astype(np.int32),
             "positions": np.where(real, position[..., :-1], 0).astype(np.int32),
             "weights": weights.astype(np.float32),
             "bytes": (self.token_bytes[tokens[..., 1:]] * weights).sum(-1).astype(np.float32),
         }
 
-    def _segment(self, places: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Document at each place (past the end: the last), and the place of its first token in a row from `first`."""
-        document = np.searchsorted(self.starts[:-1], places, "right") - 1
-        return document, np.maximum(self.starts[document] + self.prefix, first)
+    def _document(self, places: np.ndarray) -> np.ndarray:
+        """Number in the stream of the document at each place; past the end: the last."""
+        return np.searchsorted(self.starts[:-1], places, "right") - 1
+
+    def _head(self, segment: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Place of the first token of each segment in a row from `first`."""
+        return np.maximum(self.starts[segment] + self.prefix, first)

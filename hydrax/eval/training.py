@@ -100,16 +100,19 @@ def compiled(cfg: RunConfig, dtype: jnp.dtype) -> jax.stages.Compiled:
 
 
 def batch(cfg: RunConfig) -> dict[str, Array]:
-    """Rows of random tokens, one document each."""
+    """Rows of random tokens, one document each; with `data.documents` the model is told so."""
     B, T = cfg.train.batch_size, cfg.data.seq_len
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, cfg.model.vocab_size or BYTE_VOCABULARY)
+    facts = {
+        "segment_ids": jnp.ones((B, T), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
+    }
     return {
         "tokens": tokens,
         "targets": jnp.roll(tokens, -1, 1),
-        "segment_ids": jnp.ones((B, T), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
         "weights": jnp.ones((B, T), jnp.float32),
         "bytes": jnp.full((B,), T, jnp.float32),
+        **(facts if cfg.data.documents else {}),
     }
 
 

@@ -183,3 +183,19 @@ def test_config_is_checked():
     for values in ({"seq_len": 0}, {"val_fraction": 1.5}, {"threads": 0}, {"paht": "x"}):
         with pytest.raises(ConfigError, match=r"^data\."):
             build(DataConfig, values, "data")
+
+
+def test_joined_documents_are_one_to_the_model(folder, data):
+    cfg = DataConfig(path=str(folder), seq_len=16, val_fraction=0.2, documents=False)
+    joined = open_data(cfg)
+    for batch, apart in zip(take(joined.train_batches(3, seed=0), 3), data.train_batches(3, seed=0), strict=False):
+        assert set(apart) - set(batch) == {"segment_ids", "positions"}
+        np.testing.assert_array_equal(batch["tokens"], apart["tokens"])
+        assert batch["weights"].all()
+    validation = list(joined.val_batches(4))
+    assert sum(batch["bytes"].sum() for batch in validation) == data.val.bytes
+    np.testing.assert_array_equal(validation[-1]["segment_ids"], validation[-1]["weights"])
+    with pytest.raises(
+        ConfigError, match=r"^data\.documents = False: expected True with model\.prefix\.meta_tokens = 2$"
+    ):
+        open_data(cfg, 2)

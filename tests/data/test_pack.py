@@ -192,3 +192,19 @@ def test_memory_map_is_read_only_where_asked(tmp_path, texts):
     assert rows.tokens is tokens
     for key, value in rows[3].items():
         np.testing.assert_array_equal(value, packed(texts, 16)[3][key])
+
+
+def test_joined_rows_are_the_stream(texts):
+    rows = PackedRows(corpus_of(texts), np.arange(len(texts)), BYTES, 32, seed=3, partial=True, joined=True)
+    order = np.random.default_rng(3).permutation(len(texts))
+    stream = np.array([t for d in order for t in (BYTES.bos, *texts[d], BYTES.eos)])
+    batch, real = rows.batch(np.arange(len(rows))), np.arange(len(rows) * 32).reshape(-1, 32) < stream.size - 1
+    np.testing.assert_array_equal(batch["tokens"][real], stream[:-1])
+    np.testing.assert_array_equal(batch["targets"][real], stream[1:])
+    np.testing.assert_array_equal(batch["segment_ids"], real)
+    np.testing.assert_array_equal(batch["weights"], real)
+    np.testing.assert_array_equal(batch["positions"], np.arange(32) * real)
+    np.testing.assert_array_equal(batch["bytes"], ((batch["targets"] < 256) & real).sum(1))
+    for i in range(len(rows)):
+        for key, value in rows[i].items():
+            np.testing.assert_array_equal(value, batch[key][i])

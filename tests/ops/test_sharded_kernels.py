@@ -22,7 +22,6 @@ from tests.ops import matrix_state as ms
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 
 
-
 def _stateless(op: Callable) -> Callable:
     """With a state of its inputs."""
     return lambda x, *, segment_ids, **others: (op(x=x, **others), x[:, 0])

@@ -156,3 +156,16 @@ def test_losses_of_layers_and_their_balance_take_part():
     move = state["params"]["periods/0/blocks/0/moe/bias"] - params["periods/0/blocks/0/moe/bias"]
     assert set(np.round(np.abs(move).ravel() / CONFIG.balance_rate, 3)) <= {0.0, 1.0}
     assert move.min() < 0 < move.max()
+
+
+def test_rows_of_one_document_need_not_say_so():
+    _, _, _, state = parts()
+    rows = tiny.batch(ROWS, TOKENS) | {"weights": np.ones((ROWS, TOKENS), np.float32)}
+    del rows["segment_ids"], rows["positions"]
+    facts = {
+        "segment_ids": np.ones((ROWS, TOKENS), np.int32),
+        "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (ROWS, TOKENS)),
+    }
+    (bare, metrics), (told, expected) = train_step()(state, rows), train_step()(state, rows | facts)
+    assert_trees_close(bare["params"], told["params"], TOLERANCE["fp32_op"])
+    assert_close("loss", metrics["loss"], expected["loss"], TOLERANCE["fp32_op"])

@@ -12,6 +12,7 @@ XLA.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def refusal(x: Array, w: Array, device: jax.Device | None = None) -> str | None:
     kind = (device or jax.devices()[0]).device_kind
     if x.dtype.name not in DTYPES:
         return f"x is {x.dtype}: expected {' or '.join(DTYPES)}"
-    channels = x[0, 0].size
+    channels = math.prod(x.shape[2:])
     if channels % LANES[-1]:
         return f"{channels} channels: expected a multiple of {LANES[-1]}"
     if w.shape[0] > MOST_TAPS:
@@ -59,7 +60,7 @@ def fused(
 ) -> Array:
     """y of x [B,T,*C], w [W,*C], b [*C] and tail [B,W-1,*C], the inputs before token 0."""
     (B, T), W = x.shape[:2], w.shape[0]
-    shape, D, pad = x.shape, x[0, 0].size, ((0, 0), (0, -T % TILE), (0, 0))
+    shape, D, pad = x.shape, math.prod(x.shape[2:]), ((0, 0), (0, -T % TILE), (0, 0))
     x, w, tail = jnp.pad(x.reshape(B, T, D), pad), w.reshape(W, D), tail.astype(x.dtype).reshape(B, W - 1, D)
     b = None if b is None else b.reshape(D)
     ids = None if segment_ids is None else jnp.pad(segment_ids, pad[:2])
