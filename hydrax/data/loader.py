@@ -2,7 +2,8 @@
 
 A batch is a dict of [B,T] arrays tokens, targets, segment_ids (0 = padding), positions (int32) and weights (fp32, 1
 where a target counts), with bytes fp32 [B]: the UTF-8 bytes the counted targets stand for. With a schedule of modes
-(`data.modes`) there are modes int32 [B,T] too.
+(`data.modes`) there are modes int32 [B,T] too. Training batches whose rows are one document each (`data.documents`
+False) come without segment_ids and positions.
 """
 
 import dataclasses

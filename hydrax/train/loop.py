@@ -106,8 +106,8 @@ class Run:
 
     def compile(self) -> jax.stages.Compiled:
         """The training step, compiled before the clock starts."""
+        batch = next(iter(self.data.train_batches(self.cfg.train.batch_size, self.cfg.train.seed)))
         began = time.perf_counter()
-        batch = next(iter(self.data.val_batches(self.cfg.train.batch_size, 1)))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
         compiled = self._step.lower(self.abstract, shapes).compile()
         self.compile_seconds = time.perf_counter() - began

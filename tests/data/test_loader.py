@@ -192,6 +192,8 @@ def test_joined_documents_are_one_to_the_model(folder, data):
         assert set(apart) - set(batch) == {"segment_ids", "positions"}
         np.testing.assert_array_equal(batch["tokens"], apart["tokens"])
         assert batch["weights"].all()
+    whole = take(joined.train_batches(4, seed=5), 9)
+    assert_equal(take(joined.train_batches(4, seed=5, start_step=4), 5), whole[4:])
     validation = list(joined.val_batches(4))
     assert sum(batch["bytes"].sum() for batch in validation) == data.val.bytes
     np.testing.assert_array_equal(validation[-1]["segment_ids"], validation[-1]["weights"])

@@ -199,6 +199,16 @@ def test_config_reaches_the_batches(plain, tmp_path):
         assert "modes" not in batch
 
 
+def test_a_joined_row_is_one_document_to_a_schedule(tmp_path):
+    (tmp_path / "text.txt").write_text("a text of some tokens\n" * 50)
+    schedule = {"schedule": "chunks", "chunk": 4, "every": 2}
+    data = open_data(
+        build(DataConfig, {"path": str(tmp_path), "seq_len": 16, "documents": False, "modes": schedule}, "data")
+    )
+    for batch in take(data.train_batches(2, seed=0), 2):
+        np.testing.assert_array_equal(batch["modes"], np.tile(np.arange(16) // 4 % 2, (2, 1)))
+
+
 def test_modes_are_all_that_a_schedule_adds(plain, data):
     without = take(plain.train_batches(4, seed=2), 9) + list(plain.val_batches(4))
     added = take(data.train_batches(4, seed=2), 9) + list(data.val_batches(4))

@@ -194,17 +194,19 @@ def test_memory_map_is_read_only_where_asked(tmp_path, texts):
         np.testing.assert_array_equal(value, packed(texts, 16)[3][key])
 
 
-def test_joined_rows_are_the_stream(texts):
-    rows = PackedRows(corpus_of(texts), np.arange(len(texts)), BYTES, 32, seed=3, partial=True, joined=True)
+@pytest.mark.parametrize("width", [1, 7, 32, 5000])
+def test_joined_rows_are_the_stream(texts, width):
+    rows = PackedRows(corpus_of(texts), np.arange(len(texts)), BYTES, width, seed=3, partial=True, joined=True)
     order = np.random.default_rng(3).permutation(len(texts))
     stream = np.array([t for d in order for t in (BYTES.bos, *texts[d], BYTES.eos)])
-    batch, real = rows.batch(np.arange(len(rows))), np.arange(len(rows) * 32).reshape(-1, 32) < stream.size - 1
+    batch, real = rows.batch(np.arange(len(rows))), np.arange(len(rows) * width).reshape(-1, width) < stream.size - 1
     np.testing.assert_array_equal(batch["tokens"][real], stream[:-1])
     np.testing.assert_array_equal(batch["targets"][real], stream[1:])
     np.testing.assert_array_equal(batch["segment_ids"], real)
     np.testing.assert_array_equal(batch["weights"], real)
-    np.testing.assert_array_equal(batch["positions"], np.arange(32) * real)
+    np.testing.assert_array_equal(batch["positions"], np.arange(width) * real)
     np.testing.assert_array_equal(batch["bytes"], ((batch["targets"] < 256) & real).sum(1))
-    for i in range(len(rows)):
+    for i in range(0, len(rows), 1 + len(rows) // 20):
         for key, value in rows[i].items():
             np.testing.assert_array_equal(value, batch[key][i])
+    assert not rows.batch(np.array([len(rows)]))["segment_ids"].any()

@@ -48,6 +48,11 @@ def test_variants_take_turns(here):
     assert rows[0].parameters == rows[1].parameters
 
 
+def test_rows_say_where_documents_begin_if_those_of_the_run_do():
+    told, bare = (set(training.batch(config(**{"data.documents": documents}))) for documents in (True, False))
+    assert told - bare == {"segment_ids", "positions"} and bare < told
+
+
 def test_utilisation_counts_six_flops_per_parameter_and_token(monkeypatch):
     monkeypatch.setitem(training.PEAK, "a device", 1e6)
     row = training._row(training.Variant("hydrax", "", 32, found), [found(0.5, 0.5)], "")

@@ -65,6 +65,15 @@ def test_the_trained_model_is_handed_on_and_can_be_loaded(run):
     assert tree.count(nnx.state(loaded)) == summary["parameters"]
 
 
+def test_rows_of_one_document_train_as_if_the_model_were_told_so(run, tmp_path, monkeypatch):
+    cfg, opened = dataclasses.replace(run[0], data=dataclasses.replace(run[0].data, documents=False)), loop.open_data
+    bare = loop.train(cfg, tmp_path / "bare")
+    monkeypatch.setattr(loop, "open_data", lambda *args: dataclasses.replace(opened(*args), documents=True))
+    told = loop.train(cfg, tmp_path / "told")
+    assert bare["tokens"] == run[2]["tokens"] == told["tokens"]
+    assert bare["val_loss"] == pytest.approx(told["val_loss"], rel=1e-6)
+
+
 def test_a_complete_run_is_not_trained_again(run, capsys):
     cfg, workdir, summary, _ = run
     before = (workdir / "metrics.jsonl").stat().st_mtime_ns

@@ -167,5 +167,5 @@ def test_rows_of_one_document_need_not_say_so():
         "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (ROWS, TOKENS)),
     }
     (bare, metrics), (told, expected) = train_step()(state, rows), train_step()(state, rows | facts)
-    assert_trees_close(bare["params"], told["params"], TOLERANCE["fp32_op"])
+    assert_trees_close("parameters", bare["params"], told["params"], TOLERANCE["fp32_op"])
     assert_close("loss", metrics["loss"], expected["loss"], TOLERANCE["fp32_op"])
