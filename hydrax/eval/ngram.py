@@ -18,7 +18,7 @@ CHUNK = 2**20  # tokens counted at a time
 
 
 class Trigram:
-    """Trigram model of the counted targets of `rows`; contexts stay inside a document's piece of a row."""
+    """Trigram model of the counted targets of `rows`; contexts stay inside a segment of a row."""
 
     def __init__(self, rows: PackedRows, tokenizer: ByteTokenizer):
         self.vocab, self.absent = tokenizer.vocab_size, tokenizer.pad

@@ -55,7 +55,7 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Array, gate: Array | None = None, *, activation: str | None = "silu", impl: str | None = None
     ) -> Array:
-        weight = None if self.weight is None else self.weight[...] + self.offset
+        weight = None if self.weight is None else jnp.asarray(self.weight[...]) + self.offset
         if len(self.shape) == 1:
             return rowwise.rms_norm(x, weight, gate, activation=activation, eps=self.eps, impl=impl)
         y = rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)

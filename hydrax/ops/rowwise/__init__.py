@@ -33,7 +33,7 @@ def _glu(gate: Array, x: Array, activation: str | None) -> Array:
 def _fused_glu(gate: Array, x: Array, activation: str | None) -> Array:
     from hydrax.ops.rowwise import gpu_glu
 
-    return gpu_glu.fused(activation, gate, x)
+    return gpu_glu.fused(activation, *tree.alike((gate, x)))
 
 
 def _rms_norm(
@@ -48,7 +48,7 @@ def _rms_norm(
 def _fused_rms_norm(*inputs: Any, **how: Any) -> Array:
     from hydrax.ops.rowwise import gpu_norm
 
-    return gpu_norm.fused(*inputs, **how)
+    return gpu_norm.fused(*tree.alike(inputs), **how)
 
 
 GLU: dict[str, Callable] = {"recurrent": _glu, "chunked": _glu, "pallas_gpu": _fused_glu}
@@ -70,7 +70,7 @@ def glu(
     """
     _check(x, gate, activation)
     form = select_fast("glu", impl, GLU, "hydrax.ops.rowwise.gpu_glu", gate, x)
-    return form(*tree.alike((gate, x)), activation)
+    return form(gate, x, activation)
 
 
 def rms_norm(
@@ -99,7 +99,7 @@ def rms_norm(
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {weight.shape}: expected {x.shape[-1:]} for x {x.shape}")
     form = select_fast("rms_norm", impl, NORM, "hydrax.ops.rowwise.gpu_norm", x, gate)
-    return form(*tree.alike((x, weight, gate)), activation=activation, mean=mean, eps=eps)
+    return form(x, weight, gate, activation=activation, mean=mean, eps=eps)
 
 
 def _check(x: Array, gate: Array, activation: str | None) -> None:
