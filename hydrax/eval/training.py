@@ -274,9 +274,10 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         assert row.step and row.tokens_per_second
         speed, tokens = row.tokens_per_second, row.tokens_per_second * row.step.median
         axes.barh(y, speed, 0.62, color=VALIDATION if row.side == "hydrax" else TRAIN)
-        axes.hlines(y, tokens / row.step.p80, tokens / row.step.p20, color=BASELINE)
+        fastest = tokens / row.step.p20
+        axes.hlines(y, tokens / row.step.p80, fastest, color=BASELINE)
         share = "" if row.utilisation is None else f", {row.utilisation:.0%} of peak"
-        axes.text(speed, y, f"  {speed:,.0f}{share}", va="center", fontsize=8, color=INK)
+        axes.text(fastest, y, f"  {speed:,.0f}{share}", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(timed)), [label(row) for row in timed], fontsize=8)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens per second", color=INK)
