@@ -13,13 +13,6 @@ from hydrax.nn.param import param
 from hydrax.ops import rowwise
 
 
-def rms_norm(x: Array, weight: Array | None = None, *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight over `axes`, in the dtype of x (arXiv 1910.07467)."""
-    y = fp32(x)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
-    return (y if weight is None else y * weight).astype(x.dtype)
-
-
 def l2_norm(x: Array, *, eps: float = 1e-6, impl: str | None = None) -> Array:
     """x / sqrt(Σ x² + eps) over the last axis, in the dtype of x."""
     return rowwise.rms_norm(x, mean=False, eps=eps, impl=impl)
@@ -56,10 +49,10 @@ class RMSNorm(nnx.Module):
         self, x: Array, gate: Array | None = None, *, activation: str | None = "silu", impl: str | None = None
     ) -> Array:
         weight = None if self.weight is None else jnp.asarray(self.weight[...]) + self.offset
-        if len(self.shape) == 1:
-            return rowwise.rms_norm(x, weight, gate, activation=activation, eps=self.eps, impl=impl)
-        y = rms_norm(x, weight, axes=tuple(range(-len(self.shape), 0)), eps=self.eps)
-        return y if gate is None else y * rowwise.ACTIVATIONS[activation](gate)
+        n = len(self.shape)
+        y, weight, gate = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - n], -1), (x, weight, gate))
+        y = rowwise.rms_norm(y, weight, gate, activation=activation, eps=self.eps, impl=impl)
+        return y.reshape(x.shape)
 
 
 NORMS: dict[str, Callable[..., RMSNorm]] = {

@@ -114,3 +114,8 @@ def test_without_a_gpu_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     with pytest.raises(ValueError, match="impl = 'pallas_gpu' cannot serve: the device is 'cpu'"):
         short_conv(jnp.zeros((1, 8, 128)), jnp.zeros((4, 128)), impl="pallas_gpu")
+
+
+def test_no_tokens_are_no_reason_to_refuse() -> None:
+    """Before the first token there are none of a convolution of one tap."""
+    assert "the device is" in gpu.refusal(jnp.zeros((1, 0, 128), jnp.bfloat16), jnp.zeros((1, 128)))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydrax.nn.norm import rms_norm
 from hydrax.ops.conv import short_conv
+from hydrax.ops.rowwise import rms_norm
 from hydrax.ops.softmax import attention
 from hydrax.train.loss import chunked_cross_entropy
 from tests.oracles.parity import compare, torch

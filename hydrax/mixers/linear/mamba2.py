@@ -15,9 +15,9 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.conv import ShortConv
 from hydrax.nn.decay import StepDecay
 from hydrax.nn.linear import Linear
-from hydrax.nn.norm import rms_norm
 from hydrax.nn.param import param
 from hydrax.ops.linear import linear_attention
+from hydrax.ops.rowwise import rms_norm
 
 GATED_NORMS = {
     "after_gate": lambda y, gate, norm: norm(y * gate),
@@ -100,10 +100,8 @@ class Mamba2(Mixer):
 
     def _group_norm(self, y: Array) -> Array:
         """RMS norm over all value heads of a group."""
-        groups = (self.cfg.heads, -1, self.cfg.value_dim)
-        grouped = y.reshape(*y.shape[:2], *groups)
-        weight = self.norm_weight[...].reshape(groups)
-        return rms_norm(grouped, weight, axes=(-2, -1), eps=self.cfg.norm_eps).reshape(y.shape)
+        grouped = rms_norm(y.reshape(*y.shape[:2], self.cfg.heads, -1), eps=self.cfg.norm_eps)
+        return grouped.reshape(y.shape) * self.norm_weight[...]
 
     def out(self, z: Array) -> Array:
         return self.project(z)

@@ -15,7 +15,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV, AttentionConfig, OutGate
 from hydrax.nn.linear import Linear
-from hydrax.nn.norm import rms_norm
+from hydrax.ops.rowwise import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StaticQK(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
         e = x if ctx.embeddings is None else ctx.embeddings
-        q, keys, state = self.qkv.see(x, ctx, state, rms_norm(e))
+        q, keys, state = self.qkv.see(x, ctx, state, rms_norm(jnp.asarray(e)))
         o = kv_cache.attend(
             q,
             keys,

@@ -74,15 +74,15 @@ def glu(
 
 
 def rms_norm(
-    x: Float[Array, "B T *C D"],
+    x: Float[Array, "B *C D"],
     weight: Float[Array, "D"] | None = None,
-    gate: Float[Array, "B T *C D"] | None = None,
+    gate: Float[Array, "B *C D"] | None = None,
     *,
     activation: str | None = "silu",
     mean: bool = True,
     eps: float = 1e-6,
     impl: str | None = None,
-) -> Float[Array, "B T *C D"]:
+) -> Float[Array, "B *C D"]:
     """x / sqrt(c Σ x² + eps) ⊙ weight ⊙ act(gate) over the last dimension, formed in fp32, in the dtype of x.
 
     Args:
