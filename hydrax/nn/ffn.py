@@ -25,8 +25,8 @@ def default_width(kind: str, d_model: int) -> int:
     return int(-(-width // 256) * 256)
 
 
-def activated(kind: str, up: Array, gate: Array | None, *, impl: str | None = None) -> Array:
-    """act(gate) ⊙ up, or act(up) where nothing gates it."""
+def activated(kind: str, up: Array, gate: Array | None, *, impl: str | None = "chunked") -> Array:
+    """act(gate) ⊙ up, or act(up) where nothing gates it; by XLA unless a caller passes the `impl` of a model."""
     return PLAIN[kind](up) if gate is None else rowwise.glu(gate, up, activation=GLU[kind], impl=impl)
 
 
@@ -39,6 +39,6 @@ class FFN(nnx.Module):
         self.up = Linear(d_model, width, axes=("embed", "mlp"), bias=bias, rngs=rngs)
         self.down = Linear(width, d_model, axes=("mlp", "embed"), bias=bias, residual=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], *, impl: str | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], *, impl: str | None = "chunked") -> Float[Array, "B T D"]:
         gate = None if self.gate is None else self.gate(x)
         return self.down(activated(self.kind, self.up(x), gate, impl=impl))

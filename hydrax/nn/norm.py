@@ -1,4 +1,4 @@
-"""Root-mean-square, L2 and sum normalisation, statistics in fp32."""
+"""Root-mean-square, L2 and sum normalisation, statistics in fp32; by XLA unless a model's `impl` is passed."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hydrax.nn.param import param
 from hydrax.ops import rowwise
 
 
-def l2_norm(x: Array, *, eps: float = 1e-6, impl: str | None = None) -> Array:
+def l2_norm(x: Array, *, eps: float = 1e-6, impl: str | None = "chunked") -> Array:
     """x / sqrt(Σ x² + eps) over the last axis, in the dtype of x."""
     return rowwise.rms_norm(x, mean=False, eps=eps, impl=impl)
 
@@ -46,7 +46,7 @@ class RMSNorm(nnx.Module):
         self.weight = param(rngs, jax.nn.initializers.constant(1 - offset), self.shape, axes) if affine else None
 
     def __call__(
-        self, x: Array, gate: Array | None = None, *, activation: str | None = "silu", impl: str | None = None
+        self, x: Array, gate: Array | None = None, *, activation: str | None = "silu", impl: str | None = "chunked"
     ) -> Array:
         weight = None if self.weight is None else jnp.asarray(self.weight[...]) + self.offset
         n = len(self.shape)
