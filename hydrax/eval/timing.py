@@ -48,6 +48,22 @@ def seconds_of(call: Call, times: int = 1) -> float:
     return (time.perf_counter() - began) / times
 
 
+def queued(begin: Callable[[], Value], wait: Callable[[Value], Any], times: int) -> list[float]:
+    """Seconds from end to end of `times` calls, each begun before the one before has ended, as a training loop does.
+
+    Args:
+      begin: starts a call on the device and returns what `wait` waits for.
+    """
+    before, ends = begin(), []
+    for _ in range(times + 1):
+        this = begin()
+        wait(before)
+        ends.append(time.perf_counter())
+        before = this
+    wait(before)
+    return np.diff(ends).tolist()
+
+
 def side_by_side(calls: Mapping[Key, Call], *, repeats: int, seconds: float) -> dict[Key, Times]:
     """The times of programs that are to be compared with each other.
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from hydrax.core.typing import Array
 from hydrax.eval.kernels import SIDES
 from hydrax.eval.sides import workers
-from hydrax.eval.timing import Times, isolated, seconds_of, times_of
+from hydrax.eval.timing import Times, isolated, queued, times_of
 from hydrax.models.lm import Blueprint, blueprint
 from hydrax.models.spec import BYTE_VOCABULARY
 from hydrax.train import folder
@@ -117,7 +117,7 @@ def batch(cfg: RunConfig) -> dict[str, Array]:
 
 
 def sample(cfg: RunConfig, steps: int) -> Sample:
-    """`steps` steps of a config, one after another, in this process."""
+    """`steps` steps of a config in this process, one queued while another runs."""
     dtype = compute_dtype(cfg.train.dtype)
     began = time.perf_counter()
     step = compiled(cfg, dtype)
@@ -133,7 +133,7 @@ def sample(cfg: RunConfig, steps: int) -> Sample:
     for _ in range(WARMUP):
         once()
     jax.block_until_ready(metrics)
-    seconds = [seconds_of(once) for _ in range(steps)]
+    seconds = queued(once, jax.block_until_ready, steps)
     device = jax.local_devices()[0]
     return Sample(
         device=device.device_kind,

@@ -105,6 +105,18 @@ def test_statistics_of_samples(clock):
     assert times == timing.Times(median=3.5, minimum=1.0, p20=2.0, p80=5.0, samples=6, calls=1)
 
 
+def test_queued_calls_are_begun_before_the_one_before_ends_and_timed_from_end_to_end(monkeypatch):
+    log, ends, names = [], iter([10.0, 11.0, 13.0]), iter("abcd")
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: next(ends)))
+
+    def begin():
+        log.append(next(names))
+        return log[-1]
+
+    assert timing.queued(begin, lambda name: log.append(name.upper()), 2) == [1.0, 2.0]
+    assert "".join(log) == "abAcBdCD"
+
+
 def test_nothing_to_time():
     assert timing.side_by_side({}, repeats=3, seconds=1.0) == {}
 

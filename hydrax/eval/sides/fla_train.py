@@ -5,13 +5,13 @@ the backward pass.
 """
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from hydrax.core.build import ConfigError
 from hydrax.eval.sides.fla import compiling, quick_tuning, unguarded
 from hydrax.eval.sides.workers import Mine
+from hydrax.eval.timing import queued, seconds_of
 from hydrax.eval.training import WARMUP, Sample
 from hydrax.models.spec import BYTE_VOCABULARY, ModelConfig, resolve
 from hydrax.train.config import RunConfig
@@ -53,7 +53,7 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def sample(cfg: RunConfig, steps: int, compiled: bool) -> Sample:
-    """`steps` steps, one after another, in this process; `compiled`: by `torch.compile`."""
+    """`steps` steps in this process, one queued while another runs; `compiled`: by `torch.compile`."""
     import torch
     import torch._dynamo
 
@@ -70,27 +70,30 @@ def sample(cfg: RunConfig, steps: int, compiled: bool) -> Sample:
         limits.recompile_limit = limits.accumulated_recompile_limit = RECOMPILES
         model = torch.compile(model)
 
-    def step() -> tuple[float, float]:
-        """Seconds, and the loss."""
-        began = time.perf_counter()
+    loss: Any = None
+
+    def step() -> torch.cuda.Event:
+        """What the device passes when it is done."""
+        nonlocal loss
         loss = _pull(model, tokens)
         if optim.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began, float(loss)
+        done = torch.cuda.Event()
+        done.record()
+        return done
 
     with guard() as note:
-        first, *_ = [step()[0] for _ in range(WARMUP)]
+        first, *_ = [seconds_of(lambda: step().synchronize()) for _ in range(WARMUP)]
         torch.cuda.reset_peak_memory_stats()
-        step_seconds, losses = zip(*[step() for _ in range(steps)], strict=True)
+        step_seconds = queued(step, torch.cuda.Event.synchronize, steps)
     return Sample(
         device=torch.cuda.get_device_name(),
         parameters=sum(p.numel() for p in parameters),
         compile_seconds=first,
-        step_seconds=list(step_seconds),
-        loss=losses[-1],
+        step_seconds=step_seconds,
+        loss=float(loss),
         peak_bytes=torch.cuda.max_memory_allocated(),
         note=note,
     )
