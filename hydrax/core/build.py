@@ -22,6 +22,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(" ".join(f"{key} = {value!r}: {allowed}".split()))
 
+    def __reduce__(self) -> tuple:
+        return ConfigError, (self.key, self.value, self.allowed)  # it may come from another process
+
     def under(self, path: str) -> "ConfigError":
         """The same error with its key below `path`."""
         return ConfigError(_join(path, self.key), self.value, self.allowed)

@@ -106,6 +106,8 @@ OTHERS = [
     ("cost", ["--config.model.d_model=0"], r"model\.d_model = 0: expected an integer >= 1"),
     ("cost", ["--config.model.pattern=gln"], r"model\.pattern = 'gln': 'gln' is neither a mixer nor a block"),
     ("cost", ["--compare"], r"--compare = '': expected "),
+    ("cost", ["--mesh=fsdp=0"], r"mesh = 'fsdp=0': expected <axis>=<devices>"),
+    ("cost", ["--mesh=fsdp=2", "--compare=attn"], r"mesh = 'fsdp=2': expected no --compare beside it"),
     ("cost", ["--compare="], r"model\.pattern = '': "),
     ("cost", ["--compare=gln"], r"model\.pattern = 'gln': 'gln' is neither a mixer nor a block"),
     ("cost", ["--compare=quick:strat"], r"config = 'quick': no such file; did you mean 'quickstart'\?"),

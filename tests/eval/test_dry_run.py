@@ -1,0 +1,73 @@
+"""What a training step needs of a device: the parts of its state, and what moves."""
+
+import math
+
+import pytest
+
+from hydrax.core.build import ConfigError, build
+from hydrax.core.config import load_config
+from hydrax.eval import dry_run
+from hydrax.parallel.mesh import MeshConfig
+from hydrax.train.config import RunConfig
+
+HLO = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(f32[] %a, f32[] %b)
+}
+
+%inner (p: f32[8]) -> f32[8] {
+  %gather = bf16[4,8]{1,0} all-gather(bf16[1,8]{1,0} %x), dimensions={0}
+  ROOT %both = (f32[8]{0}, f32[2]{0}) all-reduce(f32[8]{0} %p, f32[2]{0} %q), to_apply=%add
+}
+
+%outer (p: f32[8]) -> f32[8] {
+  ROOT %w = f32[8]{0} while(f32[8]{0} %p), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+%other (p: f32[8]) -> f32[8] {
+  ROOT %start = f32[8]{0} collective-permute-start(f32[8]{0} %p), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8]{0} while(f32[8]{0} %p), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %c = f32[8]{0} conditional(s32[] %i, f32[8]{0} %w, f32[8]{0} %w), branch_computations={%other, %nothing}
+}
+"""
+
+
+def config(mesh: MeshConfig) -> RunConfig:
+    small = {"model.pattern": "gla", "model.d_model": 16, "data.seq_len": 16, "train.batch_size": 2}
+    values = load_config("quickstart", **small, **{"mesh.fsdp": mesh.fsdp, "mesh.tensor": mesh.tensor})
+    return build(RunConfig, values.to_dict())
+
+
+def test_collectives_count_as_often_as_their_loop_runs():
+    found = {c.kind: (c.count, c.nbytes) for c in dry_run.collectives(HLO)}
+    assert found == {
+        "all-gather": (15, 15 * 4 * 8 * 2),
+        "all-reduce": (15, 15 * (8 + 2) * 4),
+        "collective-permute": (1, 8 * 4),
+    }
+
+
+def test_a_device_holds_its_part():
+    found = dry_run.dry_run(config(dry_run.mesh_sizes("tensor=2, fsdp=2")), largest=1000)
+    assert found.mesh == {"replica": 1, "fsdp": 2, "context": 1, "expert": 1, "tensor": 2}
+    assert len(found.parameters) == found.arrays
+    assert found.memory["parameters"] == sum(4 * math.prod(p.shard) for p in found.parameters)
+    gate = next(p for p in found.parameters if p.name.endswith("ffn/gate/kernel"))
+    assert gate.partition == ("", "fsdp", "tensor")
+    assert math.prod(gate.shape) == 4 * math.prod(gate.shard)
+    assert {"all-gather", "all-reduce"} <= {c.kind for c in found.collectives}
+    assert [len(table.columns) for table in dry_run.tables(found)] == [2, 3, 5]
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=-1", "data=2", "fsdp=2;tensor=2", "fsdp=two"])
+def test_a_wrong_mesh_is_named(text):
+    with pytest.raises(ConfigError, match=r"mesh = .*expected <axis>=<devices>.*replica, fsdp, context"):
+        dry_run.mesh_sizes(text)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 2: expected a multiple of 4"):
+        dry_run.dry_run(config(dry_run.mesh_sizes("fsdp=4")))
