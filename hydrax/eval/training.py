@@ -24,7 +24,7 @@ from hydrax.train import folder
 from hydrax.train.config import RunConfig
 from hydrax.train.figure import BASELINE, INK, TRAIN, VALIDATION, blank, quiet, save
 from hydrax.train.loop import compute_dtype
-from hydrax.train.optim import make_optimizer, make_schedule
+from hydrax.train.optim import frozen, make_optimizer, make_schedule
 from hydrax.train.state import State, init_state
 from hydrax.train.step import make_train_step
 
@@ -89,6 +89,7 @@ def training_step(cfg: RunConfig, dtype: jnp.dtype) -> tuple[Blueprint, Callable
     tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     how: dict[str, Any] = {"dtype": dtype, "accumulate": cfg.train.accumulate, "z_loss": cfg.optim.z_loss}
+    how["frozen"] = frozen(cfg.optim, plan.meta)
     return plan, make_train_step(plan, tx, schedule, **how), lambda: init_state(plan, tx, jax.random.key(0))
 
 

@@ -7,10 +7,13 @@ also carries `files.json`, the size and CRC of each of its files, written before
 import json
 import pathlib
 import zlib
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from hydrax.core.build import ConfigError
@@ -131,28 +134,52 @@ def damage(place: pathlib.Path) -> str | None:
     return None
 
 
-def load_run(workdir: str | pathlib.Path) -> tuple[lm.LM, RunConfig]:
+def load_run(workdir: str | pathlib.Path, steps: Sequence[int] = ()) -> tuple[lm.LM, RunConfig]:
     """The model of a run folder with the parameters of its newest intact checkpoint, and its config; reads only.
+
+    Args:
+      steps: checkpoints whose parameters are averaged, in place of the newest.
 
     Raises:
       ConfigError: not the folder of a run, no checkpoint yet, or none that is intact.
     """
+    params, cfg, _ = read_params(workdir, steps)
+    return lm.blueprint(cfg.model).merge({name: jnp.asarray(value) for name, value in params.items()}), cfg
+
+
+def read_params(
+    workdir: str | pathlib.Path, steps: Sequence[int] = ()
+) -> tuple[dict[str, np.ndarray], RunConfig, list[int]]:
+    """The parameters of a run's newest intact checkpoint, or the mean of those of `steps`; its config; the steps.
+
+    Raises:
+      ConfigError: not the folder of a run, no such checkpoint, or a damaged one.
+    """
     workdir = pathlib.Path(workdir)
     folder.read_config(workdir)
-    step, _ = newest(workdir)
-    if step is None:
-        raise ConfigError("workdir", str(workdir), "the run has not saved a checkpoint yet")
-    place = (workdir / "checkpoints" / str(step)).resolve()
-    spec = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(place / "spec")
+    if not steps:
+        step, _ = newest(workdir)
+        if step is None:
+            raise ConfigError("workdir", str(workdir), "the run has not saved a checkpoint yet")
+        steps = [step]
+    places = [(workdir / "checkpoints" / str(step)).resolve() for step in steps]
+    for place in places:
+        if reason := damage(place) if place.is_dir() else "there is none":
+            saved = sorted(int(p.name) for p in place.parent.glob("*") if p.name.isdigit())
+            allowed = f"checkpoint {place.name}: {reason}; expected one of {', '.join(map(str, saved))}"
+            raise ConfigError("workdir", str(workdir), allowed)
+    spec = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(places[0] / "spec")
     cfg = folder.parse(spec["config"], workdir)
-    plan = lm.blueprint(cfg.model)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {"params": {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for k, s in plan.shapes.items()}}
+    names = lm.blueprint(cfg.model).shapes
     arguments = ocp.args.PyTreeRestore(
-        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        item={"params": dict.fromkeys(names, 0)},
+        restore_args={"params": dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))},
+        partial_restore=True,
     )
-    saved = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(place / "state", args=arguments)
-    return plan.merge(saved["params"]), cfg
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    found = [reader.restore(place / "state", args=arguments)["params"] for place in places]
+    mean = {name: np.mean([params[name] for params in found], axis=0, dtype=np.float64) for name in names}
+    return {name: mean[name].astype(names[name].dtype) for name in names}, cfg, list(steps)
 
 
 def _contents(place: pathlib.Path) -> dict[str, list[int]]:

@@ -15,6 +15,9 @@ class TrainConfig:
     steps: Positive = 1000
     batch_size: Positive = 32  # rows per step, on all devices together
     accumulate: Positive = 1  # microbatches a step is cut into
+    init_from: str | None = (
+        None  # a run whose weights to start from: its folder, folder@step, or a mean: folder@400,500
+    )
     seed: NonNegative = 0  # parameters and data order
     eval_every: NonNegative = 250  # steps between validations; 0: only at the end
     eval_rows: Positive = 256  # validation rows

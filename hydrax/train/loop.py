@@ -25,10 +25,11 @@ from hydrax.train.checkpoint import Checkpoints
 from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
-from hydrax.train.optim import make_optimizer, make_schedule
+from hydrax.train.optim import frozen, make_optimizer, make_schedule
 from hydrax.train.progress import Clock, Progress, mfu
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
+from hydrax.train.warm_start import warm_start
 
 Batches = Iterable[Batch]
 Baseline = Callable[[Data, Batches], float | None]
@@ -99,6 +100,7 @@ class Run:
             dtype=dtype,
             accumulate=cfg.train.accumulate,
             z_loss=cfg.optim.z_loss,
+            frozen=frozen(cfg.optim, self.plan.meta),
         )
         # Metrics are left to the compiler: scalars come out replicated.
         self._step = jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None), donate_argnums=0)
@@ -220,12 +222,23 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to continue from and the number of steps it has seen."""
     saved = checkpoints.restore(run.abstract)
     if saved is None:
-        return new_state(run.plan, run.tx, run.cfg.train.seed, run.mesh), 0
+        return _fresh(run), 0
     if saved.data != _position(run, saved.step):
         allowed = f"the files changed since the run began (step {saved.step}); expected the same data or a new folder"
         raise ConfigError("data.path", run.cfg.data.path, allowed)
     print(f"continuing {run.workdir} after step {saved.step}", flush=True)
     return saved.state, saved.step
+
+
+def _fresh(run: Run) -> State:
+    """The initial state, with the weights of another run where the config names one."""
+    state = new_state(run.plan, run.tx, run.cfg.train.seed, run.mesh)
+    if run.cfg.train.init_from is not None:
+        state["params"], report = warm_start(run.cfg.train.init_from, run.cfg.model, state["params"])
+        if jax.process_index() == 0:
+            print(report.line(), flush=True)
+            metrics.write_json(run.workdir / "init_from.json", dataclasses.asdict(report))
+    return state
 
 
 def _position(run: Run, step: int) -> dict[str, Any]:

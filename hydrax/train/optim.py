@@ -1,13 +1,16 @@
 """Optimisers as optax chains over the flat dict of parameters: clip, direction, weight decay, rate."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Literal
+import fnmatch
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from hydrax.core.build import Fraction, NonNegative, NonNegativeFloat, PositiveFloat
+from hydrax.core.build import ConfigError, Fraction, NonNegative, NonNegativeFloat, PositiveFloat, convert
+from hydrax.core.typing import PyTree
 from hydrax.models.lm import ParamMeta
 from hydrax.train import schedule as schedules
 
@@ -30,6 +33,11 @@ class OptimConfig:
     eps: PositiveFloat = 1e-8
     z_loss: NonNegativeFloat = 1e-4  # weight of lse²
     balance_rate: NonNegativeFloat = 1e-3  # step of the biases that balance experts
+    rates: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # factors on the rate, by pattern; 0: frozen
+
+    def __post_init__(self) -> None:
+        for pattern, factor in self.rates.items():
+            convert(NonNegativeFloat, factor, f"rates.{pattern}")
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -44,22 +52,55 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
+def factors(cfg: OptimConfig, names: Collection[str]) -> dict[str, float]:
+    """What the rate of every parameter is multiplied with: the factor of the first pattern of `rates` that fits, or 1.
+
+    Patterns are those of file names: `*/mixer/*`, `embed/*`.
+
+    Raises:
+      ConfigError: a pattern that fits no parameter.
+    """
+    for pattern in cfg.rates:
+        if not fnmatch.filter(names, pattern):
+            kinds = ", ".join(sorted({name.rpartition("/")[0] for name in names}))
+            raise ConfigError(
+                "optim.rates", pattern, f"fits no parameter; expected a pattern such as */mixer/* for {kinds}"
+            )
+    first = {name: next((p for p in cfg.rates if fnmatch.fnmatchcase(name, p)), None) for name in names}
+    return {name: 1.0 if pattern is None else float(cfg.rates[pattern]) for name, pattern in first.items()}
+
+
+def frozen(cfg: OptimConfig, names: Collection[str]) -> frozenset[str]:
+    """The parameters that stay as they are."""
+    return frozenset(name for name, factor in factors(cfg, names).items() if factor == 0)
+
+
 def make_optimizer(cfg: OptimConfig, steps: int, meta: Mapping[str, ParamMeta]) -> optax.GradientTransformation:
-    """p ← p - lr · (direction(clipped gradient) + weight_decay · p), the decay only where `meta.decay`.
+    """p ← p - lr · factor · (direction(clipped gradient) + weight_decay · p), the decay only where `meta.decay`.
 
     Parameters whose `meta.rule` is "balance" step by `balance_rate` against the sign of their gradient (arXiv
-    2408.15664), and count in no norm.
+    2408.15664), and count in no norm. Those with a factor of 0 are left alone, and no moments are kept of them.
     """
+    scale, still = factors(cfg, meta), frozen(cfg, meta)
     usual = optax.chain(
         optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
         _DIRECTIONS[cfg.name](cfg, meta),
         optax.add_decayed_weights(cfg.weight_decay, mask={name: m.decay for name, m in meta.items()}),
         optax.scale_by_learning_rate(make_schedule(cfg, steps)),
+        *([_scaled(scale)] if cfg.rates else []),
     )
-    if all(m.rule == "gradient" for m in meta.values()):
+    rules = {name: "frozen" if name in still else m.rule for name, m in meta.items()}
+    if set(rules.values()) == {"gradient"}:
         return usual
     balance = optax.chain(optax.stateless_with_tree_map(lambda g, p: jnp.sign(g)), optax.scale(-cfg.balance_rate))
-    return optax.partition({"gradient": usual, "balance": balance}, {name: m.rule for name, m in meta.items()})
+    return optax.partition({"gradient": usual, "balance": balance, "frozen": optax.set_to_zero()}, rules)
+
+
+def _scaled(factor: Mapping[str, float]) -> optax.GradientTransformation:
+    def update(updates: PyTree, params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * factor[path[0].key], updates)
+
+    return optax.stateless(update)
 
 
 def _adam(cfg: OptimConfig, meta: Mapping[str, ParamMeta]) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions of plain pytrees."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,14 @@ def make_train_step(
     dtype: jnp.dtype = jnp.float32,
     accumulate: int = 1,
     z_loss: float = 0.0,
+    frozen: Collection[str] = (),
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """(state, batch) -> (state, fp32 metrics), to be jitted with the state donated.
 
     Gradients and counts of `accumulate` microbatches are summed unnormalised and divided once, so the result does
     not depend on how counted tokens are spread. If loss or gradient norm is not finite, parameters and optimizer
-    stay bit-equal and only the counters `step` and `skipped` advance.
+    stay bit-equal and only the counters `step` and `skipped` advance. `frozen` parameters
+    count in no norm.
     """
 
     rules = {name: meta.rule for name, meta in plan.meta.items()}
@@ -41,7 +43,7 @@ def make_train_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         grads, (sums, losses), bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
         count = jnp.maximum(sums.tokens, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads = {name: jnp.zeros_like(g) if name in frozen else g / count for name, g in grads.items()}
         norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 

@@ -5,9 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from hydrax.core.build import build
+from hydrax.core.build import ConfigError, build
 from hydrax.models.lm import ParamMeta
 from hydrax.train.optim import MUON_RMS, OptimConfig, make_optimizer
+from hydrax.train.state import init_state
+from hydrax.train.step import make_train_step
 from tests.tolerances import assert_close, assert_equal
 from tests.train import tiny
 
@@ -113,3 +115,44 @@ def test_balancing_biases_step_by_the_sign_and_count_in_no_norm(name):
     assert_equal("bias", updates.pop("bias"), np.array([-0.5, 0.5, 0.0, -0.5], np.float32))
     for key, expected_update in expected.items():
         assert_equal(key, updates[key], expected_update)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_scale_what_their_first_pattern_fits_and_0_freezes(name):
+    params, grads = normal(0), normal(1)
+    plain, _ = update(optimizer(name=name, clip=None), grads, params)
+    tx = optimizer(name=name, clip=None, rates={"embed": 0, "q": 0.25, "*": 0.5})
+    updates, state = update(tx, grads, params)
+    for path, factor in {"embed": 0.0, "q": 0.25, "norm": 0.5, "out": 0.5}.items():
+        assert_close(path, updates[path], factor * np.asarray(plain[path]), 1e-6)
+    shapes = {np.shape(leaf) for leaf in jax.tree.leaves(state)}
+    assert SHAPES["out"] in shapes and SHAPES["embed"] not in shapes  # no moments of what is frozen
+
+
+def test_what_is_frozen_counts_in_no_norm():
+    params, grads = normal(0), normal(1)
+    rest = {path: meta for path, meta in META.items() if path != "out"}
+    few = {path: grads[path] for path in rest}, {path: params[path] for path in rest}
+    expected, _ = update(optimizer(rest, clip=0.1), *few)
+    updates, _ = update(optimizer(clip=0.1, rates={"out": 0}), grads, params)
+    for path in rest:
+        assert_close(path, updates[path], np.asarray(expected[path]), 1e-6)
+    assert not np.asarray(updates["out"]).any()
+
+    plan = tiny.plan()
+    how = {"tx": optimizer(plan.meta), "schedule": lambda n: 0.1}
+    state = jax.jit(lambda key: init_state(plan, how["tx"], key))(jax.random.key(0))
+    norms = [
+        jax.jit(make_train_step(plan, **how, frozen=still))(state, tiny.batch(2, 8))[1]["grad_norm"]
+        for still in ((), ("embed/weight",))
+    ]
+    assert norms[0] > norms[1] > 0
+
+
+def test_wrong_rates_are_named():
+    with pytest.raises(ConfigError, match=r"optim\.rates = 'attn/\*': fits no parameter; expected a pattern"):
+        optimizer(rates={"attn/*": 0.5})
+    with pytest.raises(ConfigError, match=r"optim\.rates\.q = -1\.0: expected a number >= 0"):
+        build(OptimConfig, {"rates": {"q": -1}}, "optim")
+    with pytest.raises(ConfigError, match=r"optim\.rates\.q = 'slow': expected a number"):
+        build(OptimConfig, {"rates": {"q": "slow"}}, "optim")
