@@ -11,6 +11,14 @@ from hydrax.train.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class TraceConfig:
+    """Which steps `jax.profiler` traces; those after a SIGUSR1, too."""
+
+    start: Positive | None = None  # first step; None: only on SIGUSR1
+    steps: Positive = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: Positive = 1000
     batch_size: Positive = 32  # rows per step, on all devices together
@@ -30,6 +38,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPU and TPU
     tensorboard: bool = False  # also write tb/
     wandb: str | None = None  # also log to this Weights & Biases project
+    trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)  # into profile/
 
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:

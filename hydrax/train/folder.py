@@ -80,6 +80,14 @@ def describe(workdir: pathlib.Path, cfg: RunConfig) -> None:
     write_json(workdir / "environment.json", environment())
 
 
+def describe_program(workdir: pathlib.Path, compiled: jax.stages.Compiled) -> None:
+    """Writes program.json: bytes that a device needs for a training step, and XLA's counts, which leave out kernels."""
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    sizes = {name: getattr(memory, f"{name}_size_in_bytes", None) for name in ("argument", "temp", "output", "alias")}
+    counts = {name: (costs or {}).get(name) for name in ("flops", "bytes accessed")}
+    write_json(workdir / "program.json", {"bytes": sizes, "xla": counts})
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices and source revision."""
     kinds = [d.device_kind for d in jax.devices()]

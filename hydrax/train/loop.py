@@ -26,6 +26,7 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
+from hydrax.train.profile import Compilations, Tracer
 from hydrax.train.progress import Clock, Progress, mfu
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
@@ -75,7 +76,7 @@ def train(
         run = Run(cfg, data, mesh, workdir)
         with Checkpoints(workdir, keep=cfg.train.keep) as checkpoints:
             state, done = _start(run, checkpoints)
-            with Recorder(run, done) as recorder:
+            with Recorder(run, done) as recorder, Compilations(("step", "evaluate"), recorder.progress.say):
                 state = _steps(run, state, done, checkpoints, recorder, interrupt)
         # The last checkpoint is on disk: from here on, a run that dies is finished by the next one.
         return _finish(run, state, baselines or {}, finish)
@@ -145,6 +146,7 @@ class Recorder:
         earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if jax.process_index() == 0 else []
         self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
         self.progress = Progress(cfg.train.steps, done)
+        self.tracer = Tracer(run.workdir, cfg.train.trace, self.progress.say)
         self._writers: list[metrics.Writer] = []
         if jax.process_index() == 0:
             self._writers = metrics.open_writers(
@@ -154,9 +156,11 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         self.progress.__enter__()
+        self.tracer.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.tracer.__exit__(*error)
         self.progress.__exit__(*error)
         for writer in self._writers:
             writer.close()
@@ -179,7 +183,8 @@ class Recorder:
             writer.write(step, values, {"seconds": round(self.clock.total, 3), **timing})
 
     def _handle(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        values = {name: float(x) for name, x in jax.device_get(arrays).items()}
+        with self.clock.part("device"):
+            values = {name: float(x) for name, x in jax.device_get(arrays).items()}
         cfg = self._run.cfg.train
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         self._bad = 0 if finite else self._bad + 1
@@ -192,7 +197,8 @@ class Recorder:
         cfg, devices = self._run.cfg, jax.devices()
         speed = (step - self._last) / max(self.clock.lap, 1e-9)
         tokens_per_second = speed * cfg.train.batch_size * cfg.data.seq_len
-        self.write(step, values, tokens_per_second=round(tokens_per_second, 1))
+        waits = {f"{name}_seconds": round(t / (step - self._last), 6) for name, t in self.clock.parts.items()}
+        self.write(step, values, tokens_per_second=round(tokens_per_second, 1), **waits)
         utilisation = mfu(tokens_per_second, self._flops, devices[0].device_kind, len(devices))
         self.progress.update(step, {**values, "tokens_per_second": tokens_per_second}, speed, utilisation)
         self._last = step
@@ -254,11 +260,16 @@ def _steps(
     if done == last:
         return state
     compiled = run.compile()
+    if jax.process_index() == 0:
+        folder.describe_program(run.workdir, compiled)
     batches = iter(run.data.train_batches(cfg.batch_size, cfg.seed, done))
     recorder.clock.restart()
     for step in range(done + 1, last + 1):
+        recorder.tracer.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, values = compiled(state, run.put(next(batches)))
+            with recorder.clock.part("data"):
+                batch = run.put(next(batches))
+            state, values = compiled(state, batch)
         recorder.add(step, values)
         signal = interrupt.received(step)
         if _due(step, cfg.eval_every, last):

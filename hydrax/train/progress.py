@@ -49,6 +49,7 @@ class Clock:
     def restart(self) -> None:
         """Begins a lap now."""
         self._lap, self._paused = time.perf_counter(), 0.0
+        self.parts = {"data": 0.0, "device": 0.0}
 
     @property
     def total(self) -> float:
@@ -58,6 +59,13 @@ class Clock:
     def lap(self) -> float:
         """Seconds since the lap began, without pauses."""
         return time.perf_counter() - self._lap - self._paused
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts as waiting for the data or the device, in this lap."""
+        began = time.perf_counter()
+        yield
+        self.parts[name] += time.perf_counter() - began
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

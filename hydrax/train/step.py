@@ -69,11 +69,11 @@ def make_train_step(
 def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callable[[dict[str, Array], Batch], Metrics]:
     """(params, batch) -> sums {nll, tokens, bytes}; z-loss is not part of it."""
 
-    def step(params: dict[str, Array], batch: Batch) -> Metrics:
+    def evaluate(params: dict[str, Array], batch: Batch) -> Metrics:
         sums, _ = _objective(plan, plan.cast(params, dtype), batch, 0.0)[1]
         return {"nll": sums.nll, "tokens": sums.tokens, "bytes": jnp.sum(batch["bytes"])}
 
-    return step
+    return evaluate
 
 
 def _accumulated(

@@ -35,6 +35,7 @@ def test_the_folder_tells_the_whole_story(run):
         "config.json",
         "layers.json",
         "environment.json",
+        "program.json",
         "metrics.jsonl",
         "checkpoints",
         "figures",
@@ -48,6 +49,10 @@ def test_the_folder_tells_the_whole_story(run):
     assert [(r["step"], "val_loss" in r) for r in metrics.read(workdir / "metrics.jsonl")] == [
         (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)
     ]  # fmt: skip
+    timing = [r["timing"] for r in metrics.read(workdir / "metrics.jsonl") if "loss" in r]
+    assert all(0 < t["data_seconds"] + t["device_seconds"] < t["seconds"] for t in timing)
+    program = json.loads((workdir / "program.json").read_text(encoding="utf-8"))
+    assert program["bytes"]["argument"] > program["bytes"]["alias"] > 0 and program["xla"]["flops"] > 0
     assert summary["tokens"] == 4 * cfg.train.batch_size * cfg.data.seq_len
     assert 6 < summary["val_bits_per_byte"] < 9
     assert summary["baselines"].keys() == {"rows"}
