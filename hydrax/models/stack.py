@@ -8,6 +8,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hydrax import mixers
 from hydrax.core.numerics import fp32
@@ -30,14 +31,23 @@ def _attention(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool
 
 _dear = _policies.save_from_both_policies(_policies.save_only_these_names(KERNEL), _attention)
 
+PERIOD = "period_in"
+"""The name of what a period reads."""
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PERIOD],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": _policies.nothing_saveable,
     "mixer": _policies.save_only_these_names("mixer_out"),
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _dear),
 }
-"""What the backward pass of a period keeps: everything, its input, also the mixers' outputs, or all that takes a
-kernel: weight products, softmax attention and the mixers' own kernels."""
+"""What the backward pass of a period keeps: everything, its input in the memory of the host, or of the device, also the
+mixers' outputs, or all that takes a kernel: weight products, softmax attention and the mixers' own kernels."""
 
 Losses = dict[str, Array]
 Visit = Callable[[Block, Array, mixers.Context], mixers.Context]
@@ -137,6 +147,7 @@ def run_group(
 
     def repeat(x: Array, xs: tuple) -> tuple[Array, tuple]:
         params, states, r = xs
+        x = checkpoint_name(x, PERIOD)
         run = run_period(group, nnx.merge(graph, params), x, ctx, r, states, shared=shared, made=made)
         out = run.made if group.repeats == 1 else {}
         return constrain(run.x, ("batch", "seq", "act_embed")), (run.states, run.losses, out)

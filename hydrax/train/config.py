@@ -33,7 +33,7 @@ class TrainConfig:
     keep: Positive = 3  # newest checkpoints kept
     log_every: Positive = 10  # steps between records
     max_skipped: Positive = 20  # steps in a row without a finite loss after which the run stops
-    remat: Literal["none", "full", "mixer", "dots"] = "none"  # what the backward pass recomputes
+    remat: Literal["none", "offload", "full", "mixer", "dots"] = "none"  # what the backward pass recomputes
     unroll: Positive = 1  # repeated periods per iteration of the layer scan: longer to compile, faster on CPUs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPU and TPU
     tensorboard: bool = False  # also write tb/

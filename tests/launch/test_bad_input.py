@@ -39,7 +39,7 @@ SETTINGS = [
     (["--config.optim.schedule=cosin"], r"optim\.schedule = 'cosin': expected one of constant, cosine"),
     (["--config.model.ffn=swigl"], r"model\.ffn = 'swigl': expected one of none, swiglu"),
     (["--config.train.dtype=fp16"], r"train\.dtype = 'fp16': expected one of auto, float32, bfloat16"),
-    (["--config.train.remat=all"], r"train\.remat = 'all': expected one of none, full"),
+    (["--config.train.remat=all"], r"train\.remat = 'all': expected one of none, offload, full"),
     (["--config.data.tokenizer=bytes"], r'data\.tokenizer = \'bytes\': expected "byte" or a tokenizer\.json'),
     # the model
     (["--config.model.pattern=2*(gla"], r"model\.pattern = '2\*\(gla': .*never closed"),

@@ -161,6 +161,13 @@ def test_remat_presets_keep_more_in_this_order():
     assert kept == sorted(set(kept))
 
 
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_only_offload_keeps_what_periods_read_on_the_host(remat: str):
+    plan = lm.blueprint(config(), remat=remat)
+    program = str(jax.make_jaxpr(jax.grad(lambda p: plan.merge(p).hidden(TOKENS).sum()))(plan.shapes))
+    assert ("<host>" in program) == (remat == "offload")
+
+
 @pytest.mark.parametrize(("remat", "runs"), [("full", 2), ("mixer", 2), ("dots", 1)])
 def test_kernels_run_again_only_where_that_saves_what_dots_keep(remat: str, runs: int):
     """`tanh` stands for a kernel: no other operation here is one."""
