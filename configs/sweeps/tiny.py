@@ -23,6 +23,7 @@ def get_sweep(arg: str = "") -> grid.Grid:
         "train.eval_rows": 8,
         "train.save_every": 5,
         "train.log_every": 1,
+        "optim.name": "adamw",
         "sample.tokens": 0,
     }
     mixers = grid.sweep("model.pattern", ["attn", "gla"])

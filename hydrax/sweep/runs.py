@@ -95,11 +95,13 @@ def _run(entry: Entry, workdir: pathlib.Path) -> Run:
     base = str(entry[CONFIG])
     cfg = build(RunConfig, load_config(base, **{key: Raw(text) for key, text in texts.items()}).to_dict())
     check_settings(cfg.sample.temperature, cfg.sample.top_p, "sample")
+    vocabulary = open_tokenizer(cfg.data.tokenizer).vocab_size
     resolved = {CONFIG: base, **{key: _value(folder.as_dict(cfg), key) for key in texts}}
     identity = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
     place = next(workdir.glob(f"*-{identity}"), None)
-    if place is not None:
-        _check_folder(place, cfg)
+    if place is not None:  # with the vocabulary that the run has found: it must not be that of another config
+        model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or vocabulary)
+        folder.enter(place, dataclasses.replace(cfg, model=model))
     command = (sys.executable, "-m", MAIN, *(f"--{CONFIG}.{key}={text}" for key, text in texts.items()))
     return Run(identity, resolved, cfg, place or workdir / identity, (*command, f"--{CONFIG}={base}"))
 
@@ -126,9 +128,3 @@ def _value(values: Any, key: str) -> Any:
     for name in key.split("."):
         values = values[name]
     return values
-
-
-def _check_folder(place: pathlib.Path, cfg: RunConfig) -> None:
-    """Refuses a folder with a run of another config: the base has changed since it began."""
-    size = cfg.model.vocab_size or open_tokenizer(cfg.data.tokenizer).vocab_size  # as the run resolves it
-    folder.enter(place, dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size)))

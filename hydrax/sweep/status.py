@@ -47,7 +47,7 @@ def status(folder: pathlib.Path) -> Status:
     speed = last.get("timing", {}).get("tokens_per_second")
     begun = (folder / LOG).exists() or (folder / "config.json").exists()
     state: State = "failed" if why else "broken" if begun else "waiting"
-    if is_locked(folder / LOG):
+    if count and is_locked(folder / LOG):
         state, why = "running", ""
     return Status(state, last.get("step", 0), last.get("loss"), speed, count, why)
 

@@ -55,7 +55,7 @@ class Watch:
             self._live.update(render(self.runs, self.statuses, self._console.height - 8), refresh=True)
             return
         for name, now in self.statuses.items():
-            if (now.state, now.attempts) != (before[name].state, before[name].attempts):
+            if _said(now) != _said(before[name]):
                 print(f"{name}: {_said(now)}", flush=True)
 
 
