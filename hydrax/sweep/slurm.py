@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydrax.core.build import ConfigError
 from hydrax.sweep.attempt import Stop, attempt, complete
-from hydrax.sweep.runs import Run
 from hydrax.sweep.status import status
 from hydrax.train.metrics import write_json
+
+if TYPE_CHECKING:
+    from hydrax.sweep.runs import Run  # which imports JAX: jobs that only start a process do without
 
 JOB = "job.json"
 REFRESH = 2.0  # seconds between two calls of `watch`
@@ -65,7 +67,7 @@ class Job:
 
 
 def run_all(
-    runs: Sequence[Run],
+    runs: Sequence["Run"],
     workdir: pathlib.Path,
     parameters: Sequence[str],
     *,
@@ -129,7 +131,7 @@ def _submitit() -> ModuleType:
         raise ConfigError("executor", "slurm", allowed) from None
 
 
-def _earlier(submitit: ModuleType, run: Run, place: pathlib.Path) -> Any:
+def _earlier(submitit: ModuleType, run: "Run", place: pathlib.Path) -> Any:
     """The job of a run that an earlier call submitted, if Slurm still has it."""
     try:
         number = json.loads((run.folder / JOB).read_text(encoding="utf-8"))["job"]
