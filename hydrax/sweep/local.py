@@ -23,8 +23,8 @@ def run_all(
 ) -> tuple[dict[str, str], signal.Signals | None]:
     """Completes the runs, one per slot at a time; a run that fails does not stop the others.
 
-    The first SIGINT, SIGTERM or SIGHUP is passed on to all processes as SIGTERM: they save, and the same call
-    continues them later. A second one kills them.
+    SIGINT, SIGTERM or SIGHUP is passed on to all processes as SIGTERM: they save, and the same call continues them
+    later. A second SIGINT kills them.
 
     Returns:
       Why runs are not finished, by name, and the signal that stopped them, if one did.
@@ -39,9 +39,16 @@ def run_all(
         threads = [threading.Thread(target=work, args=(slot,)) for slot in slots[: len(runs)]]
         for thread in threads:
             thread.start()
-        while alive := [thread for thread in threads if thread.is_alive()]:
-            watch()
-            alive[0].join(REFRESH)
+        try:
+            while alive := [thread for thread in threads if thread.is_alive()]:
+                watch()
+                alive[0].join(REFRESH)
+        except BaseException:  # of `watch`, e.g. the terminal is gone
+            stop.signal = signal.SIGTERM
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
         watch()
     return reasons, received[0] if received else None
 
@@ -69,7 +76,8 @@ def _passing_on_signals() -> Iterator[tuple[Stop, list[signal.Signals]]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        stop.signal = signal.SIGTERM if len(received) == 1 else signal.SIGKILL
+        # Other signals often come in twos: a terminal that closes, a service manager.
+        stop.signal = signal.SIGKILL if received.count(signal.SIGINT) > 1 else signal.SIGTERM
 
     # A signal that is ignored, as SIGHUP under nohup, stays so.
     numbers = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from hydrax.core.build import ConfigError
-from hydrax.sweep import runs, slots
+from hydrax.sweep import local, runs, slots
 from hydrax.sweep.status import status
 from tests.sweep.conftest import BASE, run
 from tests.sweep.processes import eventually, processes
@@ -99,6 +99,9 @@ def test_a_stopped_sweep_saves_and_goes_on(sent, code, write, tmp_path):
     def interrupt():
         eventually(lambda: [s.step > 3 for s in statuses(sweep, workdir)] == [True, True, False])
         os.kill(os.getpid(), sent)
+        if sent == signal.SIGTERM:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGHUP)  # which changes nothing
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -116,7 +119,21 @@ def test_a_stopped_sweep_saves_and_goes_on(sent, code, write, tmp_path):
         assert steps(place) == list(range(1, 41))
 
 
-def test_a_second_signal_kills(write, tmp_path):
+def test_what_watches_may_fail(write, tmp_path):
+    """A terminal that is gone: processes are asked to save, and nothing is left behind."""
+    workdir = tmp_path / "runs"
+    (found,) = runs.expand(write(behaving("slow", steps=10_000)), workdir)
+
+    def watch():
+        if status(found.folder).step > 2:
+            raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        local.run_all([found], slots.make_slots(1), retries=0, watch=watch)
+    assert "saved at" in (found.folder / "log.txt").read_text() and processes(found.folder) == []
+
+
+def test_a_second_ctrl_c_kills(write, tmp_path):
     sweep, workdir = write(behaving("slow", steps=10_000)), tmp_path / "runs"
     (found,) = runs.expand(sweep, workdir)
 

@@ -102,6 +102,22 @@ def test_a_preempted_job_saves_and_is_queued_again(installed, write, tmp_path):
     assert status(found.folder).attempts == 2
 
 
+@pytest.mark.slow
+def test_a_run_of_two_processes(installed, write, tmp_path):
+    workdir = tmp_path / "runs"
+    (found,) = runs.expand(write(behaving("slow", steps=60)), workdir)
+    asked = {"parallel": 0, "retries": 2, "watch": nothing, "cluster": "local"}
+    assert slurm.run_all([found], workdir, ["tasks_per_node=2"], **asked) == ({}, None)
+    assert status(found.folder).state == "finished"
+    assert "== attempt 1" in (found.folder / "log.txt").read_text()
+    assert "== process 1" in (found.folder / "log.1.txt").read_text()
+
+    (failing,) = runs.expand(write(behaving("fail")), workdir)
+    reasons, _ = slurm.run_all([failing], workdir, ["tasks_per_node=2"], **asked)
+    assert reasons == {failing.name: "exit code 1: FloatingPointError: it never works"}
+    assert status(failing.folder).attempts == 1  # processes of one run begin together or not at all
+
+
 def test_an_array_of_jobs(cluster, write, monkeypatch, tmp_path):
     """What sbatch gets; and a second call, while Slurm has the jobs, submits nothing."""
     workdir = tmp_path / "runs"
