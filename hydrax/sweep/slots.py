@@ -67,8 +67,18 @@ def _gpu_slot(name: str) -> Slot:
 
 
 def _tpu_slot(name: str) -> Slot:
-    bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
-    return Slot(f"TPU chip {name}", {**bounds, "TPU_VISIBLE_DEVICES": name})
+    """A process that knows of one chip only, with a port of its own. Not run by us."""
+    port = str(8476 + int(name))
+    return Slot(
+        f"TPU chip {name}",
+        {
+            "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+            "TPU_PROCESS_BOUNDS": "1,1,1",
+            "TPU_VISIBLE_DEVICES": name,
+            "TPU_MESH_CONTROLLER_ADDRESS": f"localhost:{port}",
+            "TPU_MESH_CONTROLLER_PORT": port,
+        },
+    )
 
 
 ACCELERATORS = {"cuda gpu": (_gpus, _gpu_slot), "tpu": (_tpu_chips, _tpu_slot)}

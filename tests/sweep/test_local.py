@@ -196,3 +196,13 @@ def test_without_a_choice_of_platform_gpus_are_found(monkeypatch, tmp_path):
     listing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert [s.environment for s in slots.make_slots()] == [{"CUDA_VISIBLE_DEVICES": n} for n in "01"]
+
+
+def test_every_slot_is_a_tpu_chip(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(
+        slots.glob, "glob", lambda pattern: ["/dev/accel0", "/dev/accel1"] if "accel" in pattern else []
+    )
+    chips = [s.environment for s in slots.make_slots()]
+    assert [c["TPU_VISIBLE_DEVICES"] for c in chips] == ["0", "1"]
+    assert len({c["TPU_MESH_CONTROLLER_PORT"] for c in chips}) == 2
