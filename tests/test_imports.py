@@ -20,12 +20,14 @@ FLOOR = [
     {"models"},
     {"train"},
     {"infer"},
-    {"interp", "eval", "convert"},
+    {"interp", "eval", "convert", "sweep"},
 ]
 SIDE = {"data", "tasks"}  # import only core; used from train on
 RANK = {room: i for i, rooms in enumerate(FLOOR) for room in rooms}
 FILES = sorted((ROOT / "hydrax").rglob("*.py"))
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("__init__", "common"))
+NO_CONFIGS = ("__init__", "common")
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.stem not in NO_CONFIGS and p.parent.name != "sweeps")
+SWEEPS = sorted(p for p in (ROOT / "configs" / "sweeps").glob("*.py") if p.stem not in NO_CONFIGS)
 
 
 def imported(source: str) -> list[str]:
@@ -115,6 +117,13 @@ def test_configs_touch_no_device():
     names = [p.relative_to(ROOT).as_posix() for p in CONFIGS]
     assert names
     run_without_devices(f"from hydrax import load_config\nfor name in {names}: load_config(name)")
+
+
+def test_sweeps_touch_no_device(tmp_path):
+    names = [p.relative_to(ROOT).as_posix() for p in SWEEPS]
+    assert names
+    code = f"from hydrax.sweep.runs import expand\nfor name in {names}: expand(name, {str(tmp_path)!r})"
+    run_without_devices(code)
 
 
 def test_importing_hydrax_loads_neither_jax_nor_a_room():

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from hydrax.core.build import ConfigError, Raw
 
 PACKAGE = "configs"
+SWEEPS = "sweeps/"
+"""Where in it the files are that define get_sweep instead of get_config."""
 
 Mapping.register(ConfigDict)  # it has all of a mapping but the name, and `build` asks for the name
 
@@ -30,15 +32,7 @@ def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
     Raises:
       ConfigError: no such file, a file that fails or has no `get_config`, or an unknown key.
     """
-    module, arg = load_module(path_or_name)
-    if not callable(getattr(module, "get_config", None)):
-        raise ConfigError("config", path_or_name, "expected a Python file that defines get_config(arg='')")
-    try:
-        config = module.get_config(arg)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError("config", path_or_name, _failure(error)) from error
+    config = evaluate(path_or_name)
     if not isinstance(config, ConfigDict):
         raise ConfigError("config", path_or_name, f"get_config returned {type(config).__name__}, expected ConfigDict")
     for key, value in overrides.items():
@@ -46,32 +40,53 @@ def load_config(path_or_name: str, **overrides: Any) -> ConfigDict:
     return config
 
 
-def load_module(path_or_name: str) -> tuple[types.ModuleType, str]:
+def evaluate(path_or_name: str, kind: str = "config") -> Any:
+    """What the function `get_<kind>(arg)` of a file returns; its argument is the text after `:`.
+
+    Raises:
+      ConfigError: no such file, or one that fails or has no such function.
+    """
+    module, arg = load_module(path_or_name, kind)
+    function = getattr(module, f"get_{kind}", None)
+    if not callable(function):
+        raise ConfigError(kind, path_or_name, f"expected a Python file that defines get_{kind}(arg='')")
+    try:
+        return function(arg)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(kind, path_or_name, _failure(error)) from error
+
+
+def load_module(path_or_name: str, kind: str = "config") -> tuple[types.ModuleType, str]:
     """The module of a config file and its argument, the text after `:`."""
     name, _, arg = str(path_or_name).partition(":")
     path = find(name)
     if path is None:
-        near = difflib.get_close_matches(pathlib.Path(name).stem, known(), n=1)
+        names = known(kind)
+        near = difflib.get_close_matches(name.removesuffix(".py").removeprefix(f"{PACKAGE}/"), names, n=1)
+        near = near or difflib.get_close_matches(pathlib.Path(name).stem, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError("config", name, f"no such file; {hint}expected a path or one of {', '.join(known())}")
+        raise ConfigError(kind, name, f"no such file; {hint}expected a path or one of {', '.join(names)}")
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError("config", path_or_name, "expected a Python file")
+        raise ConfigError(kind, path_or_name, "expected a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError("config", path_or_name, _failure(error)) from error
+        raise ConfigError(kind, path_or_name, _failure(error)) from error
     return module, arg
 
 
-def known() -> list[str]:
-    """Names of the configs that come with hydrax."""
+def known(kind: str = "config") -> list[str]:
+    """Names of the configs that come with hydrax, or of its sweeps (kind "sweep")."""
     root = _root()
     names = (p.relative_to(root).with_suffix("").as_posix() for p in sorted(root.rglob("*.py"))) if root else ()
-    return [n for n in names if not n.endswith(("common", "__init__"))]
+    names = (n for n in names if not n.endswith(("common", "__init__")))
+    return [n for n in names if n.startswith(SWEEPS) == (kind == "sweep")]
 
 
 def find(name: str) -> pathlib.Path | None:

@@ -18,6 +18,9 @@ from hydrax.train.metrics import write_json
 FREE = ("mesh",)
 """Sections in which a resumed run may differ from its beginning."""
 
+BESIDE = ("attempts.json", "job.json", "log*.txt")
+"""What a sweep keeps in the folder of a run, possibly before the run begins."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -43,7 +46,7 @@ def enter(workdir: pathlib.Path, cfg: RunConfig) -> Literal["fresh", "resume", "
         raise ConfigError("workdir", str(workdir), "expected a folder")
     if not (workdir / "config.json").exists():
         # A process that died before its first file was complete leaves only *.tmp.
-        foreign = sorted(p.name for p in workdir.iterdir() if p.suffix != ".tmp")
+        foreign = sorted(p.name for p in workdir.iterdir() if not any(map(p.match, ("*.tmp", *BESIDE))))
         if foreign:
             allowed = f"the folder holds {foreign[0]!r} but no config.json; expected a new folder or that of a run"
             raise ConfigError("workdir", str(workdir), allowed)

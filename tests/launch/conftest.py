@@ -15,6 +15,7 @@ import launch.compile_time
 import launch.cost
 import launch.doctor
 import launch.sample
+import launch.sweep
 import launch.train
 
 MAINS = {
@@ -26,6 +27,7 @@ MAINS = {
     "bench_train": launch.bench_train.main,
     "compile_time": launch.compile_time.main,
     "doctor": launch.doctor.main,
+    "sweep": launch.sweep.main,
 }
 CONFIG = """
 from configs import common

@@ -1,0 +1,1 @@
+"""Sweeps: files whose get_sweep returns a grid of runs for launch.sweep."""
