@@ -1,0 +1,60 @@
+"""Turns a corpus into files of tokens that training reads from disk, with several processes.
+
+    python -m launch.prepare --source=/data/web --out=/data/web_bytes
+    python -m launch.prepare --source='/data/web/*.jsonl.zst' --out=/data/web_bpe --tokenizer=/data/tokenizer.json
+    python -m launch.train --config=lm:100m --workdir=runs/lm --config.data.path=/data/web_bytes
+
+Reads texts, JSON Lines (.jsonl) and Parquet, as they are or as .gz or .zst (Parquet and .zst need the extra `data`).
+Killed, the same command continues, and ends with the same files. Records that cannot be used are left out, and listed
+with their place and the reason in bad_records.jsonl.
+"""
+
+import os
+import sys
+
+from absl import flags
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from launch import cli
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("source", None, "file, folder or glob", required=True, flag_values=FLAGS)
+flags.DEFINE_string("out", None, "folder of the token files", required=True, flag_values=FLAGS)
+flags.DEFINE_string("tokenizer", "byte", '"byte" or a tokenizer.json (needs the extra `hf`)', flag_values=FLAGS)
+flags.DEFINE_string("field", "text", "with the text, of JSON Lines and Parquet", flag_values=FLAGS)
+flags.DEFINE_float("val_fraction", 0.05, "of a lone text file, held out", 0, 1, flag_values=FLAGS)
+flags.DEFINE_integer("processes", 0, "0: one per core; files do not depend on it", lower_bound=0, flag_values=FLAGS)
+
+
+@cli.command(FLAGS)
+def main(overrides: cli.Overrides) -> None:
+    from hydrax.data.prepare import prepare
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with Progress(*columns, TimeRemainingColumn()) as bar:
+            stages = {stage: bar.add_task(stage, start=False, total=None) for stage in ("reading", "encoding")}
+
+            def show(stage: str, done: int, total: int) -> None:
+                bar.start_task(stages[stage])
+                bar.update(stages[stage], completed=done, total=total)
+
+            made = prepare(
+                FLAGS.source,
+                FLAGS.out,
+                tokenizer=FLAGS.tokenizer,
+                field=FLAGS.field,
+                val_fraction=FLAGS.val_fraction,
+                processes=FLAGS.processes or len(os.sched_getaffinity(0)),
+                show=show,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    print(f"{FLAGS.out}: {made['documents']:,} documents, {made['tokens']:,} tokens, {len(made['shards'])} shards")
+    if made["bad"]:
+        print(f"{made['bad']:,} bad records left out, listed in {FLAGS.out}/bad_records.jsonl")
+
+
+if __name__ == "__main__":
+    main()
