@@ -9,6 +9,7 @@ Killed, the same command continues, and ends with the same files. Records that c
 with their place and the reason in bad_records.jsonl.
 """
 
+import contextlib
 import os
 import sys
 
@@ -31,13 +32,16 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.data.prepare import prepare
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar, stages = Progress(*columns, TimeRemainingColumn()), {}
     try:
-        with Progress(*columns, TimeRemainingColumn()) as bar:
-            stages = {stage: bar.add_task(stage, start=False, total=None) for stage in ("reading", "encoding")}
+        with contextlib.ExitStack() as stack:
 
             def show(stage: str, done: int, total: int) -> None:
-                bar.start_task(stages[stage])
-                bar.update(stages[stage], completed=done, total=total)
+                if not stages:  # bad input ends before the bar begins
+                    stack.enter_context(bar)
+                if stage not in stages:
+                    stages[stage] = bar.add_task(stage, total=total)
+                bar.update(stages[stage], completed=done)
 
             made = prepare(
                 FLAGS.source,

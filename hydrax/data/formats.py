@@ -142,7 +142,7 @@ def _json(file: str, number: int, line: bytes, field: str) -> Document | Bad:
     except UnicodeDecodeError as error:
         return Bad(file, number, _not_utf8(error))
     except (ValueError, RecursionError) as error:
-        return Bad(file, number, f"{expected} ({error})")
+        return Bad(file, number, f"{expected} ({getattr(error, 'msg', error)})")
     if not isinstance(record, dict) or field not in record:
         return Bad(file, number, expected)
     if not isinstance(record[field], str):

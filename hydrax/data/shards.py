@@ -23,7 +23,7 @@ from hydrax.data.tokenizer import Tokenizer
 
 MANIFEST, DOCUMENTS, BAD_RECORDS, UNFINISHED = "manifest.json", "documents.npy", "bad_records.jsonl", ".unfinished"
 FORMAT = 1
-PIECE = 1 << 16  # tokens
+PIECE = 1 << 14  # tokens
 OPTIONS = "group_size:1,zstd:1"  # one record at a time can be read; higher levels of zstd hardly save space
 
 
@@ -132,11 +132,14 @@ class ShardTokens:
 
     def __getitem__(self, at: np.ndarray) -> np.ndarray:
         """The tokens at these places, in the shape of `at`."""
-        record = np.searchsorted(self.starts, at, "right") - 1
-        wanted, which = np.unique(record, return_inverse=True)
+        record = np.searchsorted(self.starts, at.ravel(), "right") - 1
+        # Tokens of a record stand side by side: few numbers are left when each stretch is one.
+        heads = np.flatnonzero(np.diff(record, prepend=-1))
+        wanted, which = np.unique(record[heads], return_inverse=True)
         found = self._read(wanted)
-        begins = offsets(np.array([tokens.size for tokens in found]))
-        return np.concatenate(found)[begins[which.reshape(record.shape)] + at - self.starts[record]]
+        begins = offsets([tokens.size for tokens in found])[which] - self.starts[record[heads]]
+        places = at.ravel() + np.repeat(begins, np.diff(heads, append=record.size))
+        return np.concatenate(found)[places].reshape(at.shape)
 
     def _read(self, wanted: np.ndarray) -> list[np.ndarray]:
         """Records by number."""
