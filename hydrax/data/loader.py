@@ -132,7 +132,7 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
     if prefix and not cfg.documents:
         raise ConfigError("data.documents", False, f"expected True with model.prefix.meta_tokens = {prefix}")
     tokenizer = open_tokenizer(cfg.tokenizer)
-    sources = {f"data.sources.{name}": build(SourceConfig, values) for name, values in cfg.sources.items()}
+    sources = {f"data.sources.{name}": build(SourceConfig, values) for name, values in sorted(cfg.sources.items())}
     sources = sources or {"data": SourceConfig(cfg.path)}
     opened = [_open(key, source, cfg, tokenizer) for key, source in sources.items()]
     train = _split(cfg, [(corpus, ~held_out) for corpus, held_out in opened], tokenizer, prefix, partial=False)
