@@ -9,12 +9,10 @@ Killed, the same command continues, and ends with the same files. Records that c
 with their place and the reason in bad_records.jsonl.
 """
 
-import contextlib
-import os
 import sys
 
 from absl import flags
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich import progress
 
 from launch import cli
 
@@ -30,31 +28,27 @@ flags.DEFINE_integer("processes", 0, "0: one per core; files do not depend on it
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
     from hydrax.data.prepare import prepare
+    from hydrax.data.workers import cores
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar, stages = Progress(*columns, TimeRemainingColumn()), {}
+    columns = progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn()
+    bar = progress.Progress("{task.description}", *columns, progress.TimeRemainingColumn())
+    stages: dict[str, progress.TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            bar.start()  # not before: bad input ends in one line
+            stages[stage] = bar.add_task(stage, total=total)
+        bar.update(stages[stage], completed=done)
+
+    settings = {"tokenizer": FLAGS.tokenizer, "field": FLAGS.field, "val_fraction": FLAGS.val_fraction}
     try:
-        with contextlib.ExitStack() as stack:
-
-            def show(stage: str, done: int, total: int) -> None:
-                if not stages:  # bad input ends before the bar begins
-                    stack.enter_context(bar)
-                if stage not in stages:
-                    stages[stage] = bar.add_task(stage, total=total)
-                bar.update(stages[stage], completed=done)
-
-            made = prepare(
-                FLAGS.source,
-                FLAGS.out,
-                tokenizer=FLAGS.tokenizer,
-                field=FLAGS.field,
-                val_fraction=FLAGS.val_fraction,
-                processes=FLAGS.processes or len(os.sched_getaffinity(0)),
-                show=show,
-            )
+        made = prepare(FLAGS.source, FLAGS.out, **settings, processes=FLAGS.processes or cores(), show=show)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if stages:
+            bar.stop()
     print(f"{FLAGS.out}: {made['documents']:,} documents, {made['tokens']:,} tokens, {len(made['shards'])} shards")
     if made["bad"]:
         print(f"{made['bad']:,} bad records left out, listed in {FLAGS.out}/bad_records.jsonl")

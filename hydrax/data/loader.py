@@ -35,8 +35,8 @@ class SourceConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     path: str | None = None  # file, folder, glob or prepared folder; None: the source of Python's standard library
-    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> path and weight; in place of path
     tokenizer: str = "byte"  # "byte" or the path of a tokenizer.json (needs the extra `hf`)
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> path and weight; in place of path
     seq_len: Positive = 512  # predictions per row (and, with a model of meta tokens, places of these), T
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end

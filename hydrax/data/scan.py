@@ -12,7 +12,7 @@ from pathlib import Path
 from hydrax.data import formats
 from hydrax.data.workers import Map
 
-SHARD = 1 << 24  # bytes of sources that make a shard, at least
+SHARD = 1 << 22  # bytes of sources that make a shard, at least
 MOST_SHARDS = 512  # more of a large corpus than of a small one go into a shard: every shard read is an open file
 
 Show = Callable[[str, int, int], None]

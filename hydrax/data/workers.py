@@ -16,6 +16,11 @@ Map = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterator[Any]]
 """(function, arguments, arguments sent at a time) -> the results, in order."""
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def workers(processes: int) -> Iterator[Map]:
     """A map over that many processes; with one, this process does the work.
