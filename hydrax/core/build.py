@@ -22,8 +22,8 @@ class ConfigError(ValueError):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(" ".join(f"{key} = {value!r}: {allowed}".split()))
 
-    def __reduce__(self) -> tuple:
-        return ConfigError, (self.key, self.value, self.allowed)  # it may come from another process
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:  # so that it crosses processes
+        return type(self), (self.key, self.value, self.allowed)
 
     def under(self, path: str) -> "ConfigError":
         """The same error with its key below `path`."""

@@ -129,6 +129,7 @@ def _override(config: ConfigDict, key: str, value: Any) -> None:
             allowed = ", ".join(f"{key}.{k}" for k in old) or "a mapping"
             raise ConfigError(key, value, f"this is a section; expected {allowed}")
     with node.ignore_type():
+        node[names[-1]] = None  # in place of text, a `Raw` would become mere text
         node[names[-1]] = _literal(value) if free else value
 
 

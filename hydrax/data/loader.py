@@ -4,30 +4,51 @@ A batch is a dict of [B,T] arrays tokens, targets, segment_ids (0 = padding), po
 where a target counts), with bytes fp32 [B]: the UTF-8 bytes the counted targets stand for. With a schedule of modes
 (`data.modes`) there are modes int32 [B,T] too. Training batches whose rows are one document each (`data.documents`
 False) come without segment_ids and positions.
+
+Of several sources (`data.sources`), each gives whole rows, of T tokens, in proportion to its weight: row n of training
+is one of a fixed source for each n, so that every stretch of the run keeps the weights, and a small source repeats.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive
+from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive, PositiveFloat, build
+from hydrax.data.corpus import Corpus, sha256
 from hydrax.data.modes import ModesConfig, modes
-from hydrax.data.pack import Batch, PackedRows
-from hydrax.data.source import Corpus, open_corpus
+from hydrax.data.pack import Batch, PackedRows, Rows
+from hydrax.data.source import open_corpus
 from hydrax.data.tokenizer import Tokenizer, open_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One of `data.sources`."""
+
+    path: str | None = None  # as data.path
+    weight: PositiveFloat = 1.0  # tokens of training, relative to the other sources
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str | None = None  # file, folder, glob or token folder; None: the source of Python's standard library
+    path: str | None = None  # file, folder, glob or prepared folder; None: the source of Python's standard library
     tokenizer: str = "byte"  # "byte" or the path of a tokenizer.json (needs the extra `hf`)
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> path and weight; in place of path
     seq_len: Positive = 512  # predictions per row (and, with a model of meta tokens, places of these), T
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
+
+    def __post_init__(self) -> None:
+        if self.sources and self.path is not None:
+            raise ConfigError("path", self.path, "expected None with data.sources")
+        for name, values in self.sources.items():
+            build(SourceConfig, values, f"sources.{name}")
 
 
 FACTS = ("segment_ids", "positions")
@@ -36,7 +57,7 @@ FACTS = ("segment_ids", "positions")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    rows: PackedRows
+    rows: Rows
     documents: int
     bytes: int  # of text, before tokenisation
     sha256: str  # over the documents' names and contents
@@ -47,34 +68,49 @@ class Data:
     tokenizer: Tokenizer
     train: Split
     val: Split
-    files: int
+    weights: tuple[float, ...]  # of the sources
     sha256: str  # over all documents' names and contents
     threads: int
     modes: ModesConfig
     documents: bool = True  # of the config
 
-    def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
+    def train_batches(
+        self, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)
+    ) -> Iterator[Batch]:
+        """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1).
+
+        With `part`, only these rows of every batch: what one of several processes makes.
+        """
         import grain  # takes seconds to import
 
         def batch(n: int, rows: np.ndarray) -> Batch:
-            whole = self._batch(self.train, rows, n * batch_size + np.arange(batch_size), seed)
+            numbers = n * batch_size + np.arange(batch_size)
+            whole = self._batch(self.train, rows[part], numbers[part], seed)
             # Full rows of one document need neither: without them every op takes its fastest form.
             return whole if self.documents else {k: x for k, x in whole.items() if k not in FACTS}
 
-        numbers = grain.MapDataset.range(len(self.train.rows)).seed(seed).shuffle().repeat()
+        ranges = itertools.starmap(grain.MapDataset.range, itertools.pairwise(self.train.rows.first))
+        numbers = grain.MapDataset.mix([rows.seed(seed).shuffle().repeat() for rows in ranges], self.weights)
         # There is no remainder to drop, but with one to keep grain rounds the length of endless data beyond 64 bits.
         batches = numbers.batch(batch_size, drop_remainder=True).map_with_index(batch).slice(slice(start_step, None))
         return iter(batches.to_iter_dataset(grain.ReadOptions(self.threads, prefetch_buffer_size=2 * self.threads)))
 
-    def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
-        """Once over `rows` validation rows spread evenly over the split (None: all), the last batch filled up with
-        rows of padding."""
-        source = self.val.rows
-        count = len(source) if rows is None else min(rows, len(source))
-        chosen = np.arange(count) * len(source) // max(count, 1)
-        chosen = np.pad(chosen, (0, -count % batch_size), constant_values=len(source))
-        for numbers in chosen.reshape(-1, batch_size):
+    def val_batches(self, batch_size: int, rows: int | None = None, part: slice = slice(None)) -> Iterator[Batch]:
+        """Once over `rows` validation rows (None: all), the last batch filled up with rows of padding.
+
+        Each source gives its share by weight, or all it has, spread evenly over its rows. With `part`, only these rows
+        of every batch.
+        """
+        edges = np.cumsum([0.0, *self.weights]) / sum(self.weights)
+        shares = np.full(len(edges) - 1, len(self.val.rows)) if rows is None else np.diff(np.round(edges * rows))
+        chosen = np.concatenate(
+            [
+                first + np.arange(count := int(min(share, size))) * size // max(count, 1)
+                for first, size, share in zip(self.val.rows.first, np.diff(self.val.rows.first), shares, strict=False)
+            ]
+        )
+        chosen = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=len(self.val.rows))
+        for numbers in chosen.reshape(-1, batch_size)[:, part]:
             yield self._batch(self.val, numbers, numbers, seed=0)
 
     def _batch(self, split: Split, rows: np.ndarray, numbers: np.ndarray, seed: int) -> Batch:
@@ -85,7 +121,7 @@ class Data:
 
 
 def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
-    """Reads, tokenises and splits the documents at `cfg.path`, each behind `prefix` places of the model's meta tokens.
+    """Reads, tokenises and splits the documents of `cfg`, each behind `prefix` places of the model's meta tokens.
 
     Raises:
       ConfigError: nothing to read, a split without documents, rows that the prefix fills, a prefix of documents that
@@ -96,15 +132,35 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
     if prefix and not cfg.documents:
         raise ConfigError("data.documents", False, f"expected True with model.prefix.meta_tokens = {prefix}")
     tokenizer = open_tokenizer(cfg.tokenizer)
-    corpus = open_corpus(cfg.path, tokenizer, cfg.val_fraction)
-    held_out = _held_out(corpus, cfg.val_fraction)
-    train = _split(cfg, corpus, tokenizer, ~held_out, prefix, partial=False)
-    val = _split(cfg, corpus, tokenizer, held_out, prefix, partial=True)
-    if len(train.rows) == 0:
-        tokens = train.rows.stream_length
-        allowed = f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
-        raise ConfigError("data.seq_len", cfg.seq_len, allowed)
-    return Data(tokenizer, train, val, corpus.files, corpus.sha256(), cfg.threads, cfg.modes, cfg.documents)
+    sources = {f"data.sources.{name}": build(SourceConfig, values) for name, values in sorted(cfg.sources.items())}
+    sources = sources or {"data": SourceConfig(cfg.path)}
+    opened = [_open(key, source, cfg, tokenizer) for key, source in sources.items()]
+    train = _split(cfg, [(corpus, ~held_out) for corpus, held_out in opened], tokenizer, prefix, partial=False)
+    val = _split(cfg, opened, tokenizer, prefix, partial=True)
+    for key, rows in zip(sources, train.rows.sources, strict=True):
+        if len(rows) == 0:
+            tokens = rows.stream_length
+            allowed = f"expected at most {tokens - 1}, the training split has only {tokens} tokens"
+            raise ConfigError("data.seq_len", cfg.seq_len, f"{allowed}{_named(key)}")
+    weights = tuple(source.weight for source in sources.values())
+    names = sha256(corpus.records for corpus, _ in opened)
+    return Data(tokenizer, train, val, weights, names, cfg.threads, cfg.modes, cfg.documents)
+
+
+def _open(key: str, source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, np.ndarray]:
+    """The documents of the source that has that key, and which of them are held out."""
+    try:
+        corpus = open_corpus(source.path, tokenizer, cfg.val_fraction)
+        return corpus, _held_out(corpus, cfg.val_fraction)
+    except ConfigError as error:
+        if error.key == "data.path":
+            raise ConfigError(f"{key}.path", error.value, error.allowed) from None
+        raise ConfigError(error.key, error.value, f"{error.allowed}{_named(key)}") from None
+
+
+def _named(key: str) -> str:
+    """What says in a message which of several sources it is about."""
+    return "" if key == "data" else f" ({key})"
 
 
 def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
@@ -124,17 +180,30 @@ def _held_out(corpus: Corpus, fraction: float) -> np.ndarray:
 
 
 def _split(
-    cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, members: np.ndarray, prefix: int, *, partial: bool
+    cfg: DataConfig,
+    corpora: Sequence[tuple[Corpus, np.ndarray]],
+    tokenizer: Tokenizer,
+    prefix: int,
+    *,
+    partial: bool,
 ) -> Split:
-    documents = np.flatnonzero(members)
-    rows = PackedRows(
-        corpus,
-        documents,
-        tokenizer,
-        cfg.seq_len,
-        seed=cfg.seed,
-        partial=partial,
-        prefix=prefix,
-        joined=not cfg.documents,
+    """The documents of corpora that belong to a split."""
+    documents = [np.flatnonzero(members) for _, members in corpora]
+    records = [corpus.records[chosen] for (corpus, _), chosen in zip(corpora, documents, strict=True)]
+    rows = Rows(
+        [
+            PackedRows(
+                corpus,
+                chosen,
+                tokenizer,
+                cfg.seq_len,
+                seed=cfg.seed,
+                partial=partial,
+                prefix=prefix,
+                joined=not cfg.documents,
+            )
+            for (corpus, _), chosen in zip(corpora, documents, strict=True)
+        ]
     )
-    return Split(rows, documents.size, int(corpus.records["bytes"][documents].sum()), corpus.sha256(documents))
+    counted = sum(len(some) for some in records), sum(int(some["bytes"].sum()) for some in records)
+    return Split(rows, *counted, sha256(records))

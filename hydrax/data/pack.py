@@ -12,9 +12,11 @@ of it end in padding, M places in all.
 Rows may also be `joined`, as many published models were trained: each is one document to the model, whatever it holds.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from hydrax.data.source import Corpus
+from hydrax.data.corpus import Corpus, offsets
 from hydrax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +26,7 @@ class PackedRows:
     """Rows of `seq_len` places. The cost of a row does not depend on its number, and little on the documents'.
 
     Args:
-      corpus: tokenised documents; a memory-mapped one stays on disk.
+      corpus: tokenised documents; a prepared one stays on disk.
       documents: int [n], the documents of this split.
       seed: decides their order.
       partial: keep the last, padded row. Training drops it, validation must not.
@@ -106,3 +108,34 @@ class PackedRows:
     def _head(self, segment: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Place of the first token of each segment in a row from `first`."""
         return np.maximum(self.starts[segment] + self.prefix, first)
+
+
+class Rows:
+    """Rows of several sources under one numbering, those of the second behind those of the first.
+
+    Args:
+      sources: of one `seq_len`, at least one.
+    """
+
+    def __init__(self, sources: Sequence[PackedRows]):
+        self.sources, self.seq_len = sources, sources[0].seq_len
+        self.first = offsets([len(source) for source in sources])  # row of each source; their number last
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, row: int) -> Batch:
+        """One row: the arrays of `batch` without their first axis."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return {key: x[0] for key, x in self.batch(np.array([row])).items()}
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """`PackedRows.batch` of rows [B] by number; a number past the end gives a row of padding."""
+        of = np.minimum(np.searchsorted(self.first, rows, "right"), len(self.sources)) - 1
+        batch: Batch = {}
+        for source in np.unique(of):
+            members = of == source
+            for key, x in self.sources[source].batch(rows[members] - self.first[source]).items():
+                batch.setdefault(key, np.empty((len(rows), *x.shape[1:]), x.dtype))[members] = x
+        return batch

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from hydrax.data.loader import Data
-from hydrax.data.pack import Batch, PackedRows
+from hydrax.data.pack import Batch, Rows
 from hydrax.data.tokenizer import ByteTokenizer
 
 MAX_TOKENS = 2**26  # counted at most, spread evenly over the split; a byte trigram has long converged by then
@@ -20,7 +20,7 @@ CHUNK = 2**20  # tokens counted at a time
 class Trigram:
     """Trigram model of the counted targets of `rows`; contexts stay inside a segment of a row."""
 
-    def __init__(self, rows: PackedRows, tokenizer: ByteTokenizer):
+    def __init__(self, rows: Rows, tokenizer: ByteTokenizer):
         self.vocab, self.absent = tokenizer.vocab_size, tokenizer.pad
         V, total = self.vocab, min(len(rows), -(-MAX_TOKENS // rows.seq_len))
         chosen = np.arange(total) * len(rows) // total

@@ -58,6 +58,13 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[a] for a in RULES[0][1])
 
 
+def local_rows(mesh: Mesh, batch: int) -> slice:
+    """The rows of a global batch that the devices of this process hold."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    bounds = [rows.indices(batch)[:2] for (rows,) in held]  # type: ignore[misc]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
 def constrain(x: Array, axes: Sequence[str]) -> Array:
     """`x` laid out by the rules on the mesh of `jax.set_mesh`; `x` itself where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()

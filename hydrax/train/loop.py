@@ -6,7 +6,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from hydrax.data.loader import Data, open_data
 from hydrax.data.pack import Batch
 from hydrax.models import cost, lm
 from hydrax.parallel.mesh import make_mesh
-from hydrax.parallel.rules import batch_sharding, batch_shards
+from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
 from hydrax.train import folder, metrics
 from hydrax.train.checkpoint import Checkpoints
 from hydrax.train.config import RunConfig
@@ -92,6 +92,7 @@ class Run:
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
         self.compile_seconds = 0.0
+        self.eval_size = cfg.train.batch_size // cfg.train.accumulate  # rows evaluated at a time
         dtype = compute_dtype(cfg.train.dtype)
         place, rows = shardings(self.abstract), batch_sharding(mesh)
         step = make_train_step(
@@ -109,7 +110,7 @@ class Run:
 
     def compile(self) -> jax.stages.Compiled:
         """The training step, compiled before the clock starts."""
-        batch = next(iter(self.data.train_batches(self.cfg.train.batch_size, self.cfg.train.seed)))
+        batch = self.put(next(self.train_batches(0)))
         began = time.perf_counter()
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
         compiled = self._step.lower(self.abstract, shapes).compile()
@@ -117,19 +118,23 @@ class Run:
         return compiled
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
-        """The global batch on the devices, each holding its rows."""
+        """The global batch on the devices, from this process's rows of it."""
         rows = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for k, x in batch.items()}
+        return {k: jax.make_array_from_process_local_data(rows, x) for k, x in batch.items()}
 
-    def val_batches(self) -> Batches:
-        """The validation rows, in batches of one microbatch."""
+    def train_batches(self, done: int) -> Iterator[Batch]:
+        """This process's rows of the training batches behind step `done`."""
         cfg = self.cfg.train
-        return self.data.val_batches(cfg.batch_size // cfg.accumulate, cfg.eval_rows)
+        return self.data.train_batches(cfg.batch_size, cfg.seed, done, local_rows(self.mesh, cfg.batch_size))
+
+    def val_batches(self, part: slice = slice(None)) -> Batches:
+        """The validation rows, in batches of one microbatch, or these rows of every batch."""
+        return self.data.val_batches(self.eval_size, self.cfg.train.eval_rows, part)
 
     def evaluate(self, params: dict[str, jax.Array]) -> dict[str, float]:
         """Nats per target and bits per byte over the validation rows."""
         totals = {"nll": 0.0, "tokens": 0.0, "bytes": 0.0}
-        for batch in self.val_batches():
+        for batch in self.val_batches(local_rows(self.mesh, self.eval_size)):
             sums = jax.device_get(self.evaluate_batch(params, self.put(batch)))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
         bits = totals["nll"] / math.log(2)
@@ -262,7 +267,7 @@ def _steps(
     compiled = run.compile()
     if jax.process_index() == 0:
         folder.describe_program(run.workdir, compiled)
-    batches = iter(run.data.train_batches(cfg.batch_size, cfg.seed, done))
+    batches = run.train_batches(done)
     recorder.clock.restart()
     for step in range(done + 1, last + 1):
         recorder.tracer.before(step)

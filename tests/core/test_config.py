@@ -61,6 +61,16 @@ def test_text_is_converted_by_the_declared_type():
     assert (cfg.optim.lr, cfg.optim.clip, cfg.model.tie, cfg.data.path) == (0.01, None, False, "12")
 
 
+def test_text_that_a_config_sets_can_be_taken_back(tmp_path):
+    path = write(
+        tmp_path,
+        "from configs import common\ndef get_config(arg=''):\n"
+        "    config = common.base()\n    config.data.path = '/data'\n    return config\n",
+    )
+    cfg = load_config(path, **{"data.path": Raw("none")})
+    assert build(RunConfig, cfg.to_dict()).data.path is None
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("3", 3), ("0.5", 0.5), ("true", True), ("False", False), ("None", None), ("none", "none"), ("head", "head")],

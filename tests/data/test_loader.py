@@ -119,13 +119,13 @@ def test_validation_rows_are_fixed_and_spread_over_the_split(data):
 
 
 def test_splits_are_disjoint_and_complete(data, folder):
-    assert data.files == data.train.documents + data.val.documents == 40
+    assert data.train.documents + data.val.documents == 40
     assert data.train.bytes + data.val.bytes == sum(f.stat().st_size for f in folder.iterdir())
     assert len({data.sha256, data.train.sha256, data.val.sha256}) == 3
 
 
 def test_too_few_tokens_for_a_row(folder, data):
-    tokens = data.train.rows.stream_length
+    tokens = data.train.rows.sources[0].stream_length
     cfg = DataConfig(path=str(folder), seq_len=tokens - 1, val_fraction=0.2)
     assert len(open_data(cfg).train.rows) == 1
     with pytest.raises(ConfigError) as caught:

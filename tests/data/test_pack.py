@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from hydrax.data.corpus import RECORD, Corpus
 from hydrax.data.pack import PackedRows
-from hydrax.data.source import RECORD, Corpus
 from hydrax.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -11,7 +11,7 @@ BYTES = ByteTokenizer()
 def corpus_of(texts):
     bodies = [np.array([BYTES.bos, *text, BYTES.eos], np.uint16) for text in texts]
     offsets = np.cumsum([0] + [b.size for b in bodies])
-    return Corpus(np.concatenate(bodies), offsets, np.zeros(len(texts), RECORD), len(texts))
+    return Corpus(np.concatenate(bodies), offsets, np.zeros(len(texts), RECORD))
 
 
 def packed(texts, seq_len, *, seed=0, partial=True, documents=None, prefix=0):
@@ -187,7 +187,7 @@ def test_memory_map_is_read_only_where_asked(tmp_path, texts):
     corpus = corpus_of(texts)
     np.save(tmp_path / "tokens.npy", corpus.tokens)
     tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
-    mapped = Corpus(tokens, corpus.offsets, corpus.records, corpus.files)
+    mapped = Corpus(tokens, corpus.offsets, corpus.records)
     rows = PackedRows(mapped, np.arange(len(texts)), BYTES, 16, seed=0, partial=True)
     assert rows.tokens is tokens
     for key, value in rows[3].items():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hydrax.core.build import ConfigError
+from hydrax.data import formats
 from hydrax.data.loader import DataConfig, open_data
-from hydrax.data.source import Document, documents, open_corpus, write_tokens
+from hydrax.data.source import documents, open_corpus
 from hydrax.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -76,13 +77,12 @@ def test_jsonl_has_a_document_per_line(tmp_path):
     lines = ['{"text": "one é"}', "", '{"id": 3, "text": "three\\nlines"}', '{"text": ""}', '{"text": "\\ud800"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     found = list(documents(str(tmp_path)))
-    assert [(d.file, d.line, d.text) for d in found] == [
+    assert [(d.file, d.record, d.text) for d in found] == [
         ("a.jsonl", 1, "one é".encode()),
         ("a.jsonl", 3, b"three\nlines"),
         ("a.jsonl", 5, b"?"),
     ]
     assert len({d.name for d in found}) == 3
-    assert open_corpus(str(tmp_path), BYTES).files == 1
 
 
 @pytest.mark.parametrize("line", ['{"body": "x"}', '{"text": 3}', "[1]", "{", '"text"', "null"])
@@ -124,64 +124,6 @@ def test_summary_changes_with_names_and_contents(folder):
     assert len({first, second, digest()}) == 3
 
 
-def test_token_folder_equals_the_text_it_was_made_from(folder, tmp_path_factory):
-    made = tmp_path_factory.mktemp("tokens")
-    write_tokens(made, documents(str(folder)), BYTES)
-    cfg = DataConfig(path=str(folder), seq_len=16, val_fraction=0.3)
-    text, tokens = open_data(cfg), open_data(DataConfig(path=str(made), seq_len=16, val_fraction=0.3))
-    assert isinstance(tokens.train.rows.tokens, np.memmap)
-    assert tokens.train.rows.tokens.dtype == np.uint16
-    for split in ("train", "val"):
-        a, b = getattr(text, split), getattr(tokens, split)
-        assert (a.documents, a.bytes, a.sha256, len(a.rows)) == (b.documents, b.bytes, b.sha256, len(b.rows))
-        everything = np.arange(len(a.rows))
-        for key, value in a.rows.batch(everything).items():
-            np.testing.assert_array_equal(value, b.rows.batch(everything)[key])
-    assert (text.files, text.sha256) == (tokens.files, tokens.sha256)
-
-
-def test_token_folder_that_was_interrupted_is_refused(folder, tmp_path):
-    made = folder / "tokens"
-    write_tokens(made, documents(str(folder)), BYTES)
-
-    def interrupted():
-        yield Document("a.txt", None, b"first")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_tokens(made, interrupted(), BYTES)
-    error = refused(made)
-    assert error.key == "data.path"
-    assert "write_tokens" in error.allowed
-
-
-def test_token_folder_of_another_tokenizer_is_refused(folder):
-    made = folder / "tokens"
-    write_tokens(made, documents(str(folder)), BYTES)
-    meta = json.loads((made / "meta.json").read_text())
-    (made / "meta.json").write_text(json.dumps(meta | {"fingerprint": "0", "tokenizer": "mine.json"}))
-    error = refused(made)
-    assert error.key == "data.tokenizer"
-    assert "mine.json" in error.allowed
-
-
-@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "documents.npy", "meta.json"])
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_damaged_token_folder_is_refused(folder, name, damage):
-    made = folder / "tokens"
-    write_tokens(made, documents(str(folder)), BYTES)
-    (made / name).unlink()
-    (made / name).mkdir() if damage is None else (made / name).write_bytes(damage)
-    assert refused(made).key == "data.path"
-
-
-def test_truncated_token_folder_is_refused(folder):
-    made = folder / "tokens"
-    write_tokens(made, documents(str(folder)), BYTES)
-    np.save(made / "tokens.npy", np.load(made / "tokens.npy")[:-1])
-    assert "do not fit" in refused(made).allowed
-
-
 def test_nothing_to_read_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").mkdir()
@@ -211,10 +153,10 @@ def test_unreadable_files_are_named_not_skipped(tmp_path, monkeypatch):
     assert "pipe.txt" in refused(tmp_path).allowed
     (tmp_path / "pipe.txt").unlink()
 
-    def denied(self):  # tests may run as root, whom no permission stops
-        raise PermissionError(13, "Permission denied", str(self))
+    def denied(path):  # tests may run as root, whom no permission stops
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    monkeypatch.setitem(formats._OPEN, "", denied)
     error = refused(tmp_path)
     assert error.key == "data.path"
     assert error.allowed == "0.txt cannot be read: Permission denied"
@@ -240,7 +182,7 @@ def test_standard_library_is_the_default():
     assert "json/decoder.py" in found
     assert all(name.endswith(".py") for name in found)
     assert not any(part in name for name in found for part in ("site-packages", "dist-packages", "__pycache__"))
-    assert data.files == len(found)
+    assert data.train.documents + data.val.documents == len(found)
     assert data.train.bytes > 10 * data.val.bytes > 1e6
     with open(os.path.join(sysconfig.get_paths()["stdlib"], "this.py"), "rb") as this:
         assert this.read() in texts(open_corpus(None, BYTES))

@@ -6,7 +6,7 @@ import pytest
 
 from hydrax.core.build import ConfigError
 from hydrax.data.loader import DataConfig, open_data
-from hydrax.data.source import documents, write_tokens
+from hydrax.data.prepare import prepare
 from hydrax.data.tokenizer import ByteTokenizer, TextStream, open_tokenizer
 
 TEXTS = [
@@ -116,7 +116,7 @@ def test_data_with_a_tokenizer_file(tmp_path):
     data = open_data(cfg)
     assert sum(batch["bytes"].sum() for batch in data.val_batches(4)) == data.val.bytes
 
-    write_tokens(tmp_path / "tokens", documents(str(tmp_path / "text")), tokenizer)
+    prepare(str(tmp_path / "text"), str(tmp_path / "tokens"), tokenizer=tokenizer.name)
     with pytest.raises(ConfigError, match="another tokenizer"):
         open_data(DataConfig(str(tmp_path / "tokens"), seq_len=8))
 

@@ -14,6 +14,7 @@ import launch.bench_train
 import launch.compile_time
 import launch.cost
 import launch.doctor
+import launch.prepare
 import launch.sample
 import launch.sweep
 import launch.train
@@ -27,6 +28,7 @@ MAINS = {
     "bench_train": launch.bench_train.main,
     "compile_time": launch.compile_time.main,
     "doctor": launch.doctor.main,
+    "prepare": launch.prepare.main,
     "sweep": launch.sweep.main,
 }
 CONFIG = """
@@ -104,6 +106,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "bench_kernels": {},
         "bench_train": {"config": config},
         "compile_time": {"config": config},
+        "prepare": {"source": pathlib.Path(config).parent / "text", "out": workdir},
     }
     given = {arg.lstrip("-").partition("=")[0] for arg in extra}
     return [*(f"--{k}={v}" for k, v in needed[command].items() if k not in given), *extra]

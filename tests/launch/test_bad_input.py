@@ -81,6 +81,8 @@ SETTINGS = [
     (["--config.data.path={folder}/*.none"], r"data\.path = '.*\*\.none': no file matches"),
     (["--config.data.path={folder}/dangling.txt"], r"data\.path = '.*/dangling\.txt': .*link leads nowhere"),
     (["--config.data.path={folder}/pipe.txt"], r"data\.path = '.*/pipe\.txt': .*not a regular file"),
+    (["--config.data.sources.web.wieght=2"], r"data\.path = '.*': expected None with data\.sources"),
+    (["--config.data.path=none", "--config.data.sources.web.wieght=2"], r"data\.sources\.web\.wieght = 2: unknown key"),
     (["--config.data.path={folder}/no_text.jsonl"], r"data\.path = '.*no_text\.jsonl': line 2 .*\"text\" field"),
     (["--config.data.path={folder}/broken.jsonl"], r"data\.path = '.*broken\.jsonl': line 1 .*\"text\" field"),
     # config files
@@ -166,6 +168,15 @@ OTHERS = [
     ("bench_train", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
     ("compile_time", ["--patterns=gla;gln"], r"model\.pattern = 'gln': 'gln' is neither a mixer nor a block"),
     ("compile_time", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
+    ("prepare", ["--source={folder}/missing"], r"source = '.*/missing': no such file or folder"),
+    ("prepare", ["--source={folder}/empty"], r"source = '.*/empty': no text files"),
+    ("prepare", ["--source={folder}/pipe.txt"], r"source = '.*/pipe\.txt': pipe\.txt is not a regular file"),
+    ("prepare", ["--source="], r"--source = '': expected file, folder or glob"),
+    ("prepare", ["--tokenizer=bytes"], r"tokenizer = 'bytes': expected \"byte\" or a tokenizer\.json"),
+    ("prepare", ["--processes=-1"], r"--processes = '-1': expected a non-negative integer"),
+    ("prepare", ["--val_fraction=2"], r"--val_fraction = '2': expected a number in the range \[0, 1\]"),
+    ("prepare", ["--out={folder}/nothing.py"], r"out = '.*/nothing\.py': expected a folder"),
+    ("prepare", ["--out={folder}"], r"out = '.*': the folder holds 'broken\.jsonl'; expected a new folder"),
     ("bench", ["--seq_len=64"], r"--seq_len = '64': unknown flag; did you mean --seq_lens\?"),
 ]
 
