@@ -62,7 +62,7 @@ oracles: .venv-oracles/.complete
 	@touch $@
 
 lock:
-	uv pip compile pyproject.toml --extra dev --extra hf --extra slurm --extra tensorboard --universal --python-version 3.11 \
+	uv pip compile pyproject.toml --extra data --extra dev --extra hf --extra slurm --extra tensorboard --universal --python-version 3.11 \
 		--no-header --no-annotate --quiet --output-file requirements.lock
 
 clean:
