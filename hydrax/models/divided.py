@@ -8,7 +8,7 @@ from hydrax.core.build import ConfigError
 from hydrax.models.mix import Mix
 from hydrax.models.modes import Modes
 from hydrax.models.spec import ModelConfig, resolve
-from hydrax.parallel.sequence import STRATEGIES, strategies, strategy
+from hydrax.parallel.shards import STRATEGIES, strategies, strategy
 
 
 def check_divided(cfg: ModelConfig, sizes: Mapping[str, int], seq_len: int, wanted: str | None) -> None:

@@ -24,7 +24,7 @@ from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import NORMS
 from hydrax.nn.param import param
 from hydrax.parallel.rules import constrain
-from hydrax.parallel.sequence import Shards, strategies
+from hydrax.parallel.shards import Shards, strategies
 
 
 class LM(nnx.Module):

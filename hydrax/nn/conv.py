@@ -9,7 +9,8 @@ from flax import nnx
 
 from hydrax.core.typing import Array
 from hydrax.nn.param import Init, param
-from hydrax.parallel.sequence import Shards, short_conv
+from hydrax.parallel.sequence import short_conv
+from hydrax.parallel.shards import Shards
 
 
 class ShortConv(nnx.Module):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.softmax import attention
-from hydrax.parallel.sequence import Shards, self_attention
+from hydrax.parallel.sequence import self_attention
+from hydrax.parallel.shards import Shards
 
 Cache = dict[str, Array]
 

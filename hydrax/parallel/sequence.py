@@ -17,68 +17,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
-from hydrax.core.typing import Array, Bool, PyTree
+from hydrax.core.typing import Array, PyTree
 from hydrax.ops import conv, delta, linear, scan, slots, softmax
 from hydrax.parallel import halo, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
-
-AXIS = "context"
-
-_STATE, _HEADS = ("allgather_state", "ulysses"), ("ulysses",)
-STRATEGIES: dict[str, tuple[str, ...]] = {
-    "none": _STATE,
-    "scalar": _STATE,
-    "diag": _STATE,
-    "full": _STATE,
-    "lse": ("allgather_kv", "ring", "ulysses"),
-    "stabilised": _HEADS,
-    "nonlinear": _HEADS,
-    "taps": ("halo",),
-}
-"""How states of token ranges compose (`mixers.Row.transition`) -> what serves divided rows, the default first.
-
-allgather_state (LASP-2, arXiv 2502.07563), allgather_kv (LASP-2H), ring (2310.01889), ulysses (2309.14509); halo serves
-short convolutions, beside all of these."""
-
-
-def strategies(names: str | None) -> tuple[str, ...]:
-    """The strategies of "name, name, ...", in order of preference."""
-    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
-
-
-def strategy(transition: str, wanted: Sequence[str]) -> str:
-    """The first wanted strategy that serves such states, else their default."""
-    able = STRATEGIES[transition]
-    return next((name for name in wanted if name in able), able[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """Facts of rows whose tokens are divided, in order, over the P devices along `context`.
-
-    Attributes:
-      wanted: strategies in order of preference, see `strategy`.
-      joined: bool [B,P], token 0 of the shard continues the document before it.
-      ends: bool [B,P], the shard has the last real token of the row.
-    """
-
-    wanted: tuple[str, ...]
-    joined: Bool[Array, "B P"]
-    ends: Bool[Array, "B P"]
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], segment_ids: Array | None, wanted: tuple[str, ...] = ()) -> "Shards | None":
-        """The facts of rows [B,T] on the mesh of `jax.set_mesh`; None where it does not divide their tokens."""
-        mesh, (B, T) = jax.sharding.get_abstract_mesh(), shape
-        P = 1 if mesh.empty or mesh.manual_axes else mesh.shape.get(AXIS, 1)
-        if P == 1 or T % P:
-            return None
-        if segment_ids is None:
-            segment_ids = jnp.ones((B, T), jnp.int32)
-        first, before = segment_ids[:, :: T // P], segment_ids[:, T // P - 1 :: T // P]
-        before = jnp.concatenate([first[:, :1], before[:, :-1]], axis=1)
-        real = jnp.maximum((first != 0).sum(1, keepdims=True), 1)  # padding is on the right
-        return cls(wanted, (first == before) | (first == 0), jnp.arange(1, P + 1) == real)
+from hydrax.parallel.shards import AXIS, Shards, strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +74,7 @@ OPS = {
     "slot_softmax": Op(slots.slot_softmax, "stabilised", ("bth",) * 3),
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", ("bth", "bth", "bth", "h", "bt"), state=""),
+    "window_attention": Op(_attention, "window", ("bth", "bth", "bth", "h", "bt"), state=""),
 }
 
 # What a strategy does on one device: (op, x, state, segment_ids, joined, ends, options) -> (y, final state).
@@ -204,14 +148,20 @@ def _letters(op: Op, i: int, x: Array | None) -> str:
 
 
 def _run(
-    name: str, x: tuple, state: PyTree, segment_ids: Array | None, shards: Shards | None, how: Mapping[str, Any]
-) -> tuple[Array, PyTree]:
+    name: str,
+    x: tuple,
+    *,
+    shards: Shards | None,
+    initial_state: PyTree = None,
+    segment_ids: Array | None = None,
+    **how: Any,
+) -> tuple[Any, Any]:
     """An op of whole rows, on the devices that share them."""
     op = OPS[name]
     if shards is None:
-        return op.run(*x, initial_state=state, segment_ids=segment_ids, **how)
+        return op.run(*x, initial_state=initial_state, segment_ids=segment_ids, **how)
     mesh, letters = jax.sharding.get_abstract_mesh(), [_letters(op, i, a) for i, a in enumerate(x)]
-    sizes = _sizes([(a, w) for a, w in zip((*x, state), (*letters, op.state), strict=True)])
+    sizes = _sizes([(a, w) for a, w in zip((*x, initial_state), (*letters, op.state), strict=True)])
     on = _axes(mesh, sizes)
     chosen = strategy(op.transition, shards.wanted)
     heads = [n // (mesh.shape["tensor"] if "h" in on else 1) for n in sizes["h"]]
@@ -230,7 +180,7 @@ def _run(
         local,
         in_specs=(tuple(map(spec, letters)), spec(op.state), rows, rows, rows),
         out_specs=(spec("bth"), spec(op.state)),
-    )(x, state, segment_ids, shards.joined, shards.ends)
+    )(x, initial_state, segment_ids, shards.joined, shards.ends)
 
 
 def _sizes(arrays: Sequence[tuple[PyTree, str]]) -> dict[str, set[int]]:
@@ -251,70 +201,58 @@ def _axes(mesh: AbstractMesh, sizes: Mapping[str, set[int]]) -> dict[str, tuple[
     return {c: on for c, on in axes.items() if on and all(size % parts[c] == 0 for size in sizes[c])}
 
 
-Facts = Any
-"""`initial_state`, `segment_ids` and what else the op takes by name."""
+# Arguments, results and errors are those of the ops of these names; `facts` are `shards` and what an op takes by name.
 
 
-def _op(name: str, x: tuple, shards: Shards | None, how: dict[str, Any]) -> tuple[Array, PyTree]:
-    return _run(name, x, how.pop("initial_state", None), how.pop("segment_ids", None), shards, how)
-
-
-def linear_attention(
-    q: Array, k: Array, v: Array, log_decay: Array | None = None, *, shards: Shards | None, **facts: Facts
-) -> tuple[Array, Array]:
+def linear_attention(q: Array, k: Array, v: Array, log_decay: Array | None = None, **facts: Any) -> tuple[Array, Array]:
     """`ops.linear.linear_attention`."""
-    return _op("linear_attention", (q, k, v, log_decay), shards, facts)
+    return _run("linear_attention", (q, k, v, log_decay), **facts)
 
 
 def delta_rule(
-    q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None = None, *, shards: Shards | None, **facts: Facts
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None = None, **facts: Any
 ) -> tuple[Array, Array]:
     """`ops.delta.delta_rule`."""
-    return _op("delta_rule", (q, k, v, beta, log_decay), shards, facts)
+    return _run("delta_rule", (q, k, v, beta, log_decay), **facts)
 
 
-def linear_scan(a: Array, b: Array, *, shards: Shards | None, **facts: Facts) -> tuple[Array, Array]:
+def linear_scan(a: Array, b: Array, **facts: Any) -> tuple[Array, Array]:
     """`ops.scan.linear_scan`."""
-    return _op("linear_scan", (a, b), shards, facts)
+    return _run("linear_scan", (a, b), **facts)
 
 
-def selective_scan(
-    x: Array, dt: Array, A: Array, b: Array, c: Array, *, shards: Shards | None, **facts: Facts
-) -> tuple[Array, Array]:
+def selective_scan(x: Array, dt: Array, A: Array, b: Array, c: Array, **facts: Any) -> tuple[Array, Array]:
     """`ops.scan.selective_scan`."""
-    return _op("selective_scan", (x, dt, A, b, c), shards, facts)
+    return _run("selective_scan", (x, dt, A, b, c), **facts)
 
 
 def slot_attention(
-    q: Array, k: Array, v: Array, write: Array, log_decay: Array, *, shards: Shards | None, **facts: Facts
+    q: Array, k: Array, v: Array, write: Array, log_decay: Array, **facts: Any
 ) -> tuple[Array, tuple[Array, Array]]:
     """`ops.slots.slot_attention`."""
-    return _op("slot_attention", (q, k, v, write, log_decay), shards, facts)
+    return _run("slot_attention", (q, k, v, write, log_decay), **facts)
 
 
-def softmax_decay(logits: Array, *, shards: Shards | None, **facts: Facts) -> tuple[Array, Array]:
+def softmax_decay(logits: Array, **facts: Any) -> tuple[Array, Array]:
     """`ops.slots.softmax_decay`."""
-    return _op("softmax_decay", (logits,), shards, facts)
+    return _run("softmax_decay", (logits,), **facts)
 
 
-def slot_softmax(
-    q: Array, scores: Array, v: Array, *, shards: Shards | None, **facts: Facts
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def slot_softmax(q: Array, scores: Array, v: Array, **facts: Any) -> tuple[Array, tuple[Array, Array, Array]]:
     """`ops.slots.slot_softmax`."""
-    return _op("slot_softmax", (q, scores, v), shards, facts)
+    return _run("slot_softmax", (q, scores, v), **facts)
 
 
-def short_conv(
-    x: Array, w: Array, b: Array | None = None, *, shards: Shards | None, **facts: Facts
-) -> tuple[Array, Array]:
+def short_conv(x: Array, w: Array, b: Array | None = None, **facts: Any) -> tuple[Array, Array]:
     """`ops.conv.short_conv`."""
-    return _op("short_conv", (x, w, b), shards, facts)
+    return _run("short_conv", (x, w, b), **facts)
 
 
 def self_attention(
-    q: Array, k: Array, v: Array, *, shards: Shards | None, sinks: Array | None = None, **facts: Facts
+    q: Array, k: Array, v: Array, *, sinks: Array | None = None, positions: Array | None = None, **facts: Any
 ) -> Array:
-    """`ops.softmax.attention` of rows to themselves."""
-    positions = facts.pop("positions") if facts.get("sink_tokens") else None
-    facts.pop("positions", None)
-    return _op("attention", (q, k, v, sinks, positions), shards, facts)[0]
+    """`ops.softmax.attention` of rows to themselves; `positions` are those in the documents."""
+    name = "attention" if facts.get("window") is None else "window_attention"
+    if facts.get("shards") is None or not facts.get("sink_tokens"):
+        positions = None  # the op finds those in the row, which give the same distances
+    return _run(name, (q, k, v, sinks, positions), **facts)[0]

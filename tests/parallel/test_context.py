@@ -17,7 +17,7 @@ from hydrax.models.divided import check_divided
 from hydrax.models.mix import Single
 from hydrax.models.spec import ModelConfig, resolve
 from hydrax.parallel.halo import halo_left
-from hydrax.parallel.sequence import STRATEGIES, Shards
+from hydrax.parallel.shards import STRATEGIES, Shards
 from tests.contract.cases import Case, D, case, normal, segments
 from tests.parallel.devices import ROWS, count, mesh_of
 from tests.tolerances import TOLERANCE, assert_equal, assert_trees_close
