@@ -88,9 +88,10 @@ def ring_attention(
 ) -> Any:
     """`attention` of this shard's queries; keys and values visit each shard in turn, and those of two are held at once.
 
-    Slots of the layout that see nothing of a visiting slot cost nothing. With a window and the contiguous layout, keys
-    go only as far as it reaches. The backward pass is a second ring, in which the gradients of keys travel with them;
-    what lives in between is q, k, v, the output and its log-sum-exp. Arguments and errors are those of `allgather_kv`.
+    Slots of the layout that see nothing of a visiting slot cost nothing. With a window (and no `sink_tokens`) only
+    scores near the diagonal are formed, and in the contiguous layout keys go only as far as it reaches. The backward
+    pass is a second ring, in which the gradients of keys travel with them; what lives in between is q, k, v, the output
+    and its log-sum-exp. Arguments and errors are those of `allgather_kv`.
     """
     sink_tokens = 0 if window is None else sink_tokens
     _check({"sink_tokens": sink_tokens}, segment_ids, positions)
@@ -144,12 +145,29 @@ class _Ring:
         """The arrays that were `by` shards before this one."""
         return jax.lax.ppermute(x, self.axis, [(i, (i + by) % self.shards) for i in range(self.shards)])
 
+    def cases(self, pair: Callable) -> tuple[Callable, ...]:
+        """What becomes of (rows, home, keys, carried): rows that see none of the keys, later ones, the keys' own."""
+        window, meet = self.rules.window, functools.partial(pair, self.rules)
+        if window is None or self.rules.sink_tokens:
+            return _unseen, meet
+        reach = max(window - 1, 1)
+
+        def later(rows: PyTree, home: PyTree, keys: PyTree, carried: PyTree) -> tuple[PyTree, PyTree]:
+            """The first rows see the last keys."""
+            n = min(reach, keys.positions.shape[1])
+            first, last = (functools.partial(jax.tree.map, f) for f in (lambda a: a[:, :n], lambda a: a[:, -n:]))
+            new = meet(first(rows), first(home), last(keys), last(carried))
+            home = jax.tree.map(lambda a, b: a.at[:, :n].set(b), home, new[0])
+            return home, jax.tree.map(lambda a, b: a.at[:, -n:].set(b), carried, new[1])
+
+        return _unseen, later, functools.partial(pair, dataclasses.replace(self.rules, aligned=True))
+
     def tour(self, pair: Callable, rows: PyTree, home: PyTree, keys: forms.Keys, carried: PyTree) -> tuple:
         """What stays at `home` and what was `carried` along with the keys, after these visited all who see them.
 
-        `pair` (rows, home, keys, carried) -> (home, carried) of one slot of rows and one of keys.
+        `pair` (rules, rows, home, keys, carried) -> (home, carried) of one slot of rows and one of keys.
         """
-        mine = self.numbers()
+        mine, cases = self.numbers(), self.cases(pair)
         rows, home, keys, carried = self.cut((rows, home, keys, carried))
         hops = self.hops(keys.k.shape[0] * keys.k.shape[2])
 
@@ -159,8 +177,8 @@ class _Ring:
 
                 def one_of_rows(carried: PyTree, x: tuple) -> tuple:
                     own, rows, home = x
-                    seen = sees(own, rows[0], number, keys, self.rules)
-                    home, carried = jax.lax.cond(seen, pair, lambda _, h, __, c: (h, c), rows, home, keys, carried)
+                    case = sees(own, rows[0], number, keys, self.rules).astype(jnp.int32) + (own == number)
+                    home, carried = jax.lax.switch(case, cases, rows, home, keys, carried)
                     return carried, home
 
                 carried, home = jax.lax.scan(one_of_rows, carried, (mine, rows, home))
@@ -177,6 +195,10 @@ class _Ring:
         (home, keys, carried), _ = jax.lax.scan(hop, (home, keys, carried), jnp.arange(hops))
         home, carried = visit(hops, home, keys, carried)
         return self.join(home), self.join(self.passed(carried, -hops))
+
+
+def _unseen(rows: PyTree, home: PyTree, keys: forms.Keys, carried: PyTree) -> tuple[PyTree, PyTree]:
+    return home, carried
 
 
 def sees(own: Array, rows: forms.Queries, number: Array, keys: forms.Keys, rules: forms.Rules) -> Bool[Array, ""]:
@@ -206,9 +228,9 @@ def _forward(how: _Ring, q: Array, k: Array, v: Array, positions: Array, seg: Ar
     B, L, G, R, _ = q.shape
     queries, keys = forms.Queries(q, positions, seg), forms.Keys(k, v, positions, seg)
 
-    def pair(rows: tuple, home: tuple, keys: forms.Keys, carried: tuple) -> tuple:
+    def pair(rules: forms.Rules, rows: tuple, home: tuple, keys: forms.Keys, carried: tuple) -> tuple:
         (queries,) = rows
-        o, lse = forms.chunked(queries, keys, None, how.rules, chunk_size=how.chunk_size)
+        o, lse = forms.chunked(queries, keys, None, rules, chunk_size=how.chunk_size)
         return merge(home, (o.reshape(home[0].shape), lse.reshape(home[1].shape))), carried
 
     empty = jnp.zeros_like(q, wide(q.dtype), (B, L, G * R))
@@ -225,12 +247,12 @@ def _backward(how: _Ring, kept: tuple, cotangents: tuple) -> tuple:
     grouped = queries.q.shape[:4]
     pull = (do.reshape(*grouped, -1), (dlse - jnp.sum(do * fp32(o), -1)).reshape(grouped))
 
-    def pair(rows: tuple, dq: Array, keys: forms.Keys, carried: tuple) -> tuple:
+    def pair(rules: forms.Rules, rows: tuple, dq: Array, keys: forms.Keys, carried: tuple) -> tuple:
         queries, lse, *pull = rows
 
         def weighed(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
             mine, theirs = queries._replace(q=q), keys._replace(k=k, v=v)
-            return forms.chunked_weigh(mine, theirs, lse, how.rules, chunk_size=how.chunk_size)
+            return forms.chunked_weigh(mine, theirs, lse, rules, chunk_size=how.chunk_size)
 
         new = jax.vjp(weighed, queries.q, keys.k, keys.v)[1](tuple(pull))
         dq, *carried = jax.tree.map(lambda total, d: total + fp32(d), (dq, *carried), new)

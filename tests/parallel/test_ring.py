@@ -47,7 +47,8 @@ class Case:
 CASES = {
     "causal": Case(),
     "documents": Case(V=4, documents=True),
-    "window": Case(H=2, Hk=2, options=(("window", 8),)),  # the first token of a shard sees one of two shards before
+    # the first token of a shard of 8 sees one token of the second shard before it
+    "window": Case(H=2, Hk=2, options=(("window", 8), ("chunk_size", 2))),
     "wide_window": Case(H=2, Hk=1, documents=True, options=(("window", 15), ("scale", 0.7))),
     "sink_tokens": Case(documents=True, positions=True, options=(("window", 4), ("sink_tokens", 2))),
     "sinks_softcap": Case(documents=True, sinks=True, options=(("window", 9), ("softcap", 2.0))),
@@ -181,6 +182,16 @@ def test_the_ring_holds_no_row_and_gathers_nothing() -> None:
         assert count("all-gather", program) == count("all-reduce", program) == count("all-to-all", program) == 0
         assert count("collective-permute", program) > 0
         assert any(T // 4 in shape for shape in shapes(program)) and all(T not in shape for shape in shapes(program))
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_with_a_window_the_ring_forms_the_scores_near_the_diagonal_alone(layout: str) -> None:
+    """Of 24 tokens, the 4 of a block and the 4 before them; none of all pairs."""
+    x, _, _ = problem(CASES["causal"])
+    f = functools.partial(ring_attention, axis="context", layout=layout, window=5, chunk_size=4)
+    run = jax.shard_map(lambda x: jax.grad(lambda x: f(**x).sum())(x), mesh=mesh_of(2), in_specs=ROWS, out_specs=ROWS)
+    scores = [shape for shape in shapes(jax.jit(run).lower(x).compile().as_text()) if shape[:3] == [2, 2, 4]]
+    assert scores and all(np.prod(shape) <= 2 * 2 * 4 * 2 * 8 for shape in scores)
 
 
 def test_keys_and_values_are_gathered_once() -> None:

@@ -104,29 +104,30 @@ def chunked(
     queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
-    C, S, w = min(chunk_size, queries.q.shape[1]), keys.k.shape[1], rules.window
-    near = S if w is None or rules.sink_tokens or queries.bias is not None or not rules.aligned else C + w - 1
-    return _in_chunks(lambda rows, keys: attend(rows, keys, sinks, rules), queries, keys, C, min(near, S))
+    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
 def chunked_weigh(
     queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """`weigh`, C queries at a time."""
-    C, S = min(chunk_size, queries.q.shape[1]), keys.k.shape[1]
-    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, C, S)
+    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def _in_chunks(f: Callable[[PyTree, Keys], tuple], rows: PyTree, keys: Keys, C: int, near: int) -> tuple[Array, Array]:
-    """f(rows, keys) for every block of C rows, and the `near` last keys up to its own if these are not all."""
-    T, S = jax.tree.leaves(rows)[0].shape[1], keys.k.shape[1]
+def _in_chunks(
+    f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
+) -> tuple[Array, Array]:
+    """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
+    T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
+    C = min(chunk_size, T)
+    near = S if w is None or rules.sink_tokens or rows[0].bias is not None or not rules.aligned else C + w - 1
     if near < S:
         keys = _with_margins(keys, near - C, -T % C)
     k_dtype, v_dtype = keys.k.dtype, keys.v.dtype
     keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
-    def block(start: Array, rows: PyTree) -> tuple[Array, Array]:
+    def block(start: Array, rows: tuple) -> tuple[Array, Array]:
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
