@@ -105,7 +105,8 @@ class LM(nnx.Module):
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
             modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
-        ctx = mixers.Context.of(tokens, segment_ids, impl=impl or self.cfg.impl, modes=modes, taps=taps or {})
+        facts = {"shards": Shards.of(tokens.shape, segment_ids, self.strategies), "impl": impl or self.cfg.impl}
+        ctx = mixers.Context.of(tokens, segment_ids, modes=modes, taps=taps or {}, **facts)
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
         x, _, losses = self._run(tokens, ctx, None)
@@ -178,8 +179,7 @@ class LM(nnx.Module):
                 ctx = dataclasses.replace(ctx, modes=jnp.where(inside, -1, ctx.modes))
         x = constrain(x, ("batch", "seq", "act_embed"))
         bounds = {b.width: b() for b in self.bounds}
-        shards = Shards.of(tokens.shape, ctx.segment_ids, self.strategies)
-        return x, dataclasses.replace(ctx, depth=self.depth, lower_bounds=bounds, embeddings=x, shards=shards)
+        return x, dataclasses.replace(ctx, depth=self.depth, lower_bounds=bounds, embeddings=x)
 
     def _run(self, tokens: Array, ctx: mixers.Context, layers: list | None) -> tuple[Array, list, Losses]:
         x, ctx = self.enter(tokens, ctx)
