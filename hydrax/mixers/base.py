@@ -12,6 +12,7 @@ from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
 from hydrax.ops.documents import document_positions
+from hydrax.parallel.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Context:
       embeddings: [B,T,D], what the first layer read: the token embeddings.
       modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. -1, None: the
         block's own choice.
+      shards: the tokens of rows are divided over devices, see `parallel.shards`; None: they are not.
       keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
       impl: passed to the ops.
       records: where `record` puts what a layer has to say beside its output; None: nowhere.
@@ -42,6 +44,7 @@ class Context:
     lower_bounds: Mapping[int, Array] = dataclasses.field(default_factory=dict)
     embeddings: Float[Array, "B T D"] | None = None
     modes: Int[Array, "B T"] | None = None
+    shards: Shards | None = None
     keys: Any = None
     records: dict[str, Any] | None = None
     impl: str | None = None

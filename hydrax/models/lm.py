@@ -24,6 +24,7 @@ from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import NORMS
 from hydrax.nn.param import param
 from hydrax.parallel.rules import constrain
+from hydrax.parallel.shards import Shards, strategies
 
 
 class LM(nnx.Module):
@@ -32,8 +33,18 @@ class LM(nnx.Module):
     Computation runs in the dtype of the embedding table (see `Blueprint.cast`); logits are fp32.
     """
 
-    def __init__(self, cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True, key: Array):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        remat: str = "none",
+        unroll: int = 1,
+        scan: bool = True,
+        strategy: str | None = None,
+        key: Array,
+    ):
         self.cfg, self.remat, self.unroll = cfg, remat, unroll
+        self.strategies = strategies(strategy)
         self.sections = sections(cfg)
         layers = [layer for section in self.sections for layer in section.layers]
         self.depth = len(layers)
@@ -94,7 +105,8 @@ class LM(nnx.Module):
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
             modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
-        ctx = mixers.Context.of(tokens, segment_ids, impl=impl or self.cfg.impl, modes=modes, taps=taps or {})
+        facts = {"shards": Shards.of(tokens.shape, segment_ids, self.strategies), "impl": impl or self.cfg.impl}
+        ctx = mixers.Context.of(tokens, segment_ids, modes=modes, taps=taps or {}, **facts)
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
         x, _, losses = self._run(tokens, ctx, None)
@@ -292,19 +304,22 @@ class Blueprint:
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
-def blueprint(cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True) -> Blueprint:
+def blueprint(
+    cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True, strategy: str | None = None
+) -> Blueprint:
     """The blueprint of a model.
 
     Args:
       remat: what the backward pass recomputes, a key of `stack.REMAT`.
       unroll: repeated periods per iteration of the layer scan; more compile time, fewer copies.
       scan: False gives every layer parameters of its own, for inspection.
+      strategy: that of `MeshConfig`, for rows whose tokens are divided.
     """
     if remat not in REMAT:
         raise ConfigError("train.remat", remat, f"expected one of {', '.join(REMAT)}")
 
     def make(key: Array) -> LM:
-        return LM(cfg, remat=remat, unroll=unroll, scan=scan, key=key)
+        return LM(cfg, remat=remat, unroll=unroll, scan=scan, strategy=strategy, key=key)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     return Blueprint(cfg, graph, {_path(p): v for p, v in nnx.to_flat_state(state)}, make)

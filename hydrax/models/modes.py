@@ -109,7 +109,7 @@ class ModesMixer(Mixer):
         facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
         cache = None if state is None else state["cache"]
         keys = kv_cache.collect(k, v, cache, **facts)
-        o = kv_cache.attend(q, keys, softcap=options.softcap, impl=ctx.impl, **facts)
+        o = kv_cache.attend(q, keys, softcap=options.softcap, shards=ctx.shards, impl=ctx.impl, **facts)
         return o, None if cache is None else kv_cache.write(cache, k, v, **facts)
 
     def out(self, z: Array) -> Array:

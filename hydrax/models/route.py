@@ -17,7 +17,7 @@ from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers import Context, Mixer
 from hydrax.models.mix import Mix, take_projection
 from hydrax.nn.linear import Linear
-from hydrax.ops.scan import linear_scan
+from hydrax.parallel.sequence import linear_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,9 @@ class RouteMixer(Mixer):
         options = self.cfg.options
         reads = (ctx.positions < options.prefix)[:, :, None]
         seen = fp32(jnp.where(reads, x, 0))
-        sums, last = linear_scan(jnp.ones_like(seen), seen, initial_state=past, segment_ids=ctx.segment_ids)
+        sums, last = linear_scan(
+            jnp.ones_like(seen), seen, initial_state=past, segment_ids=ctx.segment_ids, shards=ctx.shards
+        )
         p = jax.nn.sigmoid(fp32(self.choice(jax.nn.silu(self.hidden(sums / options.prefix)))))[:, :, 0]
         chosen = (p > 0.5).astype(p.dtype) + (p - jax.lax.stop_gradient(p))  # the difference is exactly 0
         counted = ~reads[:, :, 0] if ctx.segment_ids is None else ~reads[:, :, 0] & (ctx.segment_ids != 0)

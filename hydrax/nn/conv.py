@@ -9,7 +9,8 @@ from flax import nnx
 
 from hydrax.core.typing import Array
 from hydrax.nn.param import Init, param
-from hydrax.ops.conv import short_conv
+from hydrax.parallel.sequence import short_conv
+from hydrax.parallel.shards import Shards
 
 
 class ShortConv(nnx.Module):
@@ -41,7 +42,13 @@ class ShortConv(nnx.Module):
         self.bias = param(rngs, offset, shape, axes, cast=True) if bias else None
 
     def __call__(
-        self, x: Array, state: Array | None = None, *, segment_ids: Array | None = None, impl: str | None = None
+        self,
+        x: Array,
+        state: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        shards: Shards | None = None,
+        impl: str | None = None,
     ) -> tuple[Array, Array]:
         bias = None if self.bias is None else self.bias[...]
         return short_conv(
@@ -51,6 +58,7 @@ class ShortConv(nnx.Module):
             activation=self.activation,
             initial_state=state,
             segment_ids=segment_ids,
+            shards=shards,
             impl=impl,
         )
 

@@ -77,7 +77,7 @@ class DeltaInputs(nnx.Module):
         their norm and "values".
         """
         past = dict.fromkeys("qkv") if state is None else state
-        facts = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts = {"segment_ids": ctx.segment_ids, "shards": ctx.shards, "impl": ctx.impl}
         q, q_tail = self.q_conv(self.q(x), past["q"], **facts)
         k, k_tail = self.k_conv(self.k(x), past["k"], **facts)
         v, v_tail = self.v_conv(self.v(x), past["v"], **facts)

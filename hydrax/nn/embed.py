@@ -7,6 +7,7 @@ from flax import nnx
 from hydrax.core.numerics import einsum
 from hydrax.core.typing import Array, Float, Int
 from hydrax.nn.param import param
+from hydrax.parallel.rules import constrain
 
 PADDED_LOGIT = -1e30
 """Logit of the rows that only round the vocabulary up."""
@@ -22,7 +23,8 @@ class Embedding(nnx.Module):
         self.weight = param(rngs, init, (rows, d_model), ("vocab", "embed"), cast=True)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens]
+        # Devices gather whole columns of the table before they look up their tokens: the compiler would gather these.
+        return constrain(self.weight[...], ("vocab", "act_embed"))[constrain(tokens, ("batch", "seq"))]
 
     def logits(self, x: Array, softcap: float | None = None) -> Array:
         """fp32 logits x·Wᵀ [..., rows], soft-capped to c·tanh(z/c); those of rows beyond the vocabulary are masked."""

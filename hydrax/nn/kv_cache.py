@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.softmax import attention
+from hydrax.parallel.sequence import self_attention
+from hydrax.parallel.shards import Shards
 
 Cache = dict[str, Array]
 
@@ -80,11 +82,13 @@ def attend(
     *,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
+    shards: Shards | None = None,
     **options: Any,
 ) -> Float[Array, "B T H V"]:
     """`attention` of the queries over `collect`ed keys; plain self-attention where these are the queries' own."""
     if keys.segment_ids is None:
-        return attention(q, keys.k, keys.v, segment_ids=segment_ids, **options)
+        options |= {"segment_ids": segment_ids, "positions": positions}
+        return self_attention(q, keys.k, keys.v, shards=shards, **options)
     return attention(
         q,
         keys.k,

@@ -10,6 +10,7 @@ Papers: 2101.03961 (balance loss, capacity), 2202.08906 (z-loss), 2211.15841 (dr
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -24,6 +25,7 @@ from hydrax.nn.ffn import FFN, GLU, KINDS, activated, default_width
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
 from hydrax.ops.scan import linear_scan
+from hydrax.parallel.experts import Weights, by_tokens, mixture
 
 State = dict[str, Array]
 
@@ -80,31 +82,41 @@ def state_bytes(cfg: MoEConfig, d_model: int, itemsize: int) -> int:
     return 2 * 4 * cfg.experts if cfg.granularity == "chunk" else 0
 
 
+AXES = {
+    "gate": ("experts", "embed", "mlp"),
+    "up": ("experts", "embed", "mlp"),
+    "down": ("experts", "mlp", "embed"),
+}
+"""The weights of experts, and their logical axes."""
+
+
 class Experts(nnx.Module):
     """E feed-forward networks of one kind, initialised as `FFN`: weights [E,D,F] and [E,F,D]."""
 
     def __init__(self, experts: int, d_model: int, width: int, kind: str, *, rngs: nnx.Rngs):
-        def weight(rows: int, columns: int, *axes: str, residual: bool = False) -> nnx.Param:
+        def weight(name: str) -> nnx.Param:
+            sizes = {"experts": experts, "embed": d_model, "mlp": width}
             return param(
                 rngs,
                 jax.nn.initializers.lecun_normal(batch_axis=(0,)),
-                (experts, rows, columns),
-                ("experts", *axes),
+                tuple(sizes[axis] for axis in AXES[name]),
+                AXES[name],
                 decay=True,
                 matrix=((-2,), (-1,)),
                 cast=True,
-                residual=residual,
+                residual=name == "down",
             )
 
         self.kind = kind
-        self.gate = weight(d_model, width, "embed", "mlp") if kind in GLU else None
-        self.up = weight(d_model, width, "embed", "mlp")
-        self.down = weight(width, d_model, "mlp", "embed", residual=True)
+        self.gate = weight("gate") if kind in GLU else None
+        self.up = weight("up")
+        self.down = weight("down")
 
-    def __call__(self, x: Array, sizes: Int[Array, "E"] | None = None) -> Array:
-        """x [B,E,C,D], or [M,D] with `sizes` tokens for each expert in turn -> outputs of that shape."""
-        gate = None if self.gate is None else _product(x, self.gate, sizes)
-        return _product(activated(self.kind, _product(x, self.up, sizes), gate), self.down, sizes)
+    def __call__(self, x: Array, ids: Array, gates: Array, capacity: int | None) -> Float[Array, "B T D"]:
+        """See `parallel.experts.mixture`."""
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        weights = {name: weight[...] for name, weight in named.items() if weight is not None}
+        return mixture(functools.partial(_ffns, self.kind), weights, x, ids, gates, axes=AXES, capacity=capacity)
 
 
 class MoE(nnx.Module):
@@ -160,14 +172,17 @@ class MoE(nnx.Module):
             start = einsum("d,de->e", self.first[...], self.router[...])
             logits, state = _by_chunks(logits, start, positions, valid, state, cfg.chunk)
         scores = SCORES[cfg.router](logits)
-        ids = select(scores if self.bias is None else scores + self.bias[...], cfg)
+        ranked = jax.lax.stop_gradient(scores if self.bias is None else scores + self.bias[...])
+        ids = by_tokens(functools.partial(select, cfg=cfg), ranked)
         chosen = jax.nn.one_hot(ids, cfg.experts, dtype=scores.dtype)  # [B,T,k,E]
         gates = jnp.sum(chosen * scores[..., None, :], axis=-1)
         gates = cfg.scale * (gates / (gates.sum(-1, keepdims=True) + TINY) if cfg.renorm else gates)
         load = jnp.sum(jnp.where(valid[..., None, None], chosen, 0), axis=(0, 1, 2))
         if self.bias is not None:
             gates = _with_load(gates, self.bias[...], load)
-        y = jnp.sum(gates[..., None] * fp32(self._served(x, ids)), axis=2)
+        (_, T, k), cap = ids.shape, cfg.capacity
+        slots = None if cap is None else min(T, math.ceil(cap * k * T / cfg.experts))
+        y = self.experts(x, ids, gates, slots)
         if self.shared is not None:
             weight = 1.0 if self.shared_gate is None else jax.nn.sigmoid(fp32(self.shared_gate(x)))
             y = y + weight * fp32(self.shared(x))
@@ -177,20 +192,6 @@ class MoE(nnx.Module):
         """The state before the first token: nothing, or zeros with chunk granularity."""
         names = ("sum", "logits") if self.cfg.granularity == "chunk" else ()
         return {name: jnp.zeros((batch, self.cfg.experts), wide(dtype)) for name in names}
-
-    def _served(self, x: Array, ids: Int[Array, "B T k"]) -> Float[Array, "B T k D"]:
-        """What each chosen expert makes of each token; zeros where it is full."""
-        (B, T, k), E, D = ids.shape, self.cfg.experts, x.shape[-1]
-        copies = jnp.repeat(x, k, axis=1)  # one per choice
-        if self.cfg.capacity is None:
-            copies, pairs = copies.reshape(1, -1, D), ids.reshape(1, -1)
-            to, source = dispatch(pairs, E, None)
-            y = self.experts(_moved(copies, source, to)[0], jnp.bincount(pairs[0], length=E))
-        else:
-            C = min(T, math.ceil(self.cfg.capacity * k * T / E))
-            to, source = dispatch(ids.reshape(B, -1), E, C)
-            y = self.experts(_moved(copies, source, to).reshape(B, E, C, D))
-        return _moved(y.reshape(*source.shape, D), to, source).reshape(B, T, k, D)
 
 
 def select(scores: Float[Array, "*B E"], cfg: MoEConfig) -> Int[Array, "*B k"]:
@@ -223,38 +224,6 @@ def losses(
         lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         terms["router_z"] = cfg.z_loss * mean(lse**2)[0]
     return terms
-
-
-def dispatch(ids: Int[Array, "R P"], experts: int, capacity: int | None) -> tuple[Array, Array]:
-    """Where each of P choices goes in the experts' buffer [R,S], and which choice each slot takes; both may be beyond.
-
-    Without capacity, S = P and the choices are sorted by expert. With it, S = E · capacity, and an expert takes the
-    first choices of each row. A choice that finds no slot goes to S, an empty slot takes P.
-    """
-    R, P = ids.shape
-    to, S = jnp.argsort(jnp.argsort(ids, axis=1, stable=True), axis=1), P
-    if capacity is not None:
-        S = experts * capacity
-        counts = jax.nn.one_hot(ids, experts, dtype=jnp.int32).sum(1)
-        rank = to - jnp.take_along_axis(jnp.cumsum(counts, axis=1) - counts, ids, axis=1)
-        to = jnp.where(rank < capacity, ids * capacity + rank, S)
-    source = jnp.full((R, S), P).at[jnp.arange(R)[:, None], to].set(jnp.arange(P), mode="drop")
-    return to, source
-
-
-@jax.custom_vjp
-def _moved(x: Float[Array, "R P D"], source: Int[Array, "R S"], to: Int[Array, "R P"]) -> Float[Array, "R S D"]:
-    """Slot s of each row gets x[source[s]], or 0 beyond the end; `to` is the way back.
-
-    Its derivative reads along that way, so no direction adds up in an order that hardware may choose.
-    """
-    return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, source)
-
-
-_moved.defvjp(
-    lambda x, source, to: (_moved(x, source, to), (source, to)),
-    lambda ways, dy: (_moved(dy, ways[1], ways[0]), None, None),
-)
 
 
 @jax.custom_vjp
@@ -290,10 +259,15 @@ def _by_chunks(
     return held, {"sum": total, "logits": last}
 
 
-def _product(x: Array, weight: nnx.Param, sizes: Array | None) -> Array:
-    """x [B,E,C,D] · W [E,D,F], or x [M,D] whose rows are of expert 0, 1, ... by `sizes`; in the dtype of x."""
-    W = weight[...].astype(x.dtype)
+def _ffns(kind: str, weights: Weights, x: Array, sizes: Array | None) -> Array:
+    """Each expert's outputs, in the dtype of x: see `parallel.experts.FFN`."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if sizes is None:
-        return jnp.einsum("becd,edf->becf", x, W, precision=precision)
-    return jax.lax.ragged_dot(x, W, sizes, precision=precision)
+
+    def product(x: Array, name: str) -> Array:
+        W = weights[name].astype(x.dtype)
+        if sizes is None:
+            return jnp.einsum("becd,edf->becf", x, W, precision=precision)
+        return jax.lax.ragged_dot(x, W, sizes, precision=precision)
+
+    gate = product(x, "gate") if "gate" in weights else None
+    return product(activated(kind, product(x, "up"), gate), "down")

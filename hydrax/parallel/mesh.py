@@ -22,6 +22,7 @@ class MeshConfig:
     context: Size = 1  # tokens of a sequence
     expert: Size = 1  # experts of MoE layers
     tensor: Size = 1  # heads and inner widths
+    strategy: str | None = None  # over context, in order of preference: ring, ulysses, ...; None: each mixer's default
 
     def sizes(self, devices: int) -> tuple[int, ...]:
         """The size of every axis of `AXES` for that many devices.

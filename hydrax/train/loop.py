@@ -18,6 +18,7 @@ from hydrax.core.build import ConfigError
 from hydrax.data.loader import Data, open_data
 from hydrax.data.pack import Batch
 from hydrax.models import cost, lm
+from hydrax.models.divided import check_divided
 from hydrax.parallel.mesh import make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
 from hydrax.train import folder, metrics
@@ -87,7 +88,7 @@ class Run:
 
     def __init__(self, cfg: RunConfig, data: Data, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
-        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll)
+        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
@@ -219,6 +220,7 @@ def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
+    check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
 
 

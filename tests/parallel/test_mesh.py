@@ -39,7 +39,9 @@ MESHES = pytest.mark.parametrize(
     "sizes",
     [
         pytest.param({"fsdp": 8}, id="fsdp8", marks=pytest.mark.slow),
-        pytest.param({"fsdp": 4, "tensor": 2}, id="fsdp4-tensor2"),
+        pytest.param({"fsdp": 4, "tensor": 2}, id="fsdp4-tensor2", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 1, "context": 8}, id="context8", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, id="fsdp2-context2-tensor2"),
     ],
 )
 

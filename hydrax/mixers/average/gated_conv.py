@@ -53,7 +53,7 @@ class GatedConv(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = None if state is None else state["conv"]
-        c, tail = self.conv(self.u(x), past, segment_ids=ctx.segment_ids, impl=ctx.impl)
+        c, tail = self.conv(self.u(x), past, segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
         z = self.gate(x)
         z = jax.nn.silu(z) if self.cfg.gate_activation == "silu" else z
         return (z * c)[:, :, None], {"conv": tail}

@@ -17,7 +17,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.position import Rope
-from hydrax.ops.slots import slot_attention, softmax_decay
+from hydrax.parallel.sequence import slot_attention, softmax_decay
 
 FEATURES = {"none": lambda x: x, "silu": jax.nn.silu}
 
@@ -68,6 +68,7 @@ class ABC(Mixer):
             jnp.clip(fp32(self.logits(x)), -MAX_LOGIT, MAX_LOGIT),
             initial_state=None if past is None else past["z"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
         )
         o, (keys, values) = slot_attention(
@@ -78,6 +79,7 @@ class ABC(Mixer):
             g,
             initial_state=None if past is None else (past["k"], past["v"]),
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

@@ -12,7 +12,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.delta import delta_rule
+from hydrax.parallel.sequence import delta_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class DeltaNet(Mixer):
             beta,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

@@ -15,7 +15,7 @@ from hydrax.nn.decay import StepDecay
 from hydrax.nn.delta import DeltaConfig, DeltaInputs
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.delta import delta_rule
+from hydrax.parallel.sequence import delta_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class GatedDeltaNet(Mixer):
             g,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

@@ -18,7 +18,7 @@ from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.slots import slot_attention
+from hydrax.parallel.sequence import slot_attention
 
 FEATURES = {"silu": jax.nn.silu, "relu": jax.nn.relu}
 
@@ -76,6 +76,7 @@ class GSA(Mixer):
             scale=self.cfg.scale,
             initial_state=None if state is None else (state["memory"]["k"], state["memory"]["v"]),
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

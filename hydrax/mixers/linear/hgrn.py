@@ -15,7 +15,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.param import param
-from hydrax.ops.scan import linear_scan
+from hydrax.parallel.sequence import linear_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ class HGRN(Mixer):
             write,
             initial_state=None if state is None else _joined(state["memory"]),
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

@@ -14,7 +14,7 @@ from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.linear import linear_attention
+from hydrax.parallel.sequence import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ class HGRN2(Mixer):
             scale=self.cfg.scale,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

@@ -17,7 +17,7 @@ from hydrax.nn.decay import BoundedDecay, StepDecay
 from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.delta import delta_rule
+from hydrax.parallel.sequence import delta_rule
 
 LowerLimit = Annotated[float, Check("a number >= -5 and < 0", lambda x: -5 <= x < 0)]
 
@@ -72,6 +72,7 @@ class KimiDeltaAttention(Mixer):
             g,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

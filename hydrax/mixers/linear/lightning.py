@@ -17,7 +17,7 @@ from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.param import param
 from hydrax.nn.position import Rope, lrpe, lrpe_phases
-from hydrax.ops.linear import linear_attention
+from hydrax.parallel.sequence import linear_attention
 
 ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -98,6 +98,7 @@ class Lightning(Mixer):
             scale=cfg.scale,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=cfg.chunk_size,
         )

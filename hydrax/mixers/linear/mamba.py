@@ -16,7 +16,7 @@ from hydrax.nn.decay import MAX_LOG_RATE, inverse_softplus_steps
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.param import param
-from hydrax.ops.scan import selective_scan
+from hydrax.parallel.sequence import selective_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Mamba(Mixer):
 
     def mix(self, u: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("memory", "x")) if state is None else state
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "shards": ctx.shards, "impl": ctx.impl}
         x, tail = self.x_conv(self.x(u), past["x"], **facts)
         low = _normed(self.step_down(x), self.step_norm)
         o, memory = selective_scan(

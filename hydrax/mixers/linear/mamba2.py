@@ -16,8 +16,8 @@ from hydrax.nn.conv import ShortConv
 from hydrax.nn.decay import StepDecay
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
-from hydrax.ops.linear import linear_attention
 from hydrax.ops.rowwise import rms_norm
+from hydrax.parallel.sequence import linear_attention
 
 GATED_NORMS = {
     "after_gate": lambda y, gate, norm: norm(y * gate),
@@ -79,7 +79,7 @@ class Mamba2(Mixer):
 
     def mix(self, u: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("memory", "c", "b", "x")) if state is None else state
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "shards": ctx.shards, "impl": ctx.impl}
         c, c_tail = self.c_conv(self.c(u), past["c"], **facts)
         b, b_tail = self.b_conv(self.b(u), past["b"], **facts)
         x, x_tail = self.x_conv(self.x(u), past["x"], **facts)

@@ -18,7 +18,7 @@ from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
-from hydrax.ops.slots import slot_softmax
+from hydrax.parallel.sequence import slot_softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class NonApprox(Mixer):
             ctx.tap("values", self.v(x)),
             initial_state=None if past is None else (state["max"], past["numerator"], past["denominator"]),
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

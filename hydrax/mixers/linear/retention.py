@@ -16,7 +16,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.position import Rope
-from hydrax.ops.linear import linear_attention
+from hydrax.parallel.sequence import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Retention(Mixer):
             log_decay(self.cfg.heads),
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

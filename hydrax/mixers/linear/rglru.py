@@ -18,7 +18,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.conv import ShortConv
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
-from hydrax.ops.scan import linear_scan
+from hydrax.parallel.sequence import linear_scan
 
 SHARPNESS = 8.0
 """c of the paper: a^(1/c) at r = 1 is what the decays are initialised by."""
@@ -62,7 +62,7 @@ class RGLRU(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("memory", "x")) if state is None else state
-        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "impl": ctx.impl}
+        facts: dict[str, Any] = {"segment_ids": ctx.segment_ids, "shards": ctx.shards, "impl": ctx.impl}
         u, tail = self.x_conv(self.x(x), past["x"], **facts)
         log_a = -SHARPNESS * jax.nn.softplus(self.rate[...]) * self.keep(u)
         first = (ctx.positions == 0)[..., None, None]

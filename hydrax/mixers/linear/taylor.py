@@ -16,7 +16,7 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.features import divided, taylor2, with_ones
 from hydrax.nn.linear import Linear
 from hydrax.nn.position import Rope
-from hydrax.ops.linear import linear_attention
+from hydrax.parallel.sequence import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Taylor(Mixer):
             scale=1.0,
             initial_state=None if state is None else state["memory"],
             segment_ids=ctx.segment_ids,
+            shards=ctx.shards,
             impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
         )

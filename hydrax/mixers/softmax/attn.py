@@ -42,6 +42,7 @@ class Attention(Mixer):
             segment_ids=ctx.segment_ids,
             scale=cfg.scale,
             softcap=cfg.softcap,
+            shards=ctx.shards,
             impl=ctx.impl,
         )
         return self.gate(ctx.tap("reads", o), x), state

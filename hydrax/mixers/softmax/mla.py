@@ -106,7 +106,7 @@ class LatentAttention(Mixer):
         k_n, v = self.k(c), self.v(c)
         k_r = jnp.broadcast_to(keys.k, (*k_n.shape[:-1], self.cfg.rope_dim))
         keys = keys._replace(k=jnp.concatenate([k_n, k_r], axis=-1), v=ctx.tap("values", v))
-        return kv_cache.attend(jnp.concatenate([q_n, q_r], axis=-1), keys, **facts, impl=ctx.impl)
+        return kv_cache.attend(jnp.concatenate([q_n, q_r], axis=-1), keys, **facts, shards=ctx.shards, impl=ctx.impl)
 
     def _absorbed(self, q_n: Array, q_r: Array, keys: kv_cache.Keys, ctx: Context, facts: dict[str, Any]) -> Array:
         """The same, by attention of all heads to the latents."""
@@ -114,7 +114,7 @@ class LatentAttention(Mixer):
         q = jnp.concatenate([einsum("bthn,rhn->bthr", q_n, up).astype(q_r.dtype), q_r], axis=-1)
         scale = (self.cfg.nope_dim + self.cfg.rope_dim) ** -0.5
         keys = keys._replace(k=jnp.concatenate([keys.v, keys.k], axis=-1))
-        o = kv_cache.attend(q, keys, **facts, scale=scale, impl=ctx.impl)
+        o = kv_cache.attend(q, keys, **facts, shards=ctx.shards, scale=scale, impl=ctx.impl)
         return einsum("bthr,rhv->bthv", o, down).astype(q.dtype)
 
     def out(self, z: Array) -> Array:

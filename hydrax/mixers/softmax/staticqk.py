@@ -51,6 +51,7 @@ class StaticQK(Mixer):
             segment_ids=ctx.segment_ids,
             scale=cfg.scale,
             softcap=cfg.softcap,
+            shards=ctx.shards,
             impl=ctx.impl,
         )
         return self.gate(ctx.tap("reads", o), x), state

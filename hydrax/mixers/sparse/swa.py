@@ -56,6 +56,7 @@ class SlidingWindowAttention(Mixer):
             sinks=None if self.sinks is None else self.sinks[...],
             scale=cfg.scale,
             softcap=cfg.softcap,
+            shards=ctx.shards,
             impl=ctx.impl,
             **ring,
         )

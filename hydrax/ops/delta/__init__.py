@@ -130,7 +130,7 @@ def summarize(
     V, K = v.shape[-1], k.shape[-1]
     v = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
     identity = jnp.concatenate([jnp.zeros((K, V)), jnp.eye(K)], axis=-1)
-    state = jnp.broadcast_to(identity, (v.shape[0], v.shape[2], K, V + K))
+    state = tree.alike(jnp.broadcast_to(identity, (v.shape[0], v.shape[2], K, V + K)), v)
     (q, k, v, beta, g), seg, _ = _grouped(k, k, v, beta, log_decay, segment_ids)
     _, S = forms.chunked(q, k, v, beta, g, seg, layout.grouped_state(state, k, v))
     S = S.reshape(state.shape)

@@ -136,7 +136,7 @@ def _vector_decay(q: Array, k: Array, g: Array, same: Array) -> tuple:
     """Scores Σ_d q_id k_jd e^{G_id - G_jd}; the decay to and from the state sits on queries and keys."""
     g = g[..., 0, :]
     G = decay_sums(g, same)
-    one = jnp.ones((1,), g.dtype)
+    one = jnp.ones_like(g, shape=(1,))
     return decayed_scores(q, k, G)[:, :, :, None], q * jnp.exp(sum(G)), k * to_end(g), one, one
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrax.core.numerics import einsum, fp32
-from hydrax.core.typing import Array, Bool, Float, Int
+from hydrax.core.typing import Array, Bool, Float, Int, PyTree
 
 MASKED = -1e30
 """Score of an invisible key. Finite, so that a row which sees nothing has no inf - inf."""
@@ -58,14 +58,19 @@ def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B T S"]
     return mask
 
 
-def attend(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
-    """o [B,T,G,R,V] = Σ_s e^{z_s} v_s / (Σ_s e^{z_s} + e^{sink}) and the logarithm [B,T,G,R] of that denominator."""
+def scores(queries: Queries, keys: Keys, rules: Rules) -> Float[Array, "B G T R S"]:
+    """z, `MASKED` where the key is invisible."""
     z = einsum("btgrk,bsgk->bgtrs", queries.q, keys.k) * rules.scale
     if queries.bias is not None:
         z = z + fp32(jnp.moveaxis(queries.bias, 1, 2))
     if rules.softcap is not None:
         z = rules.softcap * jnp.tanh(z / rules.softcap)
-    z = jnp.where(visible(queries, keys, rules)[:, None, :, None], z, MASKED)
+    return jnp.where(visible(queries, keys, rules)[:, None, :, None], z, MASKED)
+
+
+def attend(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
+    """o [B,T,G,R,V] = Σ_s e^{z_s} v_s / (Σ_s e^{z_s} + e^{sink}) and the logarithm [B,T,G,R] of that denominator."""
+    z = scores(queries, keys, rules)
     # Half of MASKED is below every real score and far above MASKED: a row that sees nothing gets e^-huge = 0.
     floor = jnp.asarray(MASKED / 2, z.dtype) if sinks is None else fp32(sinks)[:, None]
     top = jax.lax.stop_gradient(jnp.maximum(z.max(-1), floor))
@@ -78,6 +83,17 @@ def attend(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> t
     return o / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
+def weigh(queries: Queries, keys: Keys, lse: Array, rules: Rules) -> tuple[Array, Array]:
+    """Σ_s e^{z_s - lse} v_s [B,T,G,R,V] and Σ_s e^{z_s - lse} [B,T,G,R]: what these keys add to an attention over more.
+
+    lse [B,T,G,R] is the logarithm of the denominator over all keys, -inf where there are none. As it is given, the
+    derivative is that of attention over all keys with respect to these.
+    """
+    lse = jnp.where(lse == -jnp.inf, 0, lse)
+    p = jnp.exp(scores(queries, keys, rules) - jnp.moveaxis(lse, 2, 1)[..., None])
+    return einsum("bgtrs,bsgv->btgrv", p.astype(keys.v.dtype), keys.v), jnp.moveaxis(p.sum(-1), 1, 2)
+
+
 def recurrent(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
     """The definition: one query at a time, in fp32."""
     queries, keys = queries._replace(q=fp32(queries.q)), keys._replace(k=fp32(keys.k), v=fp32(keys.v))
@@ -88,23 +104,36 @@ def chunked(
     queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
-    T, S, w = queries.q.shape[1], keys.k.shape[1], rules.window
+    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
+
+
+def chunked_weigh(
+    queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
+) -> tuple[Array, Array]:
+    """`weigh`, C queries at a time."""
+    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
+
+
+def _in_chunks(
+    f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
+) -> tuple[Array, Array]:
+    """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
+    T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
-    near = S if w is None or rules.sink_tokens or queries.bias is not None or not rules.aligned else C + w - 1
+    near = S if w is None or rules.sink_tokens or rows[0].bias is not None or not rules.aligned else C + w - 1
     if near < S:
         keys = _with_margins(keys, near - C, -T % C)
     k_dtype, v_dtype = keys.k.dtype, keys.v.dtype
     keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
-    def block(start: Array, rows: Queries) -> tuple[Array, Array]:
+    def block(start: Array, rows: tuple) -> tuple[Array, Array]:
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
-        own = own._replace(k=own.k.astype(k_dtype), v=own.v.astype(v_dtype))
-        return attend(rows, own, sinks, rules)
+        return f(rows, own._replace(k=own.k.astype(k_dtype), v=own.v.astype(v_dtype)))
 
-    return _by_blocks(block, queries, C)
+    return _by_blocks(block, rows, C)
 
 
 def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, None]:
@@ -128,9 +157,9 @@ def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tu
     return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
 
 
-def _by_blocks(f: Callable[[Array, Queries], tuple], queries: Queries, C: int) -> tuple[Array, Array]:
-    """f(index of the first row, rows) for every block of C queries, one after the other."""
-    T = queries.q.shape[1]
+def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple[Array, Array]:
+    """f(index of the first row, rows) for every block of C rows, one after the other."""
+    T = jax.tree.leaves(rows)[0].shape[1]
     N = -(-T // C)
 
     def split(x: Array) -> Array:
@@ -141,7 +170,7 @@ def _by_blocks(f: Callable[[Array, Queries], tuple], queries: Queries, C: int) -
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], N * C, *x.shape[3:])[:, :T]
 
-    blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, queries)))
+    blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, rows)))
     return jax.tree.map(join, blocks)
 
 

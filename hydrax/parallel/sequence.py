@@ -1,0 +1,258 @@
+"""The ops that look along a row, for rows whose tokens may be divided over the mesh axis `context`.
+
+Mixers call these with the facts of `Shards`. Without them an op is that of `hydrax.ops`; with them it runs inside a
+`jax.shard_map` over the whole mesh, each device doing its rows, tokens and heads. Arguments, results and errors are
+those of the op: mixers see whole rows, and all that they do token by token is left to the compiler.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from hydrax.core.build import ConfigError
+from hydrax.core.numerics import fp32
+from hydrax.core.typing import Array, PyTree
+from hydrax.ops import conv, delta, linear, scan, slots, softmax
+from hydrax.parallel import halo, ring, rules, state_scan
+from hydrax.parallel.exchange import exchange
+from hydrax.parallel.shards import AXIS, Shards, strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op of rows: (*x, initial_state, segment_ids) -> (y, final state).
+
+    Attributes:
+      run: the op.
+      transition: how its states compose, a key of `STRATEGIES`.
+      x, state: what the dimensions of inputs and state are: b rows, t tokens, h heads, others are not divided. An
+        input of one dimension is "h".
+      summarize: (*x, segment_ids) -> (M, U), see `state_scan`.
+    """
+
+    run: Callable
+    transition: str
+    x: tuple[str, ...]
+    state: str = "bh"
+    summarize: Callable | None = None
+
+
+def _summarize_sums(logits: Array, *, segment_ids: Array | None) -> tuple[Array, Array]:
+    new = jnp.exp(fp32(logits))
+    return scan.summarize_linear(jnp.ones_like(new), new, segment_ids=segment_ids)
+
+
+def _writes(summarize: Callable) -> Callable:
+    """`summarize` of all inputs but the queries, which come first."""
+    return lambda _, *x, **facts: summarize(*x, **facts)
+
+
+def _attention(
+    q: Array, k: Array, v: Array, sinks: Array | None, positions: Array | None, *, initial_state: None, **options: Any
+) -> tuple[Array, None]:
+    return softmax.attention(q, k, v, sinks=sinks, positions=positions, **options), None
+
+
+OPS = {
+    "linear_attention": Op(linear.linear_attention, "diag", ("bth",) * 4, summarize=_writes(linear.summarize)),
+    "delta_rule": Op(delta.delta_rule, "full", ("bth",) * 5, summarize=_writes(delta.summarize)),
+    "linear_scan": Op(scan.linear_scan, "diag", ("bth",) * 2, summarize=scan.summarize_linear),
+    "selective_scan": Op(
+        scan.selective_scan,
+        "diag",
+        ("bth", "bth", "h", "bt", "bt"),
+        summarize=lambda x, dt, A, b, c, **facts: scan.summarize_selective(x, dt, A, b, **facts),
+    ),
+    "slot_attention": Op(slots.slot_attention, "diag", ("bth",) * 5, summarize=_writes(slots.summarize)),
+    "softmax_decay": Op(slots.softmax_decay, "diag", ("bth",), summarize=_summarize_sums),
+    "slot_softmax": Op(slots.slot_softmax, "stabilised", ("bth",) * 3),
+    "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
+    "attention": Op(_attention, "lse", ("bth", "bth", "bth", "h", "bt"), state=""),
+    "window_attention": Op(_attention, "window", ("bth", "bth", "bth", "h", "bt"), state=""),
+}
+
+# What a strategy does on one device: (op, x, state, segment_ids, joined, ends, options) -> (y, final state).
+
+
+def _allgather_state(
+    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
+) -> tuple[Array, PyTree]:
+    def run(x: tuple, state: PyTree, ids: Array | None) -> tuple[Array, PyTree]:
+        return op.run(*x, initial_state=state, segment_ids=ids, **how)
+
+    def summarize(x: tuple, ids: Array | None) -> tuple[Array, PyTree]:
+        assert op.summarize is not None
+        return op.summarize(*x, segment_ids=ids)
+
+    y, end = state_scan.allgather_state(run, summarize, x, state, ids, joined, transition=op.transition, axis=AXIS)
+    return y, state_scan.last(end, ends, AXIS)
+
+
+def _ulysses(
+    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
+) -> tuple[Array, PyTree]:
+    kinds = {"bth": "heads", "bt": "rows", "h": "weights"}
+
+    def run(ids: Array | None, state: PyTree, *x: Array) -> tuple[Array, PyTree]:
+        return op.run(*x, initial_state=state, segment_ids=ids, **how)
+
+    inputs = ("rows", "state", *(kinds[_letters(op, i, a)] for i, a in enumerate(x)))
+    y, end = exchange(run, axis=AXIS, inputs=inputs, outputs=("heads", "state"))(ids, state, *x)
+    return y, end
+
+
+def _halo(
+    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
+) -> tuple[Array, PyTree]:
+    inputs, taps, *others = x
+    tail = halo.halo_left(inputs, taps.shape[0] - 1, ids, axis=AXIS, first=state)
+    y, end = op.run(inputs, taps, *others, initial_state=tail, segment_ids=ids, **how)
+    return y, state_scan.last(end, ends, AXIS)
+
+
+def _over_keys(
+    f: Callable,
+    op: Op,
+    x: tuple,
+    state: PyTree,
+    ids: Array | None,
+    joined: Array,
+    ends: Array,
+    how: Mapping[str, Any],
+) -> tuple[Array, PyTree]:
+    q, k, v, sinks, positions = x
+    return f(q, k, v, axis=AXIS, sinks=sinks, positions=positions, segment_ids=ids, **how), None
+
+
+def _ring(*args: Any, **how: Any) -> Array:
+    return ring.ring_attention(*args, **{name: value for name, value in how.items() if name != "impl"})
+
+
+LOCAL: dict[str, Callable] = {
+    "allgather_state": _allgather_state,
+    "ulysses": _ulysses,
+    "halo": _halo,
+    "allgather_kv": functools.partial(_over_keys, ring.allgather_kv),
+    "ring": functools.partial(_over_keys, _ring),
+}
+
+
+def _letters(op: Op, i: int, x: Array | None) -> str:
+    return "h" if x is not None and x.ndim == 1 else op.x[i]
+
+
+def _run(
+    name: str,
+    x: tuple,
+    *,
+    shards: Shards | None,
+    initial_state: PyTree = None,
+    segment_ids: Array | None = None,
+    **how: Any,
+) -> tuple[Any, Any]:
+    """An op of whole rows, on the devices that share them."""
+    op = OPS[name]
+    if shards is None:
+        return op.run(*x, initial_state=initial_state, segment_ids=segment_ids, **how)
+    mesh, letters = jax.sharding.get_abstract_mesh(), [_letters(op, i, a) for i, a in enumerate(x)]
+    sizes = _sizes([(a, w) for a, w in zip((*x, initial_state), (*letters, op.state), strict=True)])
+    on = _axes(mesh, sizes)
+    chosen = strategy(op.transition, shards.wanted)
+    heads = [n // (mesh.shape["tensor"] if "h" in on else 1) for n in sizes["h"]]
+    if chosen == "ulysses" and any(n % mesh.shape[AXIS] for n in heads):
+        allowed = f"{name} has {min(heads)} heads per device: expected a multiple of mesh.context = {mesh.shape[AXIS]}"
+        raise ConfigError("mesh.strategy", chosen, allowed)
+
+    def spec(letters: str) -> PartitionSpec:
+        return PartitionSpec(*(on.get(letter) for letter in letters))
+
+    def local(x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array) -> tuple[Array, PyTree]:
+        return LOCAL[chosen](op, x, state, ids, joined[:, 0], ends[:, 0], how)
+
+    rows = spec("bt")
+    return jax.shard_map(
+        local,
+        in_specs=(tuple(map(spec, letters)), spec(op.state), rows, rows, rows),
+        out_specs=(spec("bth"), spec(op.state)),
+    )(x, initial_state, segment_ids, shards.joined, shards.ends)
+
+
+def _sizes(arrays: Sequence[tuple[PyTree, str]]) -> dict[str, set[int]]:
+    """The lengths of all dimensions with the same letter."""
+    sizes: dict[str, set[int]] = {letter: set() for letter in "bth_"}
+    for array, letters in arrays:
+        for leaf in jax.tree.leaves(array):
+            for letter, size in zip(letters, leaf.shape, strict=False):
+                sizes[letter].add(size)
+    return sizes
+
+
+def _axes(mesh: AbstractMesh, sizes: Mapping[str, set[int]]) -> dict[str, tuple[str, ...]]:
+    """Which mesh axes divide rows, tokens and heads: those that divide them evenly in all arrays."""
+    axes = {"b": dict(rules.RULES)["batch"], "t": (AXIS,), "h": ("tensor",)}
+    axes = {c: tuple(a for a in on if mesh.shape.get(a, 1) > 1) for c, on in axes.items()}
+    parts = {c: math.prod(mesh.shape[a] for a in on) for c, on in axes.items()}
+    return {c: on for c, on in axes.items() if on and all(size % parts[c] == 0 for size in sizes[c])}
+
+
+# Arguments, results and errors are those of the ops of these names; `facts` are `shards` and what an op takes by name.
+
+
+def linear_attention(q: Array, k: Array, v: Array, log_decay: Array | None = None, **facts: Any) -> tuple[Array, Array]:
+    """`ops.linear.linear_attention`."""
+    return _run("linear_attention", (q, k, v, log_decay), **facts)
+
+
+def delta_rule(
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array | None = None, **facts: Any
+) -> tuple[Array, Array]:
+    """`ops.delta.delta_rule`."""
+    return _run("delta_rule", (q, k, v, beta, log_decay), **facts)
+
+
+def linear_scan(a: Array, b: Array, **facts: Any) -> tuple[Array, Array]:
+    """`ops.scan.linear_scan`."""
+    return _run("linear_scan", (a, b), **facts)
+
+
+def selective_scan(x: Array, dt: Array, A: Array, b: Array, c: Array, **facts: Any) -> tuple[Array, Array]:
+    """`ops.scan.selective_scan`."""
+    return _run("selective_scan", (x, dt, A, b, c), **facts)
+
+
+def slot_attention(
+    q: Array, k: Array, v: Array, write: Array, log_decay: Array, **facts: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    """`ops.slots.slot_attention`."""
+    return _run("slot_attention", (q, k, v, write, log_decay), **facts)
+
+
+def softmax_decay(logits: Array, **facts: Any) -> tuple[Array, Array]:
+    """`ops.slots.softmax_decay`."""
+    return _run("softmax_decay", (logits,), **facts)
+
+
+def slot_softmax(q: Array, scores: Array, v: Array, **facts: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+    """`ops.slots.slot_softmax`."""
+    return _run("slot_softmax", (q, scores, v), **facts)
+
+
+def short_conv(x: Array, w: Array, b: Array | None = None, **facts: Any) -> tuple[Array, Array]:
+    """`ops.conv.short_conv`."""
+    return _run("short_conv", (x, w, b), **facts)
+
+
+def self_attention(
+    q: Array, k: Array, v: Array, *, sinks: Array | None = None, positions: Array | None = None, **facts: Any
+) -> Array:
+    """`ops.softmax.attention` of rows to themselves; `positions` are those in the documents."""
+    name = "attention" if facts.get("window") is None else "window_attention"
+    if facts.get("shards") is None or not facts.get("sink_tokens"):
+        positions = None  # the op finds those in the row, which give the same distances
+    return _run(name, (q, k, v, sinks, positions), **facts)[0]
