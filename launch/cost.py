@@ -43,7 +43,8 @@ def main(overrides: cli.Overrides) -> None:
     if FLAGS.mesh and FLAGS.compare:
         raise ConfigError("mesh", FLAGS.mesh, "expected no --compare beside it")
     if FLAGS.mesh:
-        found = dry_run.dry_run(dataclasses.replace(runs[0], mesh=dry_run.mesh_sizes(FLAGS.mesh)))
+        mesh = dry_run.mesh_sizes(FLAGS.mesh, runs[0].mesh)
+        found = dry_run.dry_run(dataclasses.replace(runs[0], mesh=mesh))
         dry_run.show(found, console, FLAGS.json)
         return
     runs += [cli.arm_config(text, FLAGS.config, overrides) for text in FLAGS.compare]

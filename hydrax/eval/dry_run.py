@@ -23,6 +23,7 @@ from hydrax.core.build import ConfigError, plain
 from hydrax.eval import training
 from hydrax.eval.report import write
 from hydrax.eval.timing import isolated
+from hydrax.models.divided import check_divided
 from hydrax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards
 from hydrax.train.config import RunConfig
@@ -74,19 +75,19 @@ class DryRun:
     collectives: tuple[Collective, ...]
 
 
-def mesh_sizes(text: str) -> MeshConfig:
-    """The mesh of "fsdp=8,tensor=2"; axes that are not named have one device.
+def mesh_sizes(text: str, base: MeshConfig) -> MeshConfig:
+    """`base` with the sizes of "fsdp=8,tensor=2"; axes that are not named have one device.
 
     Raises:
       ConfigError: an unknown axis, or a size that is no positive integer.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for entry in text.split(","):
         axis, _, size = entry.strip().partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
             raise ConfigError("mesh", text, f"expected <axis>=<devices>, with commas between; axes: {', '.join(AXES)}")
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return dataclasses.replace(base, **sizes)
 
 
 def dry_run(cfg: RunConfig, largest: int = 8) -> DryRun:
@@ -111,6 +112,7 @@ def _dry_run(cfg: RunConfig, largest: int) -> DryRun:
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
+    check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
     plan, step, _ = training.training_step(cfg, jnp.bfloat16)
     state = abstract_state(plan, make_optimizer(cfg.optim, cfg.train.steps, plan.meta), mesh)
     place, rows = shardings(state), batch_sharding(mesh)

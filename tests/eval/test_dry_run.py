@@ -41,6 +41,10 @@ def config(mesh: MeshConfig) -> RunConfig:
     return build(RunConfig, values.to_dict())
 
 
+def sizes(text: str) -> MeshConfig:
+    return dry_run.mesh_sizes(text, MeshConfig(strategy="ring"))
+
+
 def test_collectives_count_as_often_as_their_loop_runs():
     found = {c.kind: (c.count, c.nbytes) for c in dry_run.collectives(HLO)}
     assert found == {
@@ -51,7 +55,8 @@ def test_collectives_count_as_often_as_their_loop_runs():
 
 
 def test_a_device_holds_its_part():
-    found = dry_run.dry_run(config(dry_run.mesh_sizes("tensor=2, fsdp=2")), largest=1000)
+    found = dry_run.dry_run(config(sizes("tensor=2, fsdp=2")), largest=1000)
+    assert sizes("context=2").strategy == "ring"
     assert found.mesh == {"replica": 1, "fsdp": 2, "context": 1, "expert": 1, "tensor": 2}
     assert len(found.parameters) == found.arrays
     assert found.memory["parameters"] == sum(4 * math.prod(p.shard) for p in found.parameters)
@@ -65,9 +70,9 @@ def test_a_device_holds_its_part():
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=-1", "data=2", "fsdp=2;tensor=2", "fsdp=two"])
 def test_a_wrong_mesh_is_named(text):
     with pytest.raises(ConfigError, match=r"mesh = .*expected <axis>=<devices>.*replica, fsdp, context"):
-        dry_run.mesh_sizes(text)
+        sizes(text)
 
 
 def test_a_batch_that_does_not_divide_is_named():
     with pytest.raises(ConfigError, match=r"train\.batch_size = 2: expected a multiple of 4"):
-        dry_run.dry_run(config(dry_run.mesh_sizes("fsdp=4")))
+        dry_run.dry_run(config(sizes("fsdp=4")))
