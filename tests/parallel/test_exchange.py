@@ -37,7 +37,9 @@ def softmax(q: Array, k: Array, v: Array, sinks: Array, ids: Array) -> tuple[Arr
 
 
 def delta(x: dict[str, Array], decay: Array, state: Array, ids: Array) -> tuple[Array, Array]:
-    return delta_rule(x["q"], unit(x["k"]), x["v"], x["beta"], decay, initial_state=state, segment_ids=ids)
+    return delta_rule(
+        x["q"], unit(x["k"]), x["v"], x["beta"], decay, initial_state=state, segment_ids=ids, impl="recurrent"
+    )
 
 
 def nonlinear(x: Array, weight: Array, none: None) -> tuple[Array, Array]:

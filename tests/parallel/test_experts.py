@@ -104,7 +104,7 @@ def test_tokens_are_gathered_over_experts_alone() -> None:
 STEPS, ROWS, TOKENS = 20, 8, 24
 MODEL = {
     "d_model": 16,
-    "pattern": "2*attn",
+    "pattern": "attn",
     "ffn": "moe",
     "vocab_size": tiny.VOCABULARY,
     "mixers": {"attn": {"heads": 2, "key_dim": 8}},
