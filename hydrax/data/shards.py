@@ -135,8 +135,8 @@ class ShardTokens:
         taken = pieces(sizes)
         place = np.arange(taken.sum()) - np.repeat(offsets(taken)[:-1], taken)  # of a record in its document
         self.starts = np.append(np.repeat(offsets(sizes)[:-1], taken) + PIECE * place, sizes.sum())
-        # Told how many records there are, grain opens no file before it is needed.
         _allow_open_files()
+        # Told how many records there are, grain opens no file before it is needed.
         files = [f"{folder / shard['file']}[0:{shard['records']}]" for shard in self.shards]
         self.source = grain.sources.ArrayRecordDataSource(files)
 
