@@ -110,9 +110,9 @@ def _check_place(source: str, out: str, folder: Path, files: dict[str, str]) -> 
         raise ConfigError("out", out, "expected a folder")
     if folder.exists() and not shards.is_prepared(folder) and (foreign := sorted(os.listdir(folder))):
         raise ConfigError("out", out, f"the folder holds {foreign[0]!r}; expected a new folder")
-    place = folder.resolve()
-    inside = os.path.isdir(root := os.path.expanduser(source)) and place.is_relative_to(Path(root).resolve())
-    if inside or any(Path(path).resolve().is_relative_to(place) for path in files.values()):
+    root, place = Path(source).expanduser(), f"{folder.absolute()}{os.sep}"
+    inside = root.is_dir() and folder.resolve().is_relative_to(root.resolve())
+    if inside or any(path.startswith(place) for path in files.values()):
         raise ConfigError("out", out, f"expected a folder outside of the source {source}")
 
 

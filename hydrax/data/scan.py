@@ -12,8 +12,8 @@ from pathlib import Path
 from hydrax.data import formats
 from hydrax.data.workers import Map
 
-SHARD = 1 << 22  # bytes of sources that make a shard, at least
-MOST_SHARDS = 512  # more of a large corpus than of a small one go into a shard: every shard read is an open file
+SHARD = 1 << 21  # bytes of sources that make a shard, at least
+MOST_SHARDS = 256  # more of a large corpus than of a small one go into a shard: every shard read is an open file
 
 Show = Callable[[str, int, int], None]
 """Called with what is being done, the bytes of sources done, and all of them."""
@@ -39,8 +39,8 @@ class Source:
 
 def scan(log_path: Path, files: Mapping[str, str], run: Map, show: Show) -> list[Source]:
     """Reads every file (name -> path) that was not read before, in this call or an earlier one with the same log."""
-    sizes = [os.stat(path).st_size for path in files.values()]
-    part = shard_size(sum(sizes))
+    total = sum(os.stat(path).st_size for path in files.values())
+    part = shard_size(total)
     known = {
         source.file: source
         for source in _logged(log_path)
@@ -48,13 +48,13 @@ def scan(log_path: Path, files: Mapping[str, str], run: Map, show: Show) -> list
     }
     missing = [(name, path) for name, path in files.items() if name not in known]
     done = sum(source.size for source in known.values())
-    show("reading", done, sum(sizes))
+    show("reading", done, total)
     with open(log_path, "a", encoding="utf-8") as log:
         log.write("\n")  # what a killed process began to write ends here
         for source in run(functools.partial(_scan_file, part), missing, 16):
             known[source.file] = source
             print(json.dumps(dataclasses.asdict(source)), file=log, flush=True)
-            show("reading", done := done + source.size, sum(sizes))
+            show("reading", done := done + source.size, total)
     return [known[name] for name in files]
 
 

@@ -106,6 +106,15 @@ def _damaged(path: str, what: str) -> ConfigError:
     return ConfigError("data.path", path, f"a prepared folder that is damaged: {what}; copy or prepare it again")
 
 
+def _allow_open_files() -> None:
+    """As many as the system grants: each shard that was read stays open, and the usual limit is 1024 in all."""
+    import resource  # not on Windows, where there is no array_record either
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class ShardTokens:
     """The tokens of a prepared folder, as one array that only integer arrays index.
 
@@ -126,6 +135,7 @@ class ShardTokens:
         taken = pieces(sizes)
         place = np.arange(taken.sum()) - np.repeat(offsets(taken)[:-1], taken)  # of a record in its document
         self.starts = np.append(np.repeat(offsets(sizes)[:-1], taken) + PIECE * place, sizes.sum())
+        _allow_open_files()
         # Told how many records there are, grain opens no file before it is needed.
         files = [f"{folder / shard['file']}[0:{shard['records']}]" for shard in self.shards]
         self.source = grain.sources.ArrayRecordDataSource(files)

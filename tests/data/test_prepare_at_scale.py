@@ -96,7 +96,7 @@ def test_killed_twice_the_files_are_those_of_an_undisturbed_run(corpus, tmp_path
     assert code == 0
     rng, killed = random.Random(SEED), []
     for _ in range(2):
-        code, after = prepare(tmp_path / "killed", 2, kill_after=rng.uniform(0.25, 0.55) * seconds)
+        code, after = prepare(tmp_path / "killed", 2, kill_after=rng.uniform(0.35, 0.6) * seconds)
         assert code == -signal.SIGKILL
         done = len([p for p in (tmp_path / "killed" / shards.UNFINISHED).glob("[0-9]*") if p.suffix != ".tmp"])
         killed.append(f"{after:.1f} s ({done} shards)")

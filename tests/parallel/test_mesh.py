@@ -164,3 +164,8 @@ def test_a_size_is_positive_or_minus_one():
 def test_without_a_mesh_nothing_is_constrained():
     x = jax.numpy.ones((2, 3))
     assert rules.constrain(x, ("batch", "seq")) is x
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}, {"context": 8}])
+def test_one_process_holds_all_rows(sizes: dict[str, int]):
+    assert rules.local_rows(mesh(**sizes), 16) == slice(0, 16)
