@@ -44,8 +44,7 @@ def main(overrides: cli.Overrides) -> None:
         raise ConfigError("mesh", FLAGS.mesh, "expected no --compare beside it")
     if FLAGS.mesh:
         mesh = dry_run.mesh_sizes(FLAGS.mesh, runs[0].mesh)
-        found = dry_run.dry_run(dataclasses.replace(runs[0], mesh=mesh))
-        dry_run.show(found, console, FLAGS.json)
+        dry_run.show(dry_run.dry_run(dataclasses.replace(runs[0], mesh=mesh)), console, FLAGS.json)
         return
     runs += [cli.arm_config(text, FLAGS.config, overrides) for text in FLAGS.compare]
     sizes = [run.model.vocab_size or open_tokenizer(run.data.tokenizer).vocab_size for run in runs]

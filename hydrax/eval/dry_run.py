@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def mesh_sizes(text: str, base: MeshConfig) -> MeshConfig:
     Raises:
       ConfigError: an unknown axis, or a size that is no positive integer.
     """
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    sizes: dict[str, Any] = dict.fromkeys(AXES, 1)
     for entry in text.split(","):
         axis, _, size = entry.strip().partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:

@@ -133,7 +133,8 @@ def trained(name: str, mesh: Mesh) -> tuple[dict, np.ndarray]:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["dropless", pytest.param("capacity", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_training_runs_the_same_on_every_mesh(name: str) -> None:
     """The same initial parameters, bit by bit, and 20 times the same losses."""
     (one, want), (many, losses) = (trained(name, mesh) for mesh in (mesh_of(), mesh_of(expert=4, fsdp=2)))

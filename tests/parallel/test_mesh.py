@@ -25,7 +25,7 @@ pytestmark = pytest.mark.thorough
 STEPS, ROWS, TOKENS = 20, 8, 24
 MODEL = {
     "d_model": 32,
-    "pattern": "2*(gdn,attn),mamba2,gla",
+    "pattern": "2*(gdn,attn)",
     "vocab_size": tiny.VOCABULARY,
     "ffn_dim": 32,
     "mixers": {name: mixers.row(name).tiny for name in mixers.names()},
