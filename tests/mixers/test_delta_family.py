@@ -35,7 +35,7 @@ def make(name: str, **options: Any) -> Mixer:
     cls = mixers.get(name)
     module = cls(D, build(cls.Config, {**WIDTHS, **options}).fill(D), rngs=nnx.Rngs(0))
     for i, (_, p) in enumerate(nnx.to_flat_state(nnx.state(module, nnx.Param))):
-        p[...] = p[...] + 0.1 * normal(i, *p.shape)
+        p[...] = jnp.asarray(np.asarray(p[...]) + 0.1 * normal(i, *p.shape))
     return module
 
 
