@@ -125,7 +125,7 @@ def case(name: str, variant: int | None = None, chunk_size: int = CHUNK) -> Case
     rng = np.random.default_rng(0)
     variables = tuple(nnx.to_flat_state(shapes))
     params = {
-        _name(path): jnp.asarray(x + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
+        _name(path): jnp.asarray(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
         for (path, _), x in zip(variables, initial, strict=True)
     }
     return Case(name, row, cfg, graphdef, variables, params)

@@ -62,12 +62,16 @@ def edges(tokens: int, chunk: int) -> list[int]:
 def forms_inputs(mixer: Case, seg: np.ndarray):
     """Parameters, the state after a first call, and x of the second; in fp64, but exact in bf16."""
     B, T = seg.shape
-    rounded = [jnp.asarray(normal(i, B, n, D), jnp.bfloat16) for i, n in ((1, BEFORE), (2, T - BEFORE))]
-    params, before, x = jax.tree.map(lambda a: a.astype(jnp.float32), (mixer.cast(jnp.bfloat16), *rounded))
-    _, state = jax.jit(mixer)(params, before, seg[:, :BEFORE], state=mixer.init(B, T))
-    memory, convert = jax.tree.map(is_float, state), lambda a: a.astype(jnp.bfloat16).astype(jnp.float64)
-    state = jax.tree.map(lambda a, f: convert(a) if f else a, state, memory)
-    return jax.tree.map(convert, params), state, convert(x)
+
+    def rounded(a):  # by NumPy: XLA may skip a conversion there and back
+        return np.asarray(a).astype(jnp.bfloat16).astype(np.float32)
+
+    before, x = (rounded(normal(i, B, n, D)) for i, n in ((1, BEFORE), (2, T - BEFORE)))
+    params = {n: rounded(p) if n in mixer.cast_names else np.asarray(p) for n, p in mixer.params.items()}
+    _, state = jax.jit(lambda p, x: mixer(p, x, seg[:, :BEFORE], state=mixer.init(B, T)))(params, before)
+    state = jax.tree.map(lambda a: rounded(a).astype(np.float64) if is_float(a) else np.asarray(a), state)
+    params = jax.tree.map(lambda a: rounded(a).astype(np.float64), params)
+    return params, state, x.astype(np.float64)
 
 
 def forms_run(mixer: Case, seg: np.ndarray, impl: str | None, params, state, x, count: int = COTANGENTS):
@@ -97,15 +101,19 @@ def forms_run(mixer: Case, seg: np.ndarray, impl: str | None, params, state, x, 
     return all_results, (params, {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}, x)
 
 
+def in_fp32(inputs):
+    return jax.tree.map(lambda a: np.asarray(a, np.float32) if is_float(a) else a, inputs)
+
+
 def slope(run, inputs) -> tuple[float, float]:
     """The derivative of the scalar along a random direction: by a central difference, and by the gradients."""
-    direction = jax.tree.map(lambda a: jnp.asarray(normal(a.size, *a.shape), a.dtype), inputs)
+    direction = jax.tree.map(lambda a: normal(a.size, *a.shape).astype(a.dtype), inputs)
     step = 1e-7
 
     def moved(by: float) -> float:
-        return run(*jax.tree.map(lambda a, d: a + by * d, inputs, direction))[0]
+        return float(run(*jax.tree.map(lambda a, d: a + by * d, inputs, direction))[0])
 
-    products = jax.tree.map(lambda g, d: jnp.sum(g[0] * d), run(*inputs)[1]["gradient"], direction)
+    products = jax.tree.map(lambda g, d: np.sum(np.asarray(g)[0] * d), run(*inputs)[1]["gradient"], direction)
     return (moved(step) - moved(-step)) / (2 * step), sum(jax.tree.leaves(products))
 
 
@@ -117,13 +125,18 @@ def test_forms_agree(variant: Case):
         run, given = forms_run(mixer, seg, "recurrent", *inputs)
         want = run(*given)[1]
         assert_close("gradient of the recurrence", *slope(run, given), TOLERANCE["fp32_op"])
-    params, state, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if is_float(a) else a, inputs)
+    params, state, x = in_fp32(inputs)
     for impl in ("chunked", None):
         run, given = forms_run(mixer, seg, impl, params, state, x)
         for name, value in run(*given)[1].items():
             assert_trees_close(f"{impl} fp32 {name}", value, want[name], TOLERANCE["fp32_op"])
-    state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, mixer.init(1, 1, jnp.bfloat16))
-    run, given = forms_run(mixer, seg, None, mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16))
+
+    @jax.jit
+    def in_bf16(params, state, x):
+        state = jax.tree.map(lambda a, like: a.astype(like.dtype), state, mixer.init(1, 1, jnp.bfloat16))
+        return mixer.cast(jnp.bfloat16, params), state, x.astype(jnp.bfloat16)
+
+    run, given = forms_run(mixer, seg, None, *in_bf16(params, state, x))
     got = run(*given)[1]
     assert got["y"].dtype == jnp.bfloat16
     for name, value in got.items():
@@ -165,7 +178,7 @@ def test_every_length(name: str):
         reference = jax.jit(jax.vmap(functools.partial(run, impl="recurrent"), in_axes=(None, None, None, 0, 0, 0)))
         inner = (np.stack(a) for a in zip(*map(inside, padded), strict=True))
         want = jax.tree.map(np.asarray, reference(params, memory, x, padded, *inner))
-    params, memory, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, memory, x))
+    params, memory, x = in_fp32((params, memory, x))
     for i, (n, seg) in enumerate(zip(LENGTHS, rows, strict=True)):
         got = jax.jit(run)(params, memory, x[:, :n], seg, *inside(seg))
         expected = {
@@ -186,7 +199,7 @@ def test_the_chunk_size_does_not_change_results(name: str, chunk_size: int):
         if inputs is None:
             with jax.enable_x64(True):
                 inputs = forms_inputs(mixer, seg)
-        params, state, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if is_float(a) else a, inputs)
+        params, state, x = in_fp32(inputs)
         run, given = forms_run(mixer, seg, None, params, state, x, count=2)
         result = run(*given)[1]
         want = result if size == 64 else want

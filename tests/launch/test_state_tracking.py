@@ -1,6 +1,7 @@
 """The command that shows what negative eigenvalues are for."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import pytest
 
 import launch.state_tracking
+from hydrax.eval import extrapolation
 
 
 def run(*args):
@@ -25,7 +27,9 @@ def run(*args):
 
 
 @pytest.mark.thorough
-def test_it_writes_what_its_help_says(tmp_path):
+def test_it_writes_what_its_help_says(tmp_path, monkeypatch):
+    few = functools.partial(extrapolation.Protocol, rows=8, exam_rows=32)  # what takes long is the examination
+    monkeypatch.setattr(extrapolation, "Protocol", few)
     code, out, err = run("--mixers=deltanet", "--seeds=2", "--steps=1", f"--out={tmp_path / 'out'}")
     assert code == 0, err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"state_tracking.json", "state_tracking.png"}

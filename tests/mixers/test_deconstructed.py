@@ -135,7 +135,9 @@ def case(name: str) -> tuple[Mixer, nnx.GraphDef, Params, Formula]:
     module = make(mixer, **options)
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    params = {"/".join(path): v[...] + 0.1 * normal(i, *v.shape) for i, (path, v) in enumerate(flat)}
+    params = {
+        "/".join(path): jnp.asarray(np.asarray(v[...]) + 0.1 * normal(i, *v.shape)) for i, (path, v) in enumerate(flat)
+    }
     return module, graph, params, formula
 
 

@@ -114,7 +114,7 @@ def test_mamba2_follows_its_equations(options: dict) -> None:
     mixer = mamba2.Mamba2(16, mamba2.Config(**widths), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for _, p in nnx.to_flat_state(nnx.state(mixer)):
-        p[...] = p[...] + 0.1 * rng.standard_normal(p.shape).astype(np.float32)
+        p[...] = jnp.asarray(np.asarray(p[...]) + 0.1 * rng.standard_normal(p.shape).astype(np.float32))
     mixer.decay.dt_bias[...] = jnp.asarray([0.0, 0.2, -0.2, 0.0])
     u = 0.1 * rng.standard_normal((21, 16)).astype(np.float32)
     y, _ = jax.jit(lambda x: mixer(x, Context.of(x)))(u[None])

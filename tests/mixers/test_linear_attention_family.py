@@ -31,7 +31,7 @@ def make(name: str, d_model: int = D, **options: Any) -> Mixer:
     cls = mixers.get(name)
     module = cls(d_model, build(cls.Config, options).fill(d_model), rngs=nnx.Rngs(0))
     for i, (_, p) in enumerate(nnx.to_flat_state(nnx.state(module, nnx.Param))):
-        p[...] = p[...] + 0.1 * normal(i, *p.shape)
+        p[...] = jnp.asarray(np.asarray(p[...]) + 0.1 * normal(i, *p.shape))
     return module
 
 

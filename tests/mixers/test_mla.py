@@ -29,7 +29,7 @@ def made(**options: object) -> LatentAttention:
     """With no parameter at its initial value."""
     cfg = build(Config, {**SIZES, "norm_eps": EPS, **options}).fill(D)
     graph, state = nnx.split(LatentAttention(D, cfg, rngs=nnx.Rngs(0)))
-    return nnx.merge(graph, jax.tree.map(lambda x: x + 0.3 * normal(1, *x.shape), state))
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * normal(1, *x.shape)), state))
 
 
 def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_training_expands_and_a_step_absorbs(monkeypatch: pytest.MonkeyPatch) ->
         (T, mixer.init_state(1, T, x.dtype)),
         (1, mixer.init_state(1, T, x.dtype)),
     ):
-        mixer(x[:, :tokens], Context.of(x[:, :tokens]), state)
+        jax.eval_shape(lambda x, state: mixer(x, Context.of(x), state), x[:, :tokens], state)
     assert [mixer.cfg.absorbs(tokens) for tokens in (T, 1)] == [False, True]
     assert taken == ["_expanded", "_expanded", "_expanded", "_absorbed"]
 
@@ -151,7 +151,8 @@ def test_the_state_is_latents_and_turned_keys(rope: dict) -> None:
 def test_only_turned_channels_know_positions(fraction: float) -> None:
     mixer, x = made(rope={"fraction": fraction}), jnp.asarray(normal(6, 1, T, D))
     places = Context.of(x).positions
-    near, far, later = (mixer(x, Context(positions))[0] for positions in (places, 3 * places, places + 40))
+    run = jax.jit(lambda positions: mixer(x, Context(positions))[0])
+    near, far, later = (run(positions) for positions in (places, 3 * places, places + 40))
     assert np.array_equal(near, far) == (fraction == 0)
     assert_close("all moved alike", later, near, TOLERANCE["fp32_op"])
 

@@ -27,7 +27,7 @@ def moved(seed: int, **options: object) -> RGLRU:
     """With no parameter at zero."""
     mixer = made(**options)
     graph, state = nnx.split(mixer)
-    return nnx.merge(graph, jax.tree.map(lambda x: x + 0.3 * normal(seed, *x.shape), state))
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * normal(seed, *x.shape)), state))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def made(name: str, seed: int = 0, **options: Any) -> Mixer:
     cls = mixers.get(name)
     mixer = cls(D, build(cls.Config, {**SIZES, **RING[name], **options}).fill(D), rngs=nnx.Rngs(seed))
     for i, (_, p) in enumerate(nnx.to_flat_state(nnx.state(mixer))):
-        p[...] = p[...] + 0.1 * normal(100 * seed + i, *p.shape)
+        p[...] = jnp.asarray(np.asarray(p[...]) + 0.1 * normal(100 * seed + i, *p.shape))
     return mixer
 
 
