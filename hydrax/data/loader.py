@@ -53,12 +53,18 @@ class Data:
     modes: ModesConfig
     documents: bool = True  # of the config
 
-    def train_batches(self, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1)."""
+    def train_batches(
+        self, batch_size: int, seed: int, start_step: int = 0, part: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """Endless batches, each epoch's rows in a new order; batch n is a function of (seed, n) and found in O(1).
+
+        `part`, int [n], are the rows of each batch to load (None: all), those of one of several processes.
+        """
         import grain  # takes seconds to import
 
         def batch(n: int, rows: np.ndarray) -> Batch:
-            whole = self._batch(self.train, rows, n * batch_size + np.arange(batch_size), seed)
+            chosen = np.arange(batch_size) if part is None else part
+            whole = self._batch(self.train, rows[chosen], n * batch_size + chosen, seed)
             # Full rows of one document need neither: without them every op takes its fastest form.
             return whole if self.documents else {k: x for k, x in whole.items() if k not in FACTS}
 
@@ -67,14 +73,15 @@ class Data:
         batches = numbers.batch(batch_size, drop_remainder=True).map_with_index(batch).slice(slice(start_step, None))
         return iter(batches.to_iter_dataset(grain.ReadOptions(self.threads, prefetch_buffer_size=2 * self.threads)))
 
-    def val_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
+    def val_batches(self, batch_size: int, rows: int | None = None, part: np.ndarray | None = None) -> Iterator[Batch]:
         """Once over `rows` validation rows spread evenly over the split (None: all), the last batch filled up with
-        rows of padding."""
+        rows of padding; of each batch the rows in `part` (None: all)."""
         source = self.val.rows
         count = len(source) if rows is None else min(rows, len(source))
         chosen = np.arange(count) * len(source) // max(count, 1)
         chosen = np.pad(chosen, (0, -count % batch_size), constant_values=len(source))
-        for numbers in chosen.reshape(-1, batch_size):
+        for whole in chosen.reshape(-1, batch_size):
+            numbers = whole if part is None else whole[part]
             yield self._batch(self.val, numbers, numbers, seed=0)
 
     def _batch(self, split: Split, rows: np.ndarray, numbers: np.ndarray, seed: int) -> Batch:
