@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags, logging
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Overrides = dict[str, Raw]
 PREFIX = "config."
+DISTRIBUTED = ("coordinator", "processes", "process_id")
 HELP = ("--help", "-h", "--helpfull", "--helpshort")
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # JAX's 0.75 leaves a fifth of a GPU unused
@@ -97,8 +98,9 @@ def _parse(flag_values: flags.FlagValues, argv: list[str], doc: str) -> Override
         if flag == "" and flag_values[name].default is None:
             raise ConfigError(f"--{name}", flag, f"expected {flag_values[name].help}")
     flags.FLAGS.mark_as_parsed()  # absl's own: without this its logging complains about itself
-    logging.set_verbosity(logging.WARNING)  # Orbax has much to say below that
+    logging.set_verbosity(logging.FATAL)  # what goes wrong in Orbax's threads is also raised, and then said in one line
     _prepare_jax()
+    _connect(flag_values)
     return overrides
 
 
@@ -148,5 +150,21 @@ def _prepare_jax() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "hydrax" / "jax"))
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
+
+
+def _connect(flag_values: flags.FlagValues) -> None:
+    """Joins the other processes of a run: those of the flags, or of Slurm and whatever else JAX detects."""
+    import jax
+
+    given: dict[str, Any] = {name: flag_values[name].value for name in DISTRIBUTED if name in flag_values}
+    if any(value is not None for value in given.values()):
+        for name, value in given.items():
+            if value is None:
+                raise ConfigError(f"--{name}", None, f"expected with the others of --{', --'.join(DISTRIBUTED)}")
+        if given["process_id"] >= given["processes"]:
+            allowed = f"expected less than --processes = {given['processes']}"
+            raise ConfigError("--process_id", given["process_id"], allowed)
+        if given["processes"] > 1:
+            jax.distributed.initialize(given["coordinator"], given["processes"], given["process_id"])
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()

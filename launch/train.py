@@ -15,6 +15,9 @@ from launch import cli
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "a config file, or the name of one in configs/", required=True, flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "the run folder", required=True, flag_values=FLAGS)
+flags.DEFINE_string("coordinator", None, "host:port of process 0, if the run has several", flag_values=FLAGS)
+flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("process_id", None, "which of them this one is, from 0", lower_bound=0, flag_values=FLAGS)
 
 
 @cli.command(FLAGS)

@@ -4,23 +4,27 @@ Orbax notices files that are missing or cut short, but not flipped bits, and its
 also carries `files.json`, the size and CRC of each of its files, written before the directory gets its final name.
 """
 
+import contextlib
 import json
+import math
 import pathlib
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import PyTree
 from hydrax.models import lm
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
+from hydrax.train.processes import first, leave, together
 
 SEAL = "files.json"
 
@@ -35,28 +39,44 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run; saves in the background, keeps the newest `keep` steps."""
+    """The folder `checkpoints/` of a run; saves in the background.
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int):
+    It keeps the newest `keep` steps, those at multiples of `keep_every`, and the `keep_best` of lowest validation loss.
+    An older step is deleted after a newer one is complete. What goes wrong in the background ends the run in one line
+    at the next `check`, `save` or the end of the block.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int, keep_every: int = 0, keep_best: int = 0):
         self.workdir, self.folder = workdir, workdir / "checkpoints"
         self._saving = -1
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=_preservation(keep, keep_every, keep_best),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
 
     def __enter__(self) -> Self:
+        self._hook, sys.excepthook = sys.excepthook, _without_closed_loops
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+        sys.excepthook = self._hook
 
-    def save(self, step: int, state: PyTree, data: dict[str, Any], spec: dict[str, Any]) -> None:
+    def check(self) -> None:
+        """Ends the run if a save in the background has failed."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def save(
+        self, step: int, state: PyTree, data: dict[str, Any], spec: dict[str, Any], val_loss: float = math.nan
+    ) -> None:
         """Copies the state and writes it in the background; does nothing if the step is already saved."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         if step in self._manager.all_steps():
             return
         self._saving = step
@@ -65,7 +85,9 @@ class Checkpoints:
             "data": ocp.args.JsonSave(data),
             "spec": ocp.args.JsonSave(spec),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        measured = {"val_loss": val_loss} if math.isfinite(val_loss) else None
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=measured, force=True)
 
     def restore(self, abstract: PyTree) -> Saved | None:
         """The newest intact checkpoint in the shapes and shardings of `abstract`; None if nothing was ever saved.
@@ -75,11 +97,9 @@ class Checkpoints:
         Raises:
           ConfigError: there are checkpoints, but every one is damaged (nothing is moved).
         """
-        step, damaged = newest(self.workdir)
+        step = together(self._newest)
         if step is None:
             return None
-        for bad in damaged if jax.process_index() == 0 else ():
-            _move_aside(self.folder / str(bad), self.workdir / "damaged")
         self._manager.reload()
         items = {
             "state": ocp.args.StandardRestore(abstract),
@@ -89,12 +109,42 @@ class Checkpoints:
         saved = self._manager.restore(step, args=ocp.args.Composite(**items))
         return Saved(step, saved["state"], saved["data"], saved["spec"])
 
+    def _newest(self) -> int | None:
+        step, damaged = newest(self.workdir)
+        for bad in damaged if step is not None else ():
+            _move_aside(self.folder / str(bad), self.workdir / "damaged")
+        return step
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise what they like
+            leave(f"stopped: checkpoint {self._saving} in {self.folder} cannot be written ({error}); others stand")
+
     def _seal(self) -> None:
         """Called by Orbax when all files of a step are written, before the directory gets its final name."""
-        if jax.process_index() == 0:
+        if first():
             unnamed = self.folder.glob(f"{self._saving}.*")
             for place in [*unnamed, *self.folder.glob(str(self._saving))]:
                 (place / SEAL).write_text(json.dumps(_contents(place)), encoding="utf-8")
+
+
+def _without_closed_loops(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """After a write that failed, TensorStore's threads print how each further one finds Orbax's event loop closed."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _preservation(keep: int, keep_every: int, keep_best: int) -> policies.PreservationPolicy:
+    best = policies.BestN(
+        get_metric_fn=lambda measured: measured["val_loss"],
+        reverse=True,
+        n=keep_best,
+        keep_checkpoints_without_metrics=False,
+    )
+    every = [policies.EveryNSteps(keep_every)] if keep_every else []
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), *every, *([best] if keep_best else [])])
 
 
 def newest(workdir: pathlib.Path) -> tuple[int | None, list[int]]:

@@ -31,8 +31,11 @@ class TrainConfig:
     eval_rows: Positive = 256  # validation rows
     save_every: NonNegative = 250  # steps between checkpoints; 0: only at the end
     keep: Positive = 3  # newest checkpoints kept
+    keep_every: NonNegative = 0  # checkpoints of multiples of this step are kept too; 0: none
+    keep_best: NonNegative = 0  # checkpoints of lowest validation loss that are kept too
     log_every: Positive = 10  # steps between records
     max_skipped: Positive = 20  # steps in a row without a finite loss after which the run stops
+    watchdog: NonNegative = 1800  # seconds without a finished step until the run shows its stacks and ends; 0: never
     remat: Literal["none", "offload", "full", "mixer", "dots"] = "none"  # what the backward pass recomputes
     unroll: Positive = 1  # repeated periods per iteration of the layer scan: longer to compile, faster on CPUs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPU and TPU

@@ -1,10 +1,14 @@
 """The run folder: what an existing one means, and the files that describe a run."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, Literal
 
@@ -20,6 +24,9 @@ FREE = ("mesh",)
 
 BESIDE = ("attempts.json", "job.json", "log*.txt")
 """What a sweep keeps in the folder of a run, possibly before the run begins."""
+
+LOCK = "lock"
+"""Held by the process that trains in the folder; the kernel releases it when the process dies, however it dies."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -45,8 +52,8 @@ def enter(workdir: pathlib.Path, cfg: RunConfig) -> Literal["fresh", "resume", "
     if not workdir.is_dir():
         raise ConfigError("workdir", str(workdir), "expected a folder")
     if not (workdir / "config.json").exists():
-        # A process that died before its first file was complete leaves only *.tmp.
-        foreign = sorted(p.name for p in workdir.iterdir() if not any(map(p.match, ("*.tmp", *BESIDE))))
+        # A process that died before its first file was complete leaves only its lock and *.tmp.
+        foreign = sorted(p.name for p in workdir.iterdir() if not any(map(p.match, ("*.tmp", LOCK, *BESIDE))))
         if foreign:
             allowed = f"the folder holds {foreign[0]!r} but no config.json; expected a new folder or that of a run"
             raise ConfigError("workdir", str(workdir), allowed)
@@ -58,6 +65,29 @@ def enter(workdir: pathlib.Path, cfg: RunConfig) -> Literal["fresh", "resume", "
         )
         raise ConfigError("workdir", str(workdir), allowed)
     return "complete" if (workdir / "summary.json").exists() else "resume"
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the folder if there is none, and keeps other trainers out of it.
+
+    Raises:
+      ConfigError: another process trains in it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            allowed = f"{file.read().strip() or 'another process'} is training in it; expected another folder, or none"
+            raise ConfigError("workdir", str(workdir), allowed) from None
+        except OSError as error:  # a file system without locks
+            print(f"{workdir} cannot be locked ({error.strerror}): let no second run write to it", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

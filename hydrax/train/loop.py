@@ -1,5 +1,6 @@
 """The training loop: a flat script around the pure step."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from hydrax.core import tree
@@ -19,7 +22,7 @@ from hydrax.data.loader import Data, open_data
 from hydrax.data.pack import Batch
 from hydrax.models import cost, lm
 from hydrax.models.divided import check_divided
-from hydrax.parallel.mesh import make_mesh
+from hydrax.parallel.mesh import AXES, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
 from hydrax.train import folder, metrics
 from hydrax.train.checkpoint import Checkpoints
@@ -27,11 +30,13 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
+from hydrax.train.processes import first, leave, together
 from hydrax.train.profile import Compilations, Tracer
-from hydrax.train.progress import Clock, Progress, mfu
+from hydrax.train.progress import Clock, Progress, mfu, say
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
 from hydrax.train.warm_start import warm_start
+from hydrax.train.watchdog import Watchdog
 
 Batches = Iterable[Batch]
 Baseline = Callable[[Data, Batches], float | None]
@@ -68,14 +73,18 @@ def train(
     #   3. config.json equal                      continue after the newest intact checkpoint, or from the beginning
     #   4. config.json differs (mesh.* may)       ConfigError, naming the keys
     #   5. anything else in it                    ConfigError, nothing is overwritten
-    if folder.enter(workdir, cfg) == "complete":
-        print(f"{workdir} is already complete; expected another folder to train again", flush=True)
+    #   6. another process trains in it           ConfigError, naming the process
+    # Of several processes, the first one decides.
+    if together(lambda: folder.enter(workdir, cfg)) == "complete":
+        say(f"{workdir} is already complete; expected another folder to train again")
         return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    if jax.process_index() == 0:
-        folder.describe(workdir, cfg)
-    with jax.set_mesh(mesh), Interrupt() as interrupt:
-        run = Run(cfg, data, mesh, workdir)
-        with Checkpoints(workdir, keep=cfg.train.keep) as checkpoints:
+    with contextlib.ExitStack() as stack, _failures(workdir):
+        together(lambda: stack.enter_context(folder.lock(workdir)))
+        together(lambda: folder.describe(workdir, cfg))
+        stack.enter_context(jax.set_mesh(mesh))
+        interrupt = stack.enter_context(Interrupt())
+        run, kept = Run(cfg, data, mesh, workdir), cfg.train
+        with Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every, keep_best=kept.keep_best) as checkpoints:
             state, done = _start(run, checkpoints)
             with Recorder(run, done) as recorder, Compilations(("step", "evaluate"), recorder.progress.say):
                 state = _steps(run, state, done, checkpoints, recorder, interrupt)
@@ -111,9 +120,9 @@ class Run:
 
     def compile(self) -> jax.stages.Compiled:
         """The training step, compiled before the clock starts."""
-        batch = self.put(next(self.train_batches(0)))
+        batch = next(self.train_batches())
         began = time.perf_counter()
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        shapes = {k: jax.ShapeDtypeStruct((self.cfg.train.batch_size, *x.shape[1:]), x.dtype) for k, x in batch.items()}
         compiled = self._step.lower(self.abstract, shapes).compile()
         self.compile_seconds = time.perf_counter() - began
         return compiled
@@ -123,7 +132,7 @@ class Run:
         rows = batch_sharding(self.mesh)
         return {k: jax.make_array_from_process_local_data(rows, x) for k, x in batch.items()}
 
-    def train_batches(self, done: int) -> Iterator[Batch]:
+    def train_batches(self, done: int = 0) -> Iterator[Batch]:
         """This process's rows of the training batches behind step `done`."""
         cfg = self.cfg.train
         return self.data.train_batches(cfg.batch_size, cfg.seed, done, local_rows(self.mesh, cfg.batch_size))
@@ -149,12 +158,13 @@ class Recorder:
         cfg = run.cfg
         self._run, self._bad, self._last = run, 0, done
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if jax.process_index() == 0 else []
+        earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if first() else []
+        self.watchdog = Watchdog(cfg.train.watchdog)
         self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
         self.progress = Progress(cfg.train.steps, done)
         self.tracer = Tracer(run.workdir, cfg.train.trace, self.progress.say)
         self._writers: list[metrics.Writer] = []
-        if jax.process_index() == 0:
+        if first():
             self._writers = metrics.open_writers(
                 run.workdir, done, tensorboard=cfg.train.tensorboard, wandb=cfg.train.wandb, config=run.spec["config"]
             )
@@ -166,6 +176,7 @@ class Recorder:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.watchdog.__exit__(*error)
         self.tracer.__exit__(*error)
         self.progress.__exit__(*error)
         for writer in self._writers:
@@ -191,6 +202,7 @@ class Recorder:
     def _handle(self, step: int, arrays: dict[str, jax.Array]) -> None:
         with self.clock.part("device"):
             values = {name: float(x) for name, x in jax.device_get(arrays).items()}
+        self.watchdog.beat()
         cfg = self._run.cfg.train
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         self._bad = 0 if finite else self._bad + 1
@@ -209,6 +221,19 @@ class Recorder:
         self.progress.update(step, {**values, "tokens_per_second": tokens_per_second}, speed, utilisation)
         self._last = step
         self.clock.restart()
+
+
+@contextlib.contextmanager
+def _failures(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns what a disk or a lost process raises into one line; the checkpoints stand."""
+    try:
+        yield
+    except OSError as error:
+        leave(f"stopped: {workdir} cannot be used ({error}); the same command continues")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        leave(f"stopped: another process of the run is lost ({error}); the same command continues")
 
 
 def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
@@ -239,7 +264,7 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     if saved.data != _position(run, saved.step):
         allowed = f"the files changed since the run began (step {saved.step}); expected the same data or a new folder"
         raise ConfigError("data.path", run.cfg.data.path, allowed)
-    print(f"continuing {run.workdir} after step {saved.step}", flush=True)
+    say(f"continuing {run.workdir} after step {saved.step}")
     return saved.state, saved.step
 
 
@@ -248,8 +273,8 @@ def _fresh(run: Run) -> State:
     state = new_state(run.plan, run.tx, run.cfg.train.seed, run.mesh)
     if run.cfg.train.init_from is not None:
         state["params"], report = warm_start(run.cfg.train.init_from, run.cfg.model, state["params"])
-        if jax.process_index() == 0:
-            print(report.line(), flush=True)
+        say(report.line())
+        if first():
             metrics.write_json(run.workdir / "init_from.json", dataclasses.asdict(report))
     return state
 
@@ -267,10 +292,11 @@ def _steps(
     if done == last:
         return state
     compiled = run.compile()
-    if jax.process_index() == 0:
+    if first():
         folder.describe_program(run.workdir, compiled)
     batches = run.train_batches(done)
     recorder.clock.restart()
+    recorder.watchdog.start()
     for step in range(done + 1, last + 1):
         recorder.tracer.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -278,17 +304,19 @@ def _steps(
                 batch = run.put(next(batches))
             state, values = compiled(state, batch)
         recorder.add(step, values)
-        signal = interrupt.received(step)
+        checkpoints.check()
+        signal, validation = interrupt.received(step), {}
         if _due(step, cfg.eval_every, last):
             recorder.flush()
-            with recorder.clock.pause():
+            with recorder.clock.pause(), recorder.watchdog.pause():
                 validation = run.evaluate(state["params"])
                 recorder.write(step, validation)
             recorder.progress.say(f"step {step}/{last}  validation {validation['val_bits_per_byte']:.4f} bits/byte")
         if signal or _due(step, cfg.save_every, last):
             recorder.flush()
             with recorder.clock.pause():
-                checkpoints.save(step, state, _position(run, step), run.spec)
+                val_loss = validation.get("val_loss", math.nan)
+                checkpoints.save(step, state, _position(run, step), run.spec, val_loss)
         if signal and step < last:
             recorder.progress.say(f"{signal.name}: saved at step {step}; the same command continues")
             raise SystemExit(EXIT_CODES[signal])
@@ -306,7 +334,16 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _finish(run: Run, state: State, baselines: Mapping[str, Baseline], finish: Finish | None) -> Summary:
-    """Baselines, figure, `finish`, summary.json: what is left when all steps are done."""
+    """Baselines, figure, `finish`, summary.json: what is left when all steps are done, for process 0 alone."""
+    if jax.process_count() > 1:
+        state = multihost_utils.process_allgather(state, tiled=True)
+        here = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(run.mesh.devices.ndim * (1,)), AXES)
+        with jax.set_mesh(here):
+            return together(lambda: _finish_alone(run, state, baselines, finish))
+    return _finish_alone(run, state, baselines, finish)
+
+
+def _finish_alone(run: Run, state: State, baselines: Mapping[str, Baseline], finish: Finish | None) -> Summary:
     records = metrics.read(run.workdir / "metrics.jsonl")
     measured = {name: f(run.data, run.val_batches()) for name, f in baselines.items()}
     compared = {name: float(bits) for name, bits in measured.items() if bits is not None}
@@ -314,9 +351,8 @@ def _finish(run: Run, state: State, baselines: Mapping[str, Baseline], finish: F
     model = run.plan.merge(state["params"])
     if finish is not None:
         finish(model, run.data, run.cfg, run.workdir)
-    if jax.process_index() == 0:
-        draw_loss(records, compared, run.workdir / "figures" / "loss.png")
-        metrics.write_json(run.workdir / "summary.json", summary)
+    draw_loss(records, compared, run.workdir / "figures" / "loss.png")
+    metrics.write_json(run.workdir / "summary.json", summary)
     return summary
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from hydrax.train.processes import first
+
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -37,6 +39,12 @@ def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, devi
     if value > 1:
         raise ValueError(f"MFU of {value:.0%} on {devices} x {device_kind}: FLOP count, peak or clock is wrong")
     return value
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if first():
+        print(line, flush=True)
 
 
 class Clock:
@@ -83,7 +91,7 @@ class Progress:
     def __init__(self, steps: int, done: int):
         self.steps = steps
         self._bar: Any = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and first():
             from rich import progress  # 0.1 s that only a terminal needs
 
             columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
@@ -104,7 +112,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
-            print(line, flush=True)
+            say(line)
 
     def update(self, step: int, values: Mapping[str, float], speed: float | None, utilisation: float | None) -> None:
         """Shows a record; `speed` in steps/s, None where it is not known yet."""

@@ -33,6 +33,7 @@ def test_the_folder_tells_the_whole_story(run):
     cfg, workdir, summary, _ = run
     names = {
         "config.json",
+        "lock",
         "layers.json",
         "environment.json",
         "program.json",

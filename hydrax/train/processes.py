@@ -1,0 +1,58 @@
+"""What several processes of one run do together: decide, and leave when one of them is lost."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hydrax.core.build import ConfigError
+
+
+def first() -> bool:
+    """Whether this process writes the files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def together(decide: Callable[[], Any]) -> Any:
+    """What `decide` gives on process 0, which alone calls it; JSON.
+
+    Raises:
+      ConfigError, OSError: as raised there, on every process.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    answer: dict[str, Any] = {}
+    if first():
+        try:
+            answer = {"value": decide()}
+        except ConfigError as error:
+            answer = {"wrong": [error.key, str(error.value), error.allowed]}
+        except OSError as error:
+            answer = {"failed": [error.errno, error.strerror, str(error.filename)]}
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = multihost_utils.broadcast_one_to_all(text if first() else np.zeros(length, np.uint8))
+    answer = json.loads(np.asarray(text).astype(np.uint8).tobytes())
+    if "wrong" in answer:
+        raise ConfigError(*answer["wrong"])
+    if "failed" in answer:
+        raise OSError(*answer["failed"])
+    return answer["value"]
+
+
+def leave(line: str) -> NoReturn:
+    """Ends this process in one line on stderr with exit code 1.
+
+    One of several processes ends without JAX's shutdown, which waits minutes for those that wait for this one.
+    """
+    line = " ".join(line.split())
+    if jax.process_count() == 1:
+        raise SystemExit(line)
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
