@@ -57,14 +57,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
 
     def __enter__(self) -> Self:
-        self._hook, sys.excepthook = sys.excepthook, _without_closed_loops
+        self._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
-        sys.excepthook = self._hook
+        sys.unraisablehook = self._hook
 
     def check(self) -> None:
         """Ends the run if a save in the background has failed."""
@@ -130,10 +130,10 @@ class Checkpoints:
                 (place / SEAL).write_text(json.dumps(_contents(place)), encoding="utf-8")
 
 
-def _without_closed_loops(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """After a write that failed, TensorStore's threads print how each further one finds Orbax's event loop closed."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, traceback)
+def _without_closed_loops(raised: Any) -> None:
+    """After a write that failed, TensorStore's threads report that each further one finds Orbax's event loop closed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
 
 
 def _preservation(keep: int, keep_every: int, keep_best: int) -> policies.PreservationPolicy:
