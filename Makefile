@@ -8,7 +8,7 @@ STAMP := .venv/.complete
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 
 TESTS := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
-PYTEST := $(TESTS) $(BIN)/python -m pytest -n $(CORES) -q
+PYTEST := $(TESTS) $(BIN)/python -m pytest -n $(CORES) --dist=worksteal -q
 EVERYWHERE := not gpu and not oracle
 
 .PHONY: .venv quickstart test test-fast test-all lint types oracles fuzz lock clean

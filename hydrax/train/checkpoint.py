@@ -5,6 +5,7 @@ also carries `files.json`, the size and CRC of each of its files, written before
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -49,12 +50,17 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, *, keep: int, keep_every: int = 0, keep_best: int = 0):
         self.workdir, self.folder = workdir, workdir / "checkpoints"
         self._saving = -1
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
+            best_fn=_val_loss if keep_best else None,  # without it, Orbax does not read what earlier processes saved
             preservation_policy=_preservation(keep, keep_every, keep_best),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made after `restore` has moved away what Orbax stumbles over: it reads the losses of all steps at once."""
+        return ocp.CheckpointManager(self.folder.resolve(), options=self._options)
 
     def __enter__(self) -> Self:
         self._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
@@ -85,7 +91,7 @@ class Checkpoints:
             "data": ocp.args.JsonSave(data),
             "spec": ocp.args.JsonSave(spec),
         }
-        measured = {"val_loss": val_loss} if math.isfinite(val_loss) else None
+        measured = {"val_loss": val_loss if math.isfinite(val_loss) else math.inf}  # worse than all others
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=measured, force=True)
 
@@ -111,7 +117,7 @@ class Checkpoints:
 
     def _newest(self) -> int | None:
         step, damaged = newest(self.workdir)
-        for bad in damaged if step is not None else ():
+        for bad in [*damaged, *_without_loss(self.workdir, damaged)] if step is not None else ():
             _move_aside(self.folder / str(bad), self.workdir / "damaged")
         return step
 
@@ -136,13 +142,26 @@ def _without_closed_loops(raised: Any) -> None:
         sys.__unraisablehook__(raised)
 
 
+def _val_loss(measured: dict[str, float]) -> float:
+    return measured["val_loss"]
+
+
+def _without_loss(workdir: pathlib.Path, known: Sequence[int]) -> list[int]:
+    """The steps, beside the `known`, whose validation loss is damaged, each reported."""
+    found = []
+    for path in (workdir / "checkpoints").glob("*/metrics/metrics"):
+        step = path.parents[1].name
+        try:
+            json.loads(path.read_text(encoding="utf-8"))["val_loss"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if step.isdigit() and int(step) not in known:
+                print(f"checkpoint {step} of {workdir} is damaged: its validation loss cannot be read ({error})")
+                found.append(int(step))
+    return found
+
+
 def _preservation(keep: int, keep_every: int, keep_best: int) -> policies.PreservationPolicy:
-    best = policies.BestN(
-        get_metric_fn=lambda measured: measured["val_loss"],
-        reverse=True,
-        n=keep_best,
-        keep_checkpoints_without_metrics=False,
-    )
+    best = policies.BestN(get_metric_fn=_val_loss, reverse=True, n=keep_best)
     every = [policies.EveryNSteps(keep_every)] if keep_every else []
     return policies.AnyPreservationPolicy([policies.LatestN(keep), *every, *([best] if keep_best else [])])
 

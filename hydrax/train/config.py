@@ -47,6 +47,12 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             allowed = f"expected a divisor of train.batch_size = {self.batch_size}"
             raise ConfigError("accumulate", self.accumulate, allowed)
+        if self.keep_every and not (self.save_every and self.keep_every % self.save_every == 0):
+            allowed = f"expected 0 or a multiple of train.save_every = {self.save_every}, not 0"
+            raise ConfigError("keep_every", self.keep_every, allowed)
+        if self.keep_best and not (self.eval_every and self.save_every % self.eval_every == 0):
+            allowed = f"expected 0, or train.save_every a multiple of train.eval_every = {self.eval_every}, not 0"
+            raise ConfigError("keep_best", self.keep_best, allowed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ def train(
     if together(lambda: folder.enter(workdir, cfg)) == "complete":
         say(f"{workdir} is already complete; expected another folder to train again")
         return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    with contextlib.ExitStack() as stack, _failures(workdir):
+    with contextlib.ExitStack() as stack, failures(workdir):
         together(lambda: stack.enter_context(folder.lock(workdir)))
         together(lambda: folder.describe(workdir, cfg))
         stack.enter_context(jax.set_mesh(mesh))
@@ -224,7 +224,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def _failures(workdir: pathlib.Path) -> Iterator[None]:
+def failures(workdir: pathlib.Path) -> Iterator[None]:
     """Turns what a disk or a lost process raises into one line; the checkpoints stand."""
     try:
         yield

@@ -1,12 +1,13 @@
 """Records of a run: `metrics.jsonl` always, TensorBoard and Weights & Biases if asked for."""
 
+import contextlib
 import hashlib
 import importlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -27,13 +28,16 @@ class JsonlWriter:
     """One JSON object per line: step, values, and under `timing` whatever differs between equal runs."""
 
     def __init__(self, path: pathlib.Path):
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: a record survives the process, and one that finds no room is not tried again at the end.
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
         # JSON has no NaN: a value that is not finite becomes null.
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self._file.write(json.dumps({"step": step, **finite, "timing": dict(timing)}) + "\n")
-        self._file.flush()  # a record survives the process
+        line = (json.dumps({"step": step, **finite, "timing": dict(timing)}) + "\n").encode()
+        with naming(self._path):
+            while line:  # a disk that fills up takes a part first
+                line = line[self._file.write(line) or 0 :]
 
     def close(self) -> None:
         self._file.close()
@@ -112,8 +116,18 @@ def cut_back(path: pathlib.Path, step: int) -> list[Record]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """The file as a whole or not at all, also if the process dies meanwhile."""
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the path into errors of writing, which do not know it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
