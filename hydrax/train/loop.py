@@ -38,6 +38,9 @@ from hydrax.train.step import make_eval_step, make_train_step
 from hydrax.train.warm_start import warm_start
 from hydrax.train.watchdog import Watchdog
 
+LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "aborted", "heartbeat")
+"""What errors of collectives say when another process is gone; other errors are this process's own."""
+
 Batches = Iterable[Batch]
 Baseline = Callable[[Data, Batches], float | None]
 Finish = Callable[[lm.LM, Data, RunConfig, pathlib.Path], None]
@@ -231,7 +234,7 @@ def failures(workdir: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         leave(f"stopped: {workdir} cannot be used ({error}); the same command continues")
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not any(word in str(error).lower() for word in LOST):
             raise
         leave(f"stopped: another process of the run is lost ({error}); the same command continues")
 
@@ -336,7 +339,8 @@ def _due(step: int, every: int, last: int) -> bool:
 def _finish(run: Run, state: State, baselines: Mapping[str, Baseline], finish: Finish | None) -> Summary:
     """Baselines, figure, `finish`, summary.json: what is left when all steps are done, for process 0 alone."""
     if jax.process_count() > 1:
-        state = multihost_utils.process_allgather(state, tiled=True)
+        kept = {name: state[name] for name in ("params", "step", "skipped")}
+        state = multihost_utils.process_allgather(kept, tiled=True)
         here = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(run.mesh.devices.ndim * (1,)), AXES)
         with jax.set_mesh(here):
             return together(lambda: _finish_alone(run, state, baselines, finish))
