@@ -49,6 +49,7 @@ class Trainer:
 
     def __init__(self, base: pathlib.Path, workdir: pathlib.Path, *, processes: int = 1, file_limit: int = 0):
         self.workdir = workdir
+        self._left = set(_unfinished(workdir))  # by a process that was killed
         texts = {**CONFIG, "data.path": base / "text"}
         command = [sys.executable, "-m", "launch.train", "--config=quickstart", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in texts.items()]
@@ -82,7 +83,7 @@ class Trainer:
 
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
-        return any((self.workdir / "checkpoints").glob("*tmp*"))
+        return not self._left.issuperset(_unfinished(self.workdir))
 
     def end(self) -> tuple[list[int], list[str]]:
         """Exit codes and outputs."""
@@ -277,6 +278,12 @@ def _lines(workdir: pathlib.Path) -> list[str]:
 def _records(workdir: pathlib.Path) -> list[dict]:
     """All records without what clocks measured."""
     return [{k: v for k, v in r.items() if k != "timing"} for r in metrics.read(workdir / "metrics.jsonl")]
+
+
+def _unfinished(workdir: pathlib.Path) -> list[tuple[str, int]]:
+    """Name and inode of each checkpoint that has not got its final name."""
+    entries = os.scandir(workdir / "checkpoints") if (workdir / "checkpoints").exists() else ()
+    return [(e.name, e.inode()) for e in entries if "tmp" in e.name]
 
 
 def _steps(workdir: pathlib.Path) -> list[int]:
