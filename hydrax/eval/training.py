@@ -89,7 +89,7 @@ def training_step(cfg: RunConfig, dtype: jnp.dtype) -> tuple[Blueprint, Callable
     tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     how: dict[str, Any] = {"dtype": dtype, "accumulate": cfg.train.accumulate, "z_loss": cfg.optim.z_loss}
-    how["frozen"] = frozen(cfg.optim, plan.meta)
+    how |= {"frozen": frozen(cfg.optim, plan.meta), "spike": cfg.optim.spike}
     return plan, make_train_step(plan, tx, schedule, **how), lambda: init_state(plan, tx, jax.random.key(0))
 
 

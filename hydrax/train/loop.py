@@ -41,6 +41,9 @@ from hydrax.train.watchdog import Watchdog
 LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "aborted", "heartbeat")
 """What errors of collectives say when another process is gone; other errors are this process's own."""
 
+SKIPPED = "skipped.jsonl"
+"""A record of every step that was skipped, in the run folder."""
+
 Batches = Iterable[Batch]
 Baseline = Callable[[Data, Batches], float | None]
 Finish = Callable[[lm.LM, Data, RunConfig, pathlib.Path], None]
@@ -116,6 +119,7 @@ class Run:
             accumulate=cfg.train.accumulate,
             z_loss=cfg.optim.z_loss,
             frozen=frozen(cfg.optim, self.plan.meta),
+            spike=cfg.optim.spike,
         )
         # Metrics are left to the compiler: scalars come out replicated.
         self._step = jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None), donate_argnums=0)
@@ -161,7 +165,7 @@ class Recorder:
         cfg = run.cfg
         self._run, self._bad, self._last = run, 0, done
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        earlier = metrics.cut_back(run.workdir / "metrics.jsonl", done) if first() else []
+        earlier, _ = [metrics.cut_back(run.workdir / n, done) if first() else [] for n in ("metrics.jsonl", SKIPPED)]
         self.watchdog = Watchdog(cfg.train.watchdog)
         self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
         self.progress = Progress(cfg.train.steps, done)
@@ -207,12 +211,15 @@ class Recorder:
             values = {name: float(x) for name, x in jax.device_get(arrays).items()}
         self.watchdog.beat()
         cfg = self._run.cfg.train
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        self._bad = 0 if finite else self._bad + 1
+        taken = values.pop("taken")
+        self._bad = 0 if taken else self._bad + 1
+        if not taken and first():
+            metrics.append(self._run.workdir / SKIPPED, step, values)
         if step % cfg.log_every == 0 or step == cfg.steps or self._bad == cfg.max_skipped:
             self._log(step, values)
         if self._bad == cfg.max_skipped:
-            raise SystemExit(f"stopped at step {step}: no finite loss or gradient in {self._bad} steps in a row")
+            below = " below optim.spike times the mean" if self._run.cfg.optim.spike else ""
+            raise SystemExit(f"stopped at step {step}: no finite loss or gradient{below} in {self._bad} steps in a row")
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         cfg, devices = self._run.cfg, jax.devices()

@@ -105,6 +105,13 @@ def read(path: pathlib.Path) -> list[Record]:
     return records
 
 
+def append(path: pathlib.Path, step: int, values: Mapping[str, float]) -> None:
+    """One more record in a file that is rarely written."""
+    writer = JsonlWriter(path)
+    writer.write(step, values, {})
+    writer.close()
+
+
 def cut_back(path: pathlib.Path, step: int) -> list[Record]:
     """Removes from the file, atomically, what lies after `step`; returns what remains."""
     records = [r for r in read(path) if r["step"] <= step]

@@ -28,6 +28,7 @@ class OptimConfig:
     final_fraction: Fraction = 0.1  # final rate / peak
     weight_decay: NonNegativeFloat = 0.1  # times the rate, on matrices
     clip: PositiveFloat | None = 1.0  # global gradient norm
+    spike: PositiveFloat | None = None  # skips steps whose gradient norm is above this times its running mean
     b1: Fraction = 0.9
     b2: Fraction = 0.95
     eps: PositiveFloat = 1e-8

@@ -1,4 +1,4 @@
-"""The train state: a plain dict {params, opt_state, step, skipped} that starts the same on every mesh."""
+"""The train state: a plain dict {params, opt_state, step, skipped, norm_mean} that starts the same on every mesh."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def init_state(plan: Blueprint, tx: optax.GradientTransformation, key: Array) ->
     """The state before the first step; pure, to be jitted."""
     params = plan.init(key)
     counters = {"step": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32)}
-    return {"params": params, "opt_state": tx.init(params), **counters}
+    return {"params": params, "opt_state": tx.init(params), **counters, "norm_mean": jnp.zeros((), jnp.float32)}
 
 
 def abstract_state(plan: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> State:

@@ -19,6 +19,9 @@ Metrics = dict[str, Array]
 Totals = tuple[Sums, dict[str, Array]]
 """Sums over the predictions, and the layers' own losses by name, times the number of predictions."""
 
+NORM_STEPS = 100
+"""Steps over which the mean of gradient norms runs."""
+
 
 def make_train_step(
     plan: Blueprint,
@@ -29,13 +32,14 @@ def make_train_step(
     accumulate: int = 1,
     z_loss: float = 0.0,
     frozen: Collection[str] = (),
+    spike: float | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """(state, batch) -> (state, fp32 metrics), to be jitted with the state donated.
 
     Gradients and counts of `accumulate` microbatches are summed unnormalised and divided once, so the result does
-    not depend on how counted tokens are spread. If loss or gradient norm is not finite, parameters and optimizer
-    stay bit-equal and only the counters `step` and `skipped` advance. `frozen` parameters
-    count in no norm.
+    not depend on how counted tokens are spread. A step is skipped if loss or gradient norm is not finite, or the norm
+    is above `spike` times its running mean over `NORM_STEPS` steps: parameters and optimizer stay bit-equal, and only
+    `step`, `skipped` and that mean advance; "taken" is then 0. `frozen` parameters count in no norm.
     """
 
     rules = {name: meta.rule for name, meta in plan.meta.items()}
@@ -45,12 +49,18 @@ def make_train_step(
         count = jnp.maximum(sums.tokens, 1.0)
         grads = {name: jnp.zeros_like(g) if name in frozen else g / count for name, g in grads.items()}
         norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        finite, mean = jnp.isfinite(norm) & jnp.isfinite(loss), state["norm_mean"]
+        highest = jnp.inf if spike is None else jnp.where(mean > 0, spike * mean, jnp.inf)
+        taken = finite & (norm <= highest)
+        # A spike counts as the highest norm allowed, so that the mean follows norms that stay high.
+        seen = jnp.minimum(norm, highest)
+        moved = jnp.where(mean > 0, mean + (seen - mean) / NORM_STEPS, seen)
 
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-        kept = tree.where(finite, new, {"params": state["params"], "opt_state": state["opt_state"]})
-        skipped = state["skipped"] + jnp.where(finite, 0, 1)
+        kept = tree.where(taken, new, {"params": state["params"], "opt_state": state["opt_state"]})
+        skipped = state["skipped"] + jnp.where(taken, 0, 1)
+        counters = {"step": state["step"] + 1, "skipped": skipped, "norm_mean": jnp.where(finite, moved, mean)}
         metrics = {
             "loss": loss,
             "bits_per_byte": sums.nll / (math.log(2) * jnp.maximum(bytes_, 1.0)),
@@ -58,10 +68,11 @@ def make_train_step(
             "lr": schedule(state["step"] - state["skipped"]),  # updates made so far
             "tokens": sums.tokens,
             "skipped": skipped,
+            "taken": taken,
             **{name: value / count for name, value in losses.items()},
         }
         metrics = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
-        return {**kept, "step": state["step"] + 1, "skipped": skipped}, metrics
+        return {**kept, **counters}, metrics
 
     return step
 

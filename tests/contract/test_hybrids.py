@@ -301,7 +301,13 @@ def test_it_trains(hybrid: Hybrid):
     @jax.jit
     def run(params):
         zero = jnp.zeros((), jnp.int32)
-        state = {"params": params, "opt_state": tx.init(params), "step": zero, "skipped": zero}
+        state = {
+            "params": params,
+            "opt_state": tx.init(params),
+            "step": zero,
+            "skipped": zero,
+            "norm_mean": jnp.zeros(()),
+        }
         return jax.lax.scan(lambda state, _: step(state, given), state, None, length=STEPS)[1]
 
     metrics = run(rounded(hybrid.params))

@@ -134,8 +134,8 @@ def test_accumulate_divides_the_batch(tmp_path):
 def test_a_run_without_finite_losses_stops_in_one_line(run, tmp_path):
     cfg = dataclasses.replace(run[0], train=dataclasses.replace(run[0].train, max_skipped=3, steps=99))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=259))
-    good = {"loss": 1.0, "bits_per_byte": 1.0, "grad_norm": 1.0}
-    bad = [good | {"loss": float("nan")}, good | {"grad_norm": float("inf")}]
+    good = {"loss": 1.0, "bits_per_byte": 1.0, "grad_norm": 1.0, "taken": 1.0}
+    bad = [good | {"loss": float("nan"), "taken": 0.0}, good | {"grad_norm": float("inf"), "taken": 0.0}]
     steps = [good, *bad, good, *bad, bad[0], good]
     parts = loop.Run(cfg, run[3][1], make_mesh(cfg.mesh), tmp_path)
     with loop.Recorder(parts, 0) as recorder:
@@ -145,3 +145,8 @@ def test_a_run_without_finite_losses_stops_in_one_line(run, tmp_path):
             recorder.add(len(steps), steps[-1])  # handles the one before
     assert str(error.value) == "stopped at step 7: no finite loss or gradient in 3 steps in a row"
     assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    skipped = metrics.read(tmp_path / "skipped.jsonl")
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in skipped][:2] == [(2, None, 1.0), (3, 1.0, None)]
+    assert [r["step"] for r in skipped] == [2, 3, 5, 6, 7]
+    with loop.Recorder(parts, 5):
+        assert [r["step"] for r in metrics.read(tmp_path / "skipped.jsonl")] == [2, 3, 5]

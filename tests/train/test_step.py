@@ -16,7 +16,7 @@ from hydrax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hydrax.parallel.rules import batch_sharding
 from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
 from hydrax.train.state import abstract_state, new_state, shardings
-from hydrax.train.step import make_eval_step, make_train_step
+from hydrax.train.step import NORM_STEPS, make_eval_step, make_train_step
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 from tests.train import tiny
 
@@ -35,10 +35,11 @@ def parts(**mesh):
 
 
 @functools.cache
-def train_step(accumulate=1, dtype="float32", **mesh):
+def train_step(accumulate=1, dtype="float32", spike=None, **mesh):
     plan, tx, mesh, _ = parts(**mesh)
     schedule = make_schedule(CONFIG, 10)
-    step = make_train_step(plan, tx, schedule, dtype=jnp.dtype(dtype), accumulate=accumulate, z_loss=1e-2)
+    how = {"dtype": jnp.dtype(dtype), "accumulate": accumulate, "z_loss": 1e-2, "spike": spike}
+    step = make_train_step(plan, tx, schedule, **how)
     place = shardings(abstract_state(plan, tx, mesh))
     jitted = jax.jit(step, in_shardings=(place, batch_sharding(mesh)), out_shardings=(place, None))
 
@@ -50,7 +51,7 @@ def train_step(accumulate=1, dtype="float32", **mesh):
 
 
 def after(batches, **options):
-    mesh = {k: v for k, v in options.items() if k not in ("accumulate", "dtype")}
+    mesh = {k: v for k, v in options.items() if k not in ("accumulate", "dtype", "spike")}
     state, metrics = parts(**mesh)[3], {}
     for batch in batches:
         state, metrics = train_step(**options)(state, batch)
@@ -67,6 +68,20 @@ def test_accumulation_does_not_change_the_step():
     assert_trees_close("params", cut_state["params"], state["params"], 1e-6)
 
 
+def test_a_spike_of_the_gradient_is_skipped_and_moves_the_mean_little():
+    calm = tiny.batch(ROWS, TOKENS)
+    steep = calm | {"targets": np.zeros_like(calm["targets"])}  # always the same token: every row pulls alike
+    state, metrics = after([calm], spike=1.5)
+    mean = float(state["norm_mean"])
+    assert metrics["taken"] == 1 and mean == pytest.approx(float(metrics["grad_norm"]))
+    skipped, metrics = after([calm, steep], spike=1.5)
+    assert metrics["grad_norm"] > 1.5 * mean
+    assert (metrics["taken"], metrics["skipped"]) == (0, 1)
+    assert_trees_close("params", skipped["params"], state["params"], 0.0)
+    assert float(skipped["norm_mean"]) == pytest.approx(mean * (1 + 0.5 / NORM_STEPS))
+    assert after([calm, steep])[1]["taken"] == 1  # without a limit
+
+
 def test_a_bad_batch_leaves_everything_but_the_counters():
     good, bad = tiny.batch(ROWS, TOKENS), tiny.batch(ROWS, TOKENS, seed=1)
     bad["weights"] = np.where(bad["weights"] > 0, np.float32("nan"), 0).astype(np.float32)
@@ -80,6 +95,7 @@ def test_a_bad_batch_leaves_everything_but_the_counters():
         strict=True,
     ):
         assert_equal(jax.tree_util.keystr(path), a, e)
+    assert (metrics["taken"], float(skipped["norm_mean"])) == (0, float(state["norm_mean"]))
     with_bad, rate = after([good, bad, good])
     without, expected = after([good, good])
     assert_trees_close("next step", with_bad["params"], without["params"], 0.0)
@@ -142,7 +158,13 @@ def test_losses_of_layers_and_their_balance_take_part():
         rng = np.random.default_rng(0)
         params = {k: rng.normal(0, 0.3, p.shape).astype(np.float32) for k, p in plan.shapes.items()}
         zero = jnp.zeros((), jnp.int32)
-        state = {"params": params, "opt_state": tx.init(params), "step": zero, "skipped": zero}
+        state = {
+            "params": params,
+            "opt_state": tx.init(params),
+            "step": zero,
+            "skipped": zero,
+            "norm_mean": jnp.zeros(()),
+        }
         return params, *jax.device_get(jax.jit(step)(state, batch))
 
     params, state, metrics = stepped(balance=0.5, z_loss=0.1)
