@@ -161,6 +161,8 @@ def _connect(flag_values: flags.FlagValues) -> None:
         for name, value in given.items():
             if value is None:
                 raise ConfigError(f"--{name}", None, f"expected with the others of --{', --'.join(DISTRIBUTED)}")
+        if not re.fullmatch(r".+:\d+", given["coordinator"]):
+            raise ConfigError("--coordinator", given["coordinator"], "expected host:port of process 0")
         if given["process_id"] >= given["processes"]:
             allowed = f"expected less than --processes = {given['processes']}"
             raise ConfigError("--process_id", given["process_id"], allowed)

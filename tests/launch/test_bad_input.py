@@ -96,7 +96,10 @@ SETTINGS = [
     (["--config=lm:2b"], r"variant = '2b': expected one of 100m, 340m, 1b3"),
     (["--config=lm:ratio=x"], r"ratio = 'x': expected an integer"),
     # flags
-    (["--steps=3"], r"--steps = '3': unknown flag; allowed: --config, --workdir, --config\.<key>"),
+    (["--steps=3"], r"--steps = '3': unknown flag; allowed: --config, --workdir, .*, --config\.<key>"),
+    (["--processes=2"], r"--coordinator = None: expected with the others of --coordinator, --processes, --process_id"),
+    (["--coordinator=h", "--processes=2", "--process_id=0"], r"--coordinator = 'h': expected host:port of process 0"),
+    (["--coordinator=h:1", "--processes=2", "--process_id=2"], r"--process_id = 2: expected less than --processes = 2"),
     (["--work_dir=x"], r"--work_dir = 'x': unknown flag; did you mean --workdir\?"),
     (["--workdir="], r"--workdir = '': expected the run folder"),
     (["quickstart"], r"quickstart = '': unexpected argument; expected --config, --workdir"),

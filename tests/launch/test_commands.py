@@ -15,6 +15,8 @@ def test_training_fills_the_run_folder(finished):
         "config.json",
         "layers.json",
         "environment.json",
+        "program.json",
+        "lock",
         "metrics.jsonl",
         "checkpoints",
         "sample.txt",
