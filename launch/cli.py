@@ -156,7 +156,8 @@ def _connect(flag_values: flags.FlagValues) -> None:
     """Joins the other processes of a run: those of the flags, or of Slurm and whatever else JAX detects."""
     import jax
 
-    given: dict[str, Any] = {name: flag_values[name].value for name in DISTRIBUTED if name in flag_values}
+    names = DISTRIBUTED if DISTRIBUTED[0] in flag_values else ()
+    given: dict[str, Any] = {name: flag_values[name].value for name in names}
     if any(value is not None for value in given.values()):
         for name, value in given.items():
             if value is None:
