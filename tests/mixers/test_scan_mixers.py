@@ -119,7 +119,7 @@ def test_mamba_is_linear_attention_with_a_head_for_every_channel(monkeypatch: py
     mixer, x = made(mamba.Mamba), jnp.asarray(normal(6, 2, T, D))
     y, state = run(mixer, x)
 
-    def attend(x, dt, A, b, c, *, initial_state, chunk_size, **facts):
+    def attend(x, dt, A, b, c, *, initial_state, chunk_size, shards, **facts):
         q, k = (jnp.broadcast_to(a[:, :, None], (*x.shape, a.shape[-1])) for a in (c, b))
         o, memory = linear_attention(q, k, (dt * x)[..., None], dt[..., None] * A, scale=1.0, **facts)
         return o[..., 0], memory[..., 0]

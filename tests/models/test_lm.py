@@ -190,7 +190,7 @@ def test_unrolling_the_layer_scan_changes_nothing(remat: str):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match=r"train\.remat = 'some': expected one of none, full, mixer, dots"):
+    with pytest.raises(ConfigError, match=r"train\.remat = 'some': expected one of none, offload, full, mixer, dots"):
         lm.blueprint(config(), remat="some")
 
 

@@ -25,9 +25,9 @@ def kept(workdir, **policy):
 @pytest.mark.parametrize(
     ("policy", "steps"),
     [
-        ({"keep": 2}, [14, 16]),
-        ({"keep": 1, "keep_every": 6}, [6, 12, 16]),
-        ({"keep": 1, "keep_best": 2}, [4, 8, 16]),
+        pytest.param({"keep": 2}, [14, 16], marks=pytest.mark.slow),
+        pytest.param({"keep": 1, "keep_every": 6}, [6, 12, 16], marks=pytest.mark.slow),
+        pytest.param({"keep": 1, "keep_best": 2}, [4, 8, 16], marks=pytest.mark.slow),
         ({"keep": 2, "keep_every": 10, "keep_best": 1}, [4, 10, 14, 16]),
     ],
     ids=str,
