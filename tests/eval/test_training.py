@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax.numpy as jnp
 import pytest
 
 from hydrax.core.build import ConfigError, build
@@ -108,3 +109,16 @@ def test_the_command_writes_its_file(here, tmp_path, monkeypatch):
     assert [row["variant"] for row in saved["rows"]] == ["train.remat=none", "train.remat=full"]
     assert "--variants" in saved["command"] and "out" not in saved["command"]
     assert out.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_long_row_forms_no_buffer_of_all_pairs_of_tokens(documents):
+    """Memory of a step on one row of 131072 tokens stays far below the 16 GiB that a mask of all pairs would take."""
+    T = 131072
+    layers = {"model.pattern": "gdn,attn", "model.d_model": 8, "model.mixers.attn": {"heads": 1}}
+    layers |= {"model.mixers.gdn": {"heads": 1, "key_dim": 8, "value_dim": 8}, "model.ffn": "none"}
+    rows = {"data.seq_len": T, "data.documents": documents, "train.batch_size": 1, "train.remat": "full"}
+    cfg = build(RunConfig, load_config("quickstart", **layers, **rows).to_dict())
+    step = training.compiled(cfg, jnp.dtype("float32"))
+    assert f"{T},{T}" not in step.as_text()
+    assert step.memory_analysis().temp_size_in_bytes < T * T / 8
