@@ -70,7 +70,7 @@ def select_fast(
     """
     single = x.shape[1] == 1
     refusal = hopper_refusal((single and step) or kernels, x, *others)
-    unserved = refusal or not _on_one_device() or (single and not step)
+    unserved = refusal or not on_one_device() or (single and not step)
     default = ("recurrent" if single else "chunked") if unserved else "pallas_gpu"
     form = select(op, impl, forms, default, x.shape)
     if refusal and form is forms["pallas_gpu"]:
@@ -78,7 +78,7 @@ def select_fast(
     return form
 
 
-def _on_one_device() -> bool:
+def on_one_device() -> bool:
     """Whether arrays lie on one device: there are no others, or a `jax.shard_map` has divided all axes of its mesh."""
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 

@@ -85,7 +85,7 @@ def _allocate(kind: PyTree) -> PyTree:
         return {name: _allocate(x) for name, x in kind.items()}
     if isinstance(kind, plgpu.Barrier):
         return Barriers(kind.num_arrivals, int(np.prod(kind.num_barriers)))
-    return Ref(np.full(kind.shape, np.nan, kind.dtype))
+    return Ref(np.full(kind.shape, np.nan if jnp.issubdtype(kind.dtype, jnp.inexact) else 2**30, kind.dtype))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert source.shape == target.shape and source.dtype == target.dtype
         target[...] = source.array
 
-    def mm(*pairs: tuple) -> jax.Array:
+    def mm(*pairs: tuple, width: int = tiles.BLOCK) -> jax.Array:
         with np.errstate(over="ignore", invalid="ignore"):  # as wgmma does; a body masks what may overflow
             return jnp.asarray(sum(value(a) @ value(b) for a, b in pairs))
 
@@ -159,8 +159,8 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "transpose": lambda ref: Ref(ref.array.T),
         },
         tiles: {
-            "zeros": lambda: jnp.zeros(tiles.SQUARE),
-            "index": lambda axis: jax.lax.broadcasted_iota(jnp.int32, tiles.SQUARE, axis),
+            "zeros": lambda width=tiles.BLOCK: jnp.zeros((tiles.BLOCK, width)),
+            "index": lambda axis, width=tiles.BLOCK: jax.lax.broadcasted_iota(jnp.int32, (tiles.BLOCK, width), axis),
             "mm": mm,
             "accumulate": lambda init, sums: [x + mm(*pairs) for x, pairs in zip(init, sums, strict=True)],
         },

@@ -280,7 +280,7 @@ def test_chunked_stores_no_scores(window: int | None) -> None:
 
 def test_a_named_form_that_cannot_serve_says_why() -> None:
     arrays, _ = inputs(CASES["causal"])
-    with pytest.raises(ValueError, match="impl = 'cudnn': it runs on NVIDIA GPUs only"):
+    with pytest.raises(ValueError, match="impl = 'cudnn' cannot serve: it runs on NVIDIA GPUs only"):
         attention(**arrays, impl="cudnn")
     with pytest.raises(ValueError, match="expected one of recurrent, xla, chunked, cudnn"):
         attention(**arrays, impl="flash")

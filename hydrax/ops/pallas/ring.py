@@ -62,7 +62,7 @@ def load(fetch: Callable, chunks: int, slots: int, full: PyTree, free: PyTree) -
         _refill(fetch, n, slot, full)
 
 
-def load_all(rings: Sequence[tuple[Callable, PyTree, PyTree]], chunks: int) -> None:
+def load_all(rings: Sequence[tuple[Callable, PyTree, PyTree]], chunks: Array | int) -> None:
     """As `load`, from several rings (fetch, full, free), which are refilled in this order."""
 
     @pl.loop(0, chunks)
@@ -80,7 +80,7 @@ def _refill(fetch: Callable, n: Array, slot: Array, full: PyTree) -> None:
     fetch(n, slot, full.at[slot])
 
 
-def work(step: Callable, carry: PyTree, chunks: int, slots: int, full: PyTree, free: PyTree) -> PyTree:
+def work(step: Callable, carry: PyTree, chunks: Array | int, slots: int, full: PyTree, free: PyTree) -> PyTree:
     """`carry = step(n, slot, carry)` over the chunks as they come; for each of the other warpgroups."""
 
     def chunk(n: Array, carry: PyTree) -> PyTree:

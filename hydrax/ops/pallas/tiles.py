@@ -60,24 +60,29 @@ def spread(x: Array, width: int = BLOCK) -> Array:
     return jax.lax.broadcast_in_dim(x, (BLOCK, width), [0])
 
 
-def index(axis: int) -> Array:
-    """Row (0) or column (1) of every entry of a block."""
-    return plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=TILED)
+def index(axis: int, width: int = BLOCK) -> Array:
+    """Row (0) or column (1) of every entry of [64,width]."""
+    return plgpu.broadcasted_iota(jnp.int32, (BLOCK, width), axis, layout=TILED)
 
 
-def zeros() -> Array:
-    return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILED)
+def zeros(width: int = BLOCK) -> Array:
+    return plgpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), TILED)
 
 
-def mm(*pairs: Pair) -> Array:
-    """Σ left @ right over the pairs, in fp32."""
+def row_vector(value: float) -> Array:
+    """A value for each of 64 rows."""
+    return plgpu.layout_cast(jnp.full((BLOCK,), value, jnp.float32), TILED.reduce(1))
+
+
+def mm(*pairs: Pair, width: int = BLOCK) -> Array:
+    """Σ left @ right [64,width] over the pairs, in fp32."""
 
     def run(acc: PyTree) -> Array:
         for left, right in pairs:
             plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(SQUARE, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((BLOCK, width), jnp.float32))
 
 
 def accumulate(init: Sequence[Array], sums: Sequence[Sequence[Pair]]) -> tuple[Array, ...]:

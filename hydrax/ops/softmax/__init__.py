@@ -7,6 +7,7 @@ p_s < sink_tokens. Papers: arXiv 1706.03762, grouped heads 2305.13245, sink toke
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,11 +16,17 @@ import jax.numpy as jnp
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
-from hydrax.ops.dispatch import named, select
+from hydrax.ops.dispatch import hopper_refusal, named, on_one_device, select
 from hydrax.ops.identity import as_matrix, identity_values
 from hydrax.ops.softmax import forms
 
-FORMS = {"recurrent": forms.recurrent, "xla": forms.attend, "chunked": forms.chunked, "cudnn": forms.cudnn}
+FORMS = {
+    "recurrent": forms.recurrent,
+    "xla": forms.attend,
+    "chunked": forms.chunked,
+    "cudnn": forms.cudnn,
+    "pallas_gpu": forms.pallas_gpu,
+}
 
 DENSE = 4096
 """Tokens up to which cuDNN is given documents as a dense mask."""
@@ -58,7 +65,8 @@ def attention(
       softcap: c·tanh(z/c), after the bias and before the mask.
       segment_ids, positions: document of each query and its index in the document; 0, 1, 2, ... per document if None.
       kv_segment_ids, kv_positions: the same for the keys; if None, those of the queries (T = S), else 0, 1, 2, ...
-      impl: "recurrent" (the definition), "xla", "chunked", "cudnn", or None to choose.
+      impl: "recurrent" (the definition), "xla", "chunked", "cudnn", "pallas_gpu" (a Hopper GPU, bfloat16, K and V 64 or
+        128), or None to choose.
       return_lse: also return the logarithm of the denominator (sinks included), differentiable, for `merge`.
       chunk_size: queries per block of the chunked form; results do not depend on it.
 
@@ -83,11 +91,13 @@ def attention(
     keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids)
     sink_tokens = 0 if window is None else sink_tokens
     rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned)
-    refusal = _cudnn_refusal(queries, keys, sinks, rules, return_lse)
-    if named("attention", impl) == "cudnn" and refusal:
-        raise ValueError(f"attention: impl = 'cudnn': it {refusal}")
-    default = "cudnn" if refusal is None else "chunked" if T > 1 and S >= LONG else "xla"
-    form = select("attention", impl, FORMS, default, q.shape)
+    refusals = {
+        "cudnn": _cudnn_refusal(queries, keys, sinks, rules, return_lse),
+        "pallas_gpu": _refusal(queries, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
+    }
+    if refusal := refusals.get(named("attention", impl) or ""):
+        raise ValueError(f"attention: impl = {named('attention', impl)!r} cannot serve: {refusal}")
+    form = select("attention", impl, FORMS, _default(refusals, queries, keys), q.shape)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     o, lse = form(queries, keys, None if sinks is None else sinks.reshape(groups), rules)
@@ -160,6 +170,25 @@ def _check_shapes(q: Array, k: Array, v: Array, window: int | None, sinks: Array
         raise ValueError(f"bias {bias.shape}: expected [{B} or 1, {H} or 1, {T}, {S}]")
 
 
+def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys) -> str:
+    """The form that serves, fastest first: of documents cuDNN forms a dense mask."""
+    kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device()), ("cudnn", True)]
+    slow = "chunked" if queries.q.shape[1] > 1 and keys.k.shape[1] >= LONG else "xla"
+    return next((name for name, suits in kernels if suits and refusals[name] is None), slow)
+
+
+def _refusal(queries: forms.Queries, rules: forms.Rules) -> str | None:
+    """Why no kernel can serve these inputs, or None."""
+    reasons = {
+        "serves self-attention only, without a cache": not rules.aligned,
+        "has no softcap": rules.softcap is not None,
+        "has no sink_tokens": rules.sink_tokens > 0,
+        "gives no gradient of a bias": queries.bias is not None,
+        "serves more than one token": queries.q.shape[1] == 1,
+    }
+    return next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
+
+
 def _cudnn_refusal(
     queries: forms.Queries, keys: forms.Keys, sinks: Array | None, rules: forms.Rules, return_lse: bool
 ) -> str | None:
@@ -174,12 +203,8 @@ def _cudnn_refusal(
         f"takes documents (segment_ids) in rows of up to {DENSE} tokens, a multiple of 128": (
             queries.segment_ids is not None and (T > DENSE or T % 128 != 0)
         ),
-        "serves self-attention only, without a cache": not rules.aligned,
-        "has no softcap": rules.softcap is not None,
         "has no sinks": sinks is not None,
-        "has no sink_tokens": rules.sink_tokens > 0,
-        "writes a dense gradient for a bias": queries.bias is not None,
         "gives no differentiable lse": return_lse,
         "needs an even number of tokens": T % 2 != 0,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next((f"it {reason}" for reason, holds in reasons.items() if holds), None) or _refusal(queries, rules)

@@ -32,3 +32,10 @@ CASES = {
     "window_bias": Case(2, 32, 2, 2, 8, 8, window=7, bias=(2, 1)),
     "one_token": Case(2, 1, 4, 2, 8, 8, sinks=True),
 }
+
+KERNELS = {
+    "documents": Case(2, 300, 4, 2, 64, 64, documents=True),
+    "window": Case(1, 384, 2, 1, 64, 128, window=150),
+    "sinks": Case(1, 257, 2, 2, 128, 64, window=40, sinks=True, documents=True),
+}
+"""Of widths that the kernels for Hopper GPUs have; rows of several blocks."""

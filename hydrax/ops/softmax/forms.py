@@ -1,6 +1,6 @@
 """The forms of `attention`, in one layout: q [B,T,G,R,K]; k [B,S,G,K], v [B,S,G,V]; scores [B,G,T,R,S].
 
-Each of the G key/value heads serves R query heads. Every form but cuDNN's is `attend` on blocks of queries: one
+Each of the G key/value heads serves R query heads. Every form without kernels is `attend` on blocks of queries: one
 query at a time (the definition), all at once, or C at a time with the scores of a block recomputed for its gradient.
 """
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
+from hydrax.ops import documents
 
 MASKED = -1e30
 """Score of an invisible key. Finite, so that a row which sees nothing has no inf - inf."""
@@ -155,6 +156,27 @@ def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tu
     )
     o = o.reshape(*q.shape[:-1], -1)
     return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
+
+
+def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
+    """Kernels for Hopper GPUs, on which documents and windows cost what their visible keys cost."""
+    from hydrax.ops.softmax import gpu
+
+    q, seg = queries.q, queries.segment_ids
+    B, T, G, R, K = q.shape
+    index = jnp.arange(T, dtype=jnp.int32)[None]
+    first = jnp.zeros((B, T), jnp.int32) if seg is None else index - documents.document_positions(seg)
+    if rules.window is not None:
+        first = jnp.maximum(first, index - rules.window + 1)
+    o, lse = gpu.attend(q.reshape(B, T, G * R, K), keys.k, keys.v, first, rules.scale)
+    o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
+    if seg is not None:  # padding is a document like others to the kernels
+        real = (seg != 0)[:, :, None, None]
+        o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
+    if sinks is None:
+        return o, lse
+    total = jnp.logaddexp(lse, fp32(sinks))
+    return o * jnp.exp(lse - total)[..., None], total
 
 
 def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple[Array, Array]:
