@@ -207,4 +207,4 @@ def _cudnn_refusal(
         "gives no differentiable lse": return_lse,
         "needs an even number of tokens": T % 2 != 0,
     }
-    return next((f"it {reason}" for reason, holds in reasons.items() if holds), None) or _refusal(queries, rules)
+    return _refusal(queries, rules) or next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
