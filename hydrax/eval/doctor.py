@@ -25,6 +25,7 @@ from hydrax.ops.delta import cases as delta_cases, delta_rule
 from hydrax.ops.linear import cases as linear_cases, linear_attention
 from hydrax.ops.rowwise import cases as rowwise_cases, glu, rms_norm
 from hydrax.ops.scan import cases as scan_cases, linear_scan
+from hydrax.ops.softmax import attention, cases as attention_cases
 
 Inputs = dict[str, np.ndarray]
 Tensors = dict[str, Array]
@@ -50,7 +51,18 @@ def _stateless(op: Callable[..., Array]) -> Callable[..., tuple[Array]]:
     return lambda *, segment_ids, **x: (op(**x),)
 
 
+def _attention(**x: Any) -> tuple[Array]:
+    return (attention(**x),)
+
+
 SUBJECTS: dict[str, Subject] = {
+    "attention": Subject(
+        _attention,
+        attention_cases.KERNELS,
+        attention_cases.inputs,
+        ("q", "k", "v"),
+        options=lambda case: {"window": case.window},
+    ),
     "linear_attention": Subject(
         linear_attention, linear_cases.KERNELS, functools.partial(linear_cases.inputs, beta=False), ("q", "k", "v")
     ),

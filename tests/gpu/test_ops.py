@@ -1,5 +1,6 @@
 """Ops on a real GPU against their definition: `JAX_PLATFORMS=cuda python -m pytest -m gpu tests/gpu`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from hydrax.ops.rowwise.cases import NORMS, PRODUCTS, Case as Rows
 from hydrax.ops.scan import linear_scan, selective_scan
 from hydrax.ops.slots import slot_attention
 from hydrax.ops.softmax import attention
+from hydrax.ops.softmax.cases import KERNELS as ATTENTIONS, Case as Attention
 from tests.ops import (
     matrix_state as ms,
     test_conv_gpu as conv_kernels,
@@ -25,6 +27,7 @@ from tests.ops import (
     test_rowwise_gpu as rowwise_kernels,
     test_scan_gpu as scan_kernels,
     test_sharded_kernels as sharded_kernels,
+    test_softmax_gpu as softmax_kernels,
     test_step_gpu as step_kernels,
     test_vector_gpu as vector_kernels,
 )
@@ -240,3 +243,9 @@ def test_norm_kernels_equal_the_definition(case: Rows) -> None:
 @pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS)
 def test_glu_kernels_equal_the_definition(case: Rows, dtype: str) -> None:
     rowwise_kernels.check_glu(case, dtype)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("case", [*softmax_kernels.CASES.values(), *ATTENTIONS.values()], ids=str)
+def test_softmax_kernels_equal_the_definition(case: Attention, documents: bool) -> None:
+    softmax_kernels.check_case(dataclasses.replace(case, documents=documents))

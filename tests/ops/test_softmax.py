@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydrax.ops.softmax import attention, merge
+from hydrax.ops.softmax import attention, cases, merge
 from hydrax.ops.softmax.cases import CASES, Case
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
@@ -17,17 +17,7 @@ OPTIONS = ("window", "sink_tokens", "softcap")
 
 def inputs(case: Case, dtype: jnp.dtype = jnp.float32) -> tuple[dict, jax.Array | None]:
     """Random arrays of the case by argument name, and its segment ids."""
-    normal = np.random.default_rng(0).normal
-    arrays = {
-        "q": normal(size=(case.B, case.T, case.H, case.K)) * 2,
-        "k": normal(size=(case.B, case.T, case.Hk, case.K)),
-        "v": normal(size=(case.B, case.T, case.Hk, case.V)),
-    }
-    arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
-    if case.sinks:
-        arrays["sinks"] = jnp.asarray(normal(size=case.H) + 1, jnp.float32)
-    if case.bias is not None:
-        arrays["bias"] = jnp.asarray(normal(size=(*case.bias, case.T, case.T)), jnp.float32)
+    arrays = {name: jnp.asarray(x, dtype if name in "qkv" else jnp.float32) for name, x in cases.inputs(case).items()}
     return arrays, documents(case) if case.documents else None
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -34,8 +36,24 @@ CASES = {
 }
 
 KERNELS = {
-    "documents": Case(2, 300, 4, 2, 64, 64, documents=True),
-    "window": Case(1, 384, 2, 1, 64, 128, window=150),
-    "sinks": Case(1, 257, 2, 2, 128, 64, window=40, sinks=True, documents=True),
+    "causal": Case(2, 300, 4, 2, 64, 64),
+    "window": Case(1, 700, 2, 1, 128, 128, window=150),
+    "sinks": Case(1, 257, 2, 2, 128, 64, window=40, sinks=True),
+    "wider": Case(1, 500, 2, 2, 64, 128),
 }
-"""Of widths that the kernels for Hopper GPUs have; rows of several blocks."""
+"""What kernels are examined on."""
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """Random arrays of `attention` by name, in fp64."""
+    normal = np.random.default_rng(0).normal
+    x = {
+        "q": normal(size=(case.B, case.T, case.H, case.K)) * 2,
+        "k": normal(size=(case.B, case.T, case.Hk, case.K)),
+        "v": normal(size=(case.B, case.T, case.Hk, case.V)),
+    }
+    if case.sinks:
+        x["sinks"] = normal(size=case.H) + 1
+    if case.bias is not None:
+        x["bias"] = normal(size=(*case.bias, case.T, case.T))
+    return x
