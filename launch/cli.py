@@ -154,10 +154,9 @@ def _prepare_jax() -> None:
 
 def _connect(flag_values: flags.FlagValues) -> None:
     """Joins the other processes of a run: those of the flags, or of Slurm and whatever else JAX detects."""
-    import jax
-
     names = DISTRIBUTED if DISTRIBUTED[0] in flag_values else ()
     given: dict[str, Any] = {name: flag_values[name].value for name in names}
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
     if any(value is not None for value in given.values()):
         for name, value in given.items():
             if value is None:
@@ -167,7 +166,8 @@ def _connect(flag_values: flags.FlagValues) -> None:
         if given["process_id"] >= given["processes"]:
             allowed = f"expected less than --processes = {given['processes']}"
             raise ConfigError("--process_id", given["process_id"], allowed)
-        if given["processes"] > 1:
-            jax.distributed.initialize(given["coordinator"], given["processes"], given["process_id"])
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        several = given["processes"] > 1
+    if several:
+        from hydrax.train.processes import join
+
+        join(**given)

@@ -30,16 +30,14 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
-from hydrax.train.processes import first, leave, together
+from hydrax.train.processes import first, leave, leave_if_lost, together
 from hydrax.train.profile import Compilations, Tracer
 from hydrax.train.progress import Clock, Progress, mfu, say
 from hydrax.train.state import State, abstract_state, new_state, shardings
+from hydrax.train.stderr import STOPPED
 from hydrax.train.step import make_eval_step, make_train_step
 from hydrax.train.warm_start import warm_start
 from hydrax.train.watchdog import Watchdog
-
-LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "aborted", "heartbeat")
-"""What errors of collectives say when another process is gone; other errors are this process's own."""
 
 SKIPPED = "skipped.jsonl"
 """A record of every step that was skipped, in the run folder."""
@@ -81,10 +79,10 @@ def train(
     #   5. anything else in it                    ConfigError, nothing is overwritten
     #   6. another process trains in it           ConfigError, naming the process
     # Of several processes, the first one decides.
-    if together(lambda: folder.enter(workdir, cfg)) == "complete":
-        say(f"{workdir} is already complete; expected another folder to train again")
-        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    with contextlib.ExitStack() as stack, failures(workdir):
+    with failures(workdir), contextlib.ExitStack() as stack:
+        if together(lambda: folder.enter(workdir, cfg)) == "complete":
+            say(f"{workdir} is already complete; expected another folder to train again")
+            return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         together(lambda: stack.enter_context(folder.lock(workdir)))
         together(lambda: folder.describe(workdir, cfg))
         stack.enter_context(jax.set_mesh(mesh))
@@ -239,11 +237,10 @@ def failures(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        leave(f"stopped: {workdir} cannot be used ({error}); the same command continues")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(word in str(error).lower() for word in LOST):
-            raise
-        leave(f"stopped: another process of the run is lost ({error}); the same command continues")
+        leave(f"{STOPPED}{workdir} cannot be used ({error}); the same command continues")
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # collectives raise either
+        leave_if_lost(error)
+        raise
 
 
 def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:

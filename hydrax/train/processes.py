@@ -1,4 +1,4 @@
-"""What several processes of one run do together: decide, and leave when one of them is lost."""
+"""What several processes of one run do together: begin, decide, and leave when one of them is lost."""
 
 import json
 import os
@@ -11,6 +11,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hydrax.core.build import ConfigError
+from hydrax.train import stderr
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which JAX takes a process for lost, and ends all others."""
+
+LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "aborted", "heartbeat")
+"""What errors of collectives say when another process is gone; other errors are this process's own."""
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes of a run: these, or those that JAX detects (Slurm, GKE, ...)."""
+    stderr.condense()
+    jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
 
 
 def first() -> bool:
@@ -43,6 +56,13 @@ def together(decide: Callable[[], Any]) -> Any:
     if "failed" in answer:
         raise OSError(*answer["failed"])
     return answer["value"]
+
+
+def leave_if_lost(error: Exception) -> None:
+    """Ends this process if the error says that another one is gone."""
+    if jax.process_count() > 1 and not isinstance(error, ConfigError):
+        if any(word in str(error).lower() for word in LOST):
+            leave(stderr.LOST.format(why=f" ({error})"))
 
 
 def leave(line: str) -> NoReturn:
