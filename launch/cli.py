@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags, logging
@@ -98,7 +99,9 @@ def _parse(flag_values: flags.FlagValues, argv: list[str], doc: str) -> Override
         if flag == "" and flag_values[name].default is None:
             raise ConfigError(f"--{name}", flag, f"expected {flag_values[name].help}")
     flags.FLAGS.mark_as_parsed()  # absl's own: without this its logging complains about itself
-    logging.set_verbosity(logging.FATAL)  # what goes wrong in Orbax's threads is also raised, and then said in one line
+    # What goes wrong in Orbax's threads is also raised, and then said in one line.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     _prepare_jax()
     _connect(flag_values)
     return overrides

@@ -60,9 +60,9 @@ def together(decide: Callable[[], Any]) -> Any:
 
 def leave_if_lost(error: Exception) -> None:
     """Ends this process if the error says that another one is gone."""
-    if jax.process_count() > 1 and not isinstance(error, ConfigError):
-        if any(word in str(error).lower() for word in LOST):
-            leave(stderr.LOST.format(why=f" ({error})"))
+    here = jax.process_count() == 1 or isinstance(error, ConfigError)
+    if not here and any(word in str(error).lower() for word in LOST):
+        leave(stderr.LOST.format(why=f" ({error})"))
 
 
 def leave(line: str) -> NoReturn:

@@ -1,9 +1,9 @@
 """The stderr of one of several processes: when another one is lost, one line.
 
 JAX's coordination service notices a lost process, since its heartbeats end or the connection to process 0 breaks, and
-aborts all others, whatever they wait for. It does so in C++, within milliseconds, calls nothing of ours before and prints
-a page about it. What prints one line instead must outlive that: a small process, which reads stderr, passes it on,
-and holds back what the service says until it knows how the run ended.
+aborts all others, whatever they wait for. It does so in C++, within milliseconds, without a call of Python, and prints
+a page about it. What prints one line instead must outlive that: a small process, which reads stderr, passes it on, and
+holds back what the service says until it knows how the run ended.
 """
 
 import os

@@ -69,7 +69,7 @@ class Trainer:
         settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         joined: list[list[str]] = [[]]
         if processes > 1:
-            join = [f"--coordinator=localhost:{_free_port()}", f"--processes={processes}"]
+            join = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
             joined = [[*join, f"--process_id={i}"] for i in range(processes)]
         self.outputs = [tempfile.TemporaryFile("w+") for _ in joined]  # noqa: SIM115
         self.processes = [
@@ -302,7 +302,7 @@ class Campaign:
         print(f"{self.counts[what]:4d}  {what}", flush=True)
 
 
-FAULTS = ("terminated", "lost", "damaged", "full", "readonly", "second")
+FAULTS = ("lost", "terminated", "damaged", "full", "readonly", "second")
 
 
 def main() -> None:
@@ -314,10 +314,10 @@ def main() -> None:
     given, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as base:
         campaign = Campaign(pathlib.Path(base), given.seed)
-        if given.kills:
-            campaign.kills(given.kills)
         for fault in given.faults:
             getattr(campaign, fault)()
+        if given.kills:
+            campaign.kills(given.kills)
     summary = {
         "command": " ".join(["python -m tests.faults.campaign", *sys.argv[1:]]),
         "steps_per_run": STEPS,
@@ -329,7 +329,7 @@ def main() -> None:
         metrics.write_json(given.output, summary)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return int(s.getsockname()[1])

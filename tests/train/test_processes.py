@@ -11,11 +11,12 @@ from tests.faults import campaign
 pytestmark = pytest.mark.thorough
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    for key, value in {"train.steps": 6, "train.save_every": 3, "train.eval_every": 3}.items():
-        monkeypatch.setitem(campaign.CONFIG, key, value)
-    return campaign.Campaign(tmp_path, seed=0)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        for key, value in {"train.steps": 6, "train.save_every": 3, "train.eval_every": 3}.items():
+            patched.setitem(campaign.CONFIG, key, value)
+        yield campaign.Campaign(tmp_path_factory.mktemp("runs"), seed=0)
 
 
 def assert_close(actual, expected):
@@ -49,9 +50,9 @@ def test_several_processes_train_as_one(runs, processes):
     ],
     ids=str,
 )
-def test_a_run_continues_with_other_processes(runs, before, after):
+def test_a_run_continues_with_other_processes(runs, before, after, tmp_path):
     """(processes, devices of each). As many devices in all make the same mesh: bit for bit the same losses."""
-    whole, workdir = runs.whole(*before), runs.base / "run"
+    whole, workdir = runs.whole(*before), tmp_path / "run"
     shutil.copytree(runs.base / "whole{}x{}".format(*before), workdir)
     (workdir / "summary.json").unlink()
     shutil.rmtree(workdir / "checkpoints" / "6")
