@@ -27,7 +27,7 @@ from hydrax.train import checkpoint, metrics
 from hydrax.train.processes import HEARTBEAT
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 400
+STEPS = 160
 CONFIG = {
     "model.d_model": 16,
     "model.pattern": "attn",
@@ -41,7 +41,7 @@ CONFIG = {
     "train.dtype": "float32",
     "train.log_every": 1,
     "train.save_every": 5,
-    "train.eval_every": 100,
+    "train.eval_every": 40,
     "train.eval_rows": 8,
     "optim.warmup": 2,
     "sample.tokens": 0,
