@@ -1,9 +1,11 @@
 """What several processes of one run do together: begin, decide, and leave when one of them is lost."""
 
+import contextlib
 import json
 import os
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -76,3 +78,15 @@ def leave(line: str) -> NoReturn:
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def failures(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns what a disk or a lost process raises into one line; the checkpoints stand."""
+    try:
+        yield
+    except OSError as error:
+        leave(f"{stderr.STOPPED}{workdir} cannot be used ({error}); the same command continues")
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # collectives raise either
+        leave_if_lost(error)
+        raise

@@ -15,8 +15,8 @@ from hydrax.core.build import ConfigError
 from hydrax.train import checkpoint, folder
 from hydrax.train.checkpoint import Checkpoints
 from hydrax.train.folder import lock
-from hydrax.train.loop import failures
 from hydrax.train.metrics import JsonlWriter, write_json
+from hydrax.train.processes import failures
 from hydrax.train.watchdog import Watchdog
 from tests.train import tiny
 from tests.train.test_checkpoint import restore, state
