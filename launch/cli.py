@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags, logging
@@ -98,7 +99,9 @@ def _parse(flag_values: flags.FlagValues, argv: list[str], doc: str) -> Override
         if flag == "" and flag_values[name].default is None:
             raise ConfigError(f"--{name}", flag, f"expected {flag_values[name].help}")
     flags.FLAGS.mark_as_parsed()  # absl's own: without this its logging complains about itself
-    logging.set_verbosity(logging.FATAL)  # what goes wrong in Orbax's threads is also raised, and then said in one line
+    # What goes wrong in Orbax's threads is also raised, and then said in one line.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     _prepare_jax()
     _connect(flag_values)
     return overrides
@@ -154,10 +157,9 @@ def _prepare_jax() -> None:
 
 def _connect(flag_values: flags.FlagValues) -> None:
     """Joins the other processes of a run: those of the flags, or of Slurm and whatever else JAX detects."""
-    import jax
-
     names = DISTRIBUTED if DISTRIBUTED[0] in flag_values else ()
     given: dict[str, Any] = {name: flag_values[name].value for name in names}
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
     if any(value is not None for value in given.values()):
         for name, value in given.items():
             if value is None:
@@ -167,7 +169,8 @@ def _connect(flag_values: flags.FlagValues) -> None:
         if given["process_id"] >= given["processes"]:
             allowed = f"expected less than --processes = {given['processes']}"
             raise ConfigError("--process_id", given["process_id"], allowed)
-        if given["processes"] > 1:
-            jax.distributed.initialize(given["coordinator"], given["processes"], given["process_id"])
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        several = given["processes"] > 1
+    if several:
+        from hydrax.train.processes import join
+
+        join(**given)

@@ -25,7 +25,8 @@ from hydrax.core.typing import PyTree
 from hydrax.models import lm
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
-from hydrax.train.processes import first, leave, together
+from hydrax.train.processes import first, leave, leave_if_lost, together
+from hydrax.train.stderr import STOPPED
 
 SEAL = "files.json"
 
@@ -126,7 +127,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise what they like
-            leave(f"stopped: checkpoint {self._saving} in {self.folder} cannot be written ({error}); others stand")
+            leave_if_lost(error)
+            leave(f"{STOPPED}checkpoint {self._saving} in {self.folder} cannot be written ({error}); others stand")
 
     def _seal(self) -> None:
         """Called by Orbax when all files of a step are written, before the directory gets its final name."""

@@ -20,7 +20,7 @@ from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.data.loader import Data, open_data
 from hydrax.data.pack import Batch
-from hydrax.models import cost, lm
+from hydrax.models import lm
 from hydrax.models.divided import check_divided
 from hydrax.parallel.mesh import AXES, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
@@ -30,19 +30,13 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
-from hydrax.train.processes import first, leave, together
-from hydrax.train.profile import Compilations, Tracer
-from hydrax.train.progress import Clock, Progress, mfu, say
+from hydrax.train.processes import failures, first, together
+from hydrax.train.profile import Compilations
+from hydrax.train.progress import say
+from hydrax.train.recorder import Recorder
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
 from hydrax.train.warm_start import warm_start
-from hydrax.train.watchdog import Watchdog
-
-LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "aborted", "heartbeat")
-"""What errors of collectives say when another process is gone; other errors are this process's own."""
-
-SKIPPED = "skipped.jsonl"
-"""A record of every step that was skipped, in the run folder."""
 
 Batches = Iterable[Batch]
 Baseline = Callable[[Data, Batches], float | None]
@@ -81,10 +75,10 @@ def train(
     #   5. anything else in it                    ConfigError, nothing is overwritten
     #   6. another process trains in it           ConfigError, naming the process
     # Of several processes, the first one decides.
-    if together(lambda: folder.enter(workdir, cfg)) == "complete":
-        say(f"{workdir} is already complete; expected another folder to train again")
-        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    with contextlib.ExitStack() as stack, failures(workdir):
+    with failures(workdir), contextlib.ExitStack() as stack:
+        if together(lambda: folder.enter(workdir, cfg)) == "complete":
+            say(f"{workdir} is already complete; expected another folder to train again")
+            return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         together(lambda: stack.enter_context(folder.lock(workdir)))
         together(lambda: folder.describe(workdir, cfg))
         stack.enter_context(jax.set_mesh(mesh))
@@ -92,7 +86,7 @@ def train(
         run, kept = Run(cfg, data, mesh, workdir), cfg.train
         with Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every, keep_best=kept.keep_best) as checkpoints:
             state, done = _start(run, checkpoints)
-            with Recorder(run, done) as recorder, Compilations(("step", "evaluate"), recorder.progress.say):
+            with Recorder(cfg, workdir, done) as recorder, Compilations(("step", "evaluate"), recorder.progress.say):
                 state = _steps(run, state, done, checkpoints, recorder, interrupt)
         # The last checkpoint is on disk: from here on, a run that dies is finished by the next one.
         return _finish(run, state, baselines or {}, finish)
@@ -156,94 +150,6 @@ class Run:
             totals = {name: totals[name] + float(sums[name]) for name in totals}
         bits = totals["nll"] / math.log(2)
         return {"val_loss": totals["nll"] / totals["tokens"], "val_bits_per_byte": bits / totals["bytes"]}
-
-
-class Recorder:
-    """Records of the run. A step's metrics are fetched when the next step is under way, so no device waits."""
-
-    def __init__(self, run: Run, done: int):
-        cfg = run.cfg
-        self._run, self._bad, self._last = run, 0, done
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        earlier, _ = [metrics.cut_back(run.workdir / n, done) if first() else [] for n in ("metrics.jsonl", SKIPPED)]
-        self.watchdog = Watchdog(cfg.train.watchdog)
-        self.clock = Clock(before=max((r["timing"]["seconds"] for r in earlier), default=0.0))
-        self.progress = Progress(cfg.train.steps, done)
-        self.tracer = Tracer(run.workdir, cfg.train.trace, self.progress.say)
-        self._writers: list[metrics.Writer] = []
-        if first():
-            self._writers = metrics.open_writers(
-                run.workdir, done, tensorboard=cfg.train.tensorboard, wandb=cfg.train.wandb, config=run.spec["config"]
-            )
-        self._flops = cost.cost(cfg.model, seq_len=cfg.data.seq_len).train_flops_per_token
-
-    def __enter__(self) -> "Recorder":
-        self.progress.__enter__()
-        self.tracer.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.watchdog.__exit__(*error)
-        self.tracer.__exit__(*error)
-        self.progress.__exit__(*error)
-        for writer in self._writers:
-            writer.close()
-
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Keeps the metrics of `step`, handles those of the step before."""
-        before, self._pending = self._pending, (step, values)
-        if before is not None:
-            self._handle(*before)
-
-    def flush(self) -> None:
-        """Handles what is pending, so that a checkpoint never lies behind the records."""
-        before, self._pending = self._pending, None
-        if before is not None:
-            self._handle(*before)
-
-    def write(self, step: int, values: Mapping[str, float], **timing: float) -> None:
-        """One record, with the seconds of the run so far."""
-        for writer in self._writers:
-            writer.write(step, values, {"seconds": round(self.clock.total, 3), **timing})
-
-    def _handle(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        with self.clock.part("device"):
-            values = {name: float(x) for name, x in jax.device_get(arrays).items()}
-        self.watchdog.beat()
-        cfg = self._run.cfg.train
-        taken = values.pop("taken")
-        self._bad = 0 if taken else self._bad + 1
-        if not taken and first():
-            metrics.append(self._run.workdir / SKIPPED, step, values)
-        if step % cfg.log_every == 0 or step == cfg.steps or self._bad == cfg.max_skipped:
-            self._log(step, values)
-        if self._bad == cfg.max_skipped:
-            below = " below optim.spike times the mean" if self._run.cfg.optim.spike else ""
-            raise SystemExit(f"stopped at step {step}: no finite loss or gradient{below} in {self._bad} steps in a row")
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        cfg, devices = self._run.cfg, jax.devices()
-        speed = (step - self._last) / max(self.clock.lap, 1e-9)
-        tokens_per_second = speed * cfg.train.batch_size * cfg.data.seq_len
-        waits = {f"{name}_seconds": round(t / (step - self._last), 6) for name, t in self.clock.parts.items()}
-        self.write(step, values, tokens_per_second=round(tokens_per_second, 1), **waits)
-        utilisation = mfu(tokens_per_second, self._flops, devices[0].device_kind, len(devices))
-        self.progress.update(step, {**values, "tokens_per_second": tokens_per_second}, speed, utilisation)
-        self._last = step
-        self.clock.restart()
-
-
-@contextlib.contextmanager
-def failures(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns what a disk or a lost process raises into one line; the checkpoints stand."""
-    try:
-        yield
-    except OSError as error:
-        leave(f"stopped: {workdir} cannot be used ({error}); the same command continues")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(word in str(error).lower() for word in LOST):
-            raise
-        leave(f"stopped: another process of the run is lost ({error}); the same command continues")
 
 
 def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:

@@ -3,15 +3,17 @@
     python -m tests.faults.campaign --kills=40 --seed=0 --output=docs/results/faults.json
 
 Every fault is counted; the campaign ends at the first run whose records differ, the first checkpoint that is lost
-beyond the newest, or the first failure that does not say in one line what it is. CPU only.
+beyond the newest, or the first failure that does not say in one line what it is. CPU only, on Linux.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hydrax.train import checkpoint, metrics
+from hydrax.train.processes import HEARTBEAT
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 400
+STEPS = 160
 CONFIG = {
     "model.d_model": 16,
     "model.pattern": "attn",
@@ -37,7 +41,7 @@ CONFIG = {
     "train.dtype": "float32",
     "train.log_every": 1,
     "train.save_every": 5,
-    "train.eval_every": 100,
+    "train.eval_every": 40,
     "train.eval_rows": 8,
     "optim.warmup": 2,
     "sample.tokens": 0,
@@ -47,24 +51,36 @@ CONFIG = {
 class Trainer:
     """`launch.train` in one or more processes on one run folder."""
 
-    def __init__(self, base: pathlib.Path, workdir: pathlib.Path, *, processes: int = 1, file_limit: int = 0):
+    def __init__(
+        self,
+        base: pathlib.Path,
+        workdir: pathlib.Path,
+        *,
+        processes: int = 1,
+        devices: int = 1,
+        before: Callable[[], object] | None = None,
+    ):
+        """Begins to train; each process has so many `devices`, and calls `before` first."""
         self.workdir = workdir
         self._left = set(_unfinished(workdir))  # by a process that was killed
         texts = {**CONFIG, "data.path": base / "text"}
         command = [sys.executable, "-m", "launch.train", "--config=quickstart", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in texts.items()]
-        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        limit: Callable[[], None] | None = None
-        if file_limit:
-            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))  # noqa: E731
+        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         joined: list[list[str]] = [[]]
         if processes > 1:
-            join = [f"--coordinator=localhost:{_free_port()}", f"--processes={processes}"]
+            join = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
             joined = [[*join, f"--process_id={i}"] for i in range(processes)]
         self.outputs = [tempfile.TemporaryFile("w+") for _ in joined]  # noqa: SIM115
         self.processes = [
             subprocess.Popen(
-                command + flags, cwd=ROOT, env=os.environ | settings, preexec_fn=limit, stdout=file, stderr=file
+                command + flags,
+                cwd=ROOT,
+                env=os.environ | settings,
+                preexec_fn=before,
+                stdout=file,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for flags, file in zip(joined, self.outputs, strict=True)
         ]
@@ -85,21 +101,34 @@ class Trainer:
         """Whether a checkpoint is being written."""
         return not self._left.issuperset(_unfinished(self.workdir))
 
-    def end(self) -> tuple[list[int], list[str]]:
-        """Exit codes and outputs."""
-        codes = [p.wait(timeout=400) for p in self.processes]
-        texts = []
+    def end(self) -> "Ended":
+        """Waits for the end of all processes."""
+        errors = [p.communicate(timeout=400)[1] for p in self.processes]
+        outputs = []
         for file in self.outputs:
             file.seek(0)
-            texts.append(file.read())
+            outputs.append(file.read())
             file.close()
-        return codes, texts
+        return Ended([p.returncode for p in self.processes], outputs, errors)
 
     def finish(self) -> str:
         """The output of process 0, once the run is complete."""
-        codes, outputs = self.end()
-        assert not any(codes), f"exit codes {codes}:\n" + "\n".join(outputs)
-        return outputs[0]
+        ended = self.end()
+        assert not any(ended.codes), ended
+        return ended.outputs[0]
+
+
+class Ended(NamedTuple):
+    """What each process left: its exit code, stdout and stderr."""
+
+    codes: list[int]
+    outputs: list[str]
+    errors: list[str]
+
+    def failed(self, process: int, words: str) -> None:
+        """Asserts that the process failed, with one line on stderr, and these words in it."""
+        error = self.errors[process]
+        assert self.codes[process] != 0 and words in error and error.count("\n") == 1, self
 
 
 class Campaign:
@@ -107,21 +136,22 @@ class Campaign:
 
     def __init__(self, base: pathlib.Path, seed: int):
         self.base, self.dice, self.counts = base, random.Random(seed), dict[str, int]()
-        self._whole: dict[int, list[dict]] = {}
+        self._whole: dict[tuple[int, int], list[dict]] = {}
         _text(base / "text")
 
-    def whole(self, processes: int = 1) -> list[dict]:
+    def whole(self, processes: int = 1, devices: int = 1) -> list[dict]:
         """The records of an undisturbed run."""
-        if processes not in self._whole:
-            workdir = self.base / f"whole{processes}"
-            Trainer(self.base, workdir, processes=processes).finish()
-            self._whole[processes] = _records(workdir)
-        return self._whole[processes]
+        key = processes, devices
+        if key not in self._whole:
+            workdir = self.base / f"whole{processes}x{devices}"
+            Trainer(self.base, workdir, processes=processes, devices=devices).finish()
+            self._whole[key] = records(workdir)
+        return self._whole[key]
 
     def complete(self, workdir: pathlib.Path, processes: int = 1) -> str:
         """Lets the run go on to its end and compares; gives the output."""
         output = Trainer(self.base, workdir, processes=processes).finish()
-        assert _records(workdir) == self.whole(processes), f"the records of {workdir} differ"
+        assert records(workdir) == self.whole(processes), f"the records of {workdir} differ"
         self._count("resumed curves bit-equal to the undisturbed one")
         return output
 
@@ -142,8 +172,8 @@ class Campaign:
             seen = _steps(workdir)
             hit = "SIGKILL during a save" if trainer.saving() else "SIGKILL between saves"
             trainer.processes[0].kill()
-            ended = trainer.end()[0][0]
-            self._count(hit if ended == -signal.SIGKILL else "runs that ended before the kill")
+            killed = trainer.end().codes == [-signal.SIGKILL]
+            self._count(hit if killed else "runs that ended before the kill")
             kept, damaged = checkpoint.newest(workdir)
             assert not damaged, f"{workdir}: damaged checkpoints {damaged} after a kill"
             assert not seen or (kept is not None and kept >= max(seen)), (
@@ -161,9 +191,8 @@ class Campaign:
         trainer = Trainer(self.base, workdir, processes=processes)
         assert trainer.wait_for(trainer.steps(at)), trainer.end()
         trainer.processes[who].send_signal(signal.SIGTERM)
-        codes, outputs = trainer.end()
-        assert not any(codes), (codes, outputs)
-        step = int(outputs[0].partition("SIGTERM: saved at step ")[2].partition(";")[0])
+        output = trainer.finish()
+        step = int(output.partition("SIGTERM: saved at step ")[2].partition(";")[0])
         assert checkpoint.newest(workdir) == (step, []), (step, _steps(workdir))
         return workdir
 
@@ -175,17 +204,22 @@ class Campaign:
             self.complete(workdir, processes=2)
 
     def lost(self) -> None:
-        """SIGKILL on either of two processes: the other one ends in one line."""
-        for who in (0, 1):
-            workdir = self.base / f"lost{who}"
-            trainer = Trainer(self.base, workdir, processes=2)
+        """SIGKILL or SIGSTOP to one of several processes: the others end soon, each in one line."""
+        cases = [(2, 0, signal.SIGKILL), (2, 1, signal.SIGKILL), (4, 3, signal.SIGKILL)]
+        cases += [(2, 0, signal.SIGSTOP), (2, 1, signal.SIGSTOP)]
+        for case, (processes, who, how) in enumerate(cases):
+            workdir = self.base / f"lost{case}"
+            trainer = Trainer(self.base, workdir, processes=processes)
             assert trainer.wait_for(trainer.steps(self.dice.randrange(10, 60))), trainer.end()
+            trainer.processes[who].send_signal(how)
+            for process in trainer.processes[:who] + trainer.processes[who + 1 :]:
+                process.wait(timeout=2 * HEARTBEAT)
             trainer.processes[who].kill()
-            codes, outputs = trainer.end()
-            assert codes[1 - who] != 0, codes
-            _one_line(outputs[1 - who], "another process of the run is lost")
-            self._count("lost process of two")
-            self.complete(workdir, processes=2)
+            ended = trainer.end()
+            for survivor in set(range(processes)) - {who}:
+                ended.failed(survivor, "stopped: another process of the run is lost")
+            self._count(f"{how.name} to one of {processes} processes")
+            self.complete(workdir, processes=processes)
 
     def damaged(self) -> None:
         """The largest file of the newest checkpoint cut in half, or with one bit flipped anywhere in any file."""
@@ -209,26 +243,57 @@ class Campaign:
             self._count(f"{kind} checkpoint file")
 
     def full(self) -> None:
-        """No file may grow beyond a few kB: the checkpoint in the background fails, those before stand."""
-        workdir = self.stopped("full", at=30)
-        before = checkpoint.newest(workdir)[0]
-        codes, outputs = Trainer(self.base, workdir, file_limit=12_000).end()
-        assert codes[0] == 1, (codes, outputs)
-        _one_line(outputs[0], "stopped: ")
-        assert checkpoint.newest(workdir) == (before, [])
+        """The checkpoint in the background finds no space, those before stand: no file may grow beyond a few kB, or the
+        disk is full (a small tmpfs, which takes root)."""
+        workdir = self.stopped("limited", at=30)
+        self._refused(workdir, "File too large", before=_limit_files)
         self._count("full disk (RLIMIT_FSIZE)")
         self.complete(workdir)
+        workdir = self.base / "full"
+        workdir.mkdir()
+        if os.geteuid() != 0 or not _mount(workdir, size="16m"):
+            print("      no root, no tmpfs: a disk that is really full is left out", flush=True)
+            return
+        try:
+            self.stopped("full", at=30)
+            free = shutil.disk_usage(workdir).free
+            (workdir / "ballast.tmp").write_bytes(bytes(free - 20_000))
+            self._refused(workdir, "No space left on device")
+            self._count("full disk (ENOSPC)")
+            (workdir / "ballast.tmp").unlink()
+            self.complete(workdir)
+        finally:
+            subprocess.run(["umount", workdir], check=True)
+
+    def readonly(self) -> None:
+        """A run folder that may not be written, also not by root."""
+        workdir = self.stopped("readonly", at=30)
+        folders = [workdir, *(p for p in workdir.rglob("*") if p.is_dir())]
+        for folder in folders:
+            folder.chmod(0o555)
+        self._refused(workdir, "Permission denied", before=_obey_modes)
+        for folder in folders:
+            folder.chmod(0o755)
+        self._count("read-only run folder")
+        self.complete(workdir)
+
+    def _refused(self, workdir: pathlib.Path, words: str, before: Callable[[], object] | None = None) -> None:
+        """Asserts that a run cannot go on, and leaves the checkpoints as they are."""
+        newest = checkpoint.newest(workdir)
+        ended = Trainer(self.base, workdir, before=before).end()
+        ended.failed(0, "stopped: ")
+        ended.failed(0, words)
+        assert checkpoint.newest(workdir) == newest == (newest[0], [])
 
     def second(self) -> None:
         """A second trainer on the folder of a running one is refused, and does not disturb it."""
         workdir = self.base / "second"
         trainer = Trainer(self.base, workdir)
         assert trainer.wait_for(trainer.steps(3)), trainer.end()
-        codes, outputs = Trainer(self.base, workdir).end()
+        refused = Trainer(self.base, workdir).end()
         trainer.processes[0].kill()
         trainer.end()
-        assert codes == [2], (codes, outputs)
-        _one_line(outputs[0], "is training in it")
+        refused.failed(0, "is training in it")
         self._count("second trainer refused")
         self.complete(workdir)
 
@@ -237,7 +302,7 @@ class Campaign:
         print(f"{self.counts[what]:4d}  {what}", flush=True)
 
 
-FAULTS = ("terminated", "lost", "damaged", "full", "second")
+FAULTS = ("lost", "terminated", "damaged", "full", "readonly", "second")
 
 
 def main() -> None:
@@ -249,10 +314,10 @@ def main() -> None:
     given, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as base:
         campaign = Campaign(pathlib.Path(base), given.seed)
-        if given.kills:
-            campaign.kills(given.kills)
         for fault in given.faults:
             getattr(campaign, fault)()
+        if given.kills:
+            campaign.kills(given.kills)
     summary = {
         "command": " ".join(["python -m tests.faults.campaign", *sys.argv[1:]]),
         "steps_per_run": STEPS,
@@ -264,7 +329,7 @@ def main() -> None:
         metrics.write_json(given.output, summary)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return int(s.getsockname()[1])
@@ -275,7 +340,7 @@ def _lines(workdir: pathlib.Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _records(workdir: pathlib.Path) -> list[dict]:
+def records(workdir: pathlib.Path) -> list[dict]:
     """All records without what clocks measured."""
     return [{k: v for k, v in r.items() if k != "timing"} for r in metrics.read(workdir / "metrics.jsonl")]
 
@@ -291,9 +356,21 @@ def _steps(workdir: pathlib.Path) -> list[int]:
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
 
-def _one_line(output: str, words: str) -> None:
-    assert "Traceback" not in output, output
-    assert sum(words in line for line in output.splitlines()) == 1, output
+def _limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+
+def _obey_modes() -> None:
+    """Gives up CAP_DAC_OVERRIDE, by which root writes where it may not."""
+    drop, capability = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(drop, capability) == 0
+
+
+def _mount(place: pathlib.Path, size: str) -> bool:
+    """Whether `place` now is a file system of its own, of this size."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _text(folder: pathlib.Path) -> None:

@@ -9,9 +9,9 @@ from flax import nnx
 
 from hydrax.core import tree
 from hydrax.core.build import ConfigError
-from hydrax.parallel.mesh import make_mesh
 from hydrax.train import loop, metrics
 from hydrax.train.checkpoint import load_run
+from hydrax.train.recorder import Recorder
 from tests.tolerances import assert_trees_close
 from tests.train import tiny
 
@@ -137,8 +137,7 @@ def test_a_run_without_finite_losses_stops_in_one_line(run, tmp_path):
     good = {"loss": 1.0, "bits_per_byte": 1.0, "grad_norm": 1.0, "taken": 1.0}
     bad = [good | {"loss": float("nan"), "taken": 0.0}, good | {"grad_norm": float("inf"), "taken": 0.0}]
     steps = [good, *bad, good, *bad, bad[0], good]
-    parts = loop.Run(cfg, run[3][1], make_mesh(cfg.mesh), tmp_path)
-    with loop.Recorder(parts, 0) as recorder:
+    with Recorder(cfg, tmp_path, 0) as recorder:
         for step, values in enumerate(steps[:-1], 1):
             recorder.add(step, values)
         with pytest.raises(SystemExit) as error:
@@ -148,5 +147,5 @@ def test_a_run_without_finite_losses_stops_in_one_line(run, tmp_path):
     skipped = metrics.read(tmp_path / "skipped.jsonl")
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in skipped][:2] == [(2, None, 1.0), (3, 1.0, None)]
     assert [r["step"] for r in skipped] == [2, 3, 5, 6, 7]
-    with loop.Recorder(parts, 5):
+    with Recorder(cfg, tmp_path, 5):
         assert [r["step"] for r in metrics.read(tmp_path / "skipped.jsonl")] == [2, 3, 5]

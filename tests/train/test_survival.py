@@ -12,11 +12,11 @@ import threading
 import pytest
 
 from hydrax.core.build import ConfigError
-from hydrax.train import folder
+from hydrax.train import checkpoint, folder
 from hydrax.train.checkpoint import Checkpoints
 from hydrax.train.folder import lock
-from hydrax.train.loop import failures
 from hydrax.train.metrics import JsonlWriter, write_json
+from hydrax.train.processes import failures
 from hydrax.train.watchdog import Watchdog
 from tests.train import tiny
 from tests.train.test_checkpoint import restore, state
@@ -127,6 +127,19 @@ def test_a_full_disk_while_the_state_is_saved_in_the_background(tmp_path, capfd,
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     save(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]  # and no remains of the one that failed
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_sealed(tmp_path, monkeypatch):
+    def no_space(place):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_contents", no_space)
+        with pytest.raises(SystemExit) as error:
+            save(tmp_path, 2)
+    assert "checkpoint 2 in " in stopped(error) and "No space left on device" in stopped(error)
+    assert restore(tmp_path).step == 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
