@@ -85,7 +85,7 @@ def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list
     better = "higher" if found.quality.higher else "lower"
     rates = sorted({run.get(RATE) for run in runs})
     seeds = sorted({len(arm.best) for arm in found.arms})
-    differ = f"Arms differ in {', '.join(found.varied)}. " if found.varied else ""
+    differ = f"Arms differ in {', '.join(found.told)}. " if found.told else ""
     tried = f"{_counted(len(rates), 'learning rate')} ({', '.join(f'{r:g}' for r in rates)})"
     repeats = "1 seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds"
     return [
@@ -97,9 +97,7 @@ def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list
 
 def _results(found: Study) -> Table:
     rows = sorted(found.arms, key=lambda arm: _rank(found, arm))
-    columns = ["arm"]
-    for measure in found.measures:
-        columns += [measure.title, "lowest", "highest"]
+    columns = ["arm", found.quality.title, "lowest", "highest", *(m.title for m in found.measures[1:])]
     columns += ["seeds", "learning rate", "parameters", "FLOPs/token", "recurrent state", "KV cache", "tokens/s"]
     return Table("results", columns, [_result(found, arm) for arm in rows])
 
@@ -111,14 +109,21 @@ def _rank(found: Study, arm: Arm) -> float:
 
 
 def _result(found: Study, arm: Arm) -> list[Any]:
-    cells: list[Any] = [arm.label]
-    for measure in found.measures:
-        y = arm.band(measure.of)
-        cells += [y.mean, y.low, y.high] if y else [None, None, None]
+    bands = [y for m in found.measures if (y := arm.band(m.of))]
+    cells: list[Any] = [arm.label, bands[0].mean, bands[0].low, bands[0].high, *(y.mean for y in bands[1:])]
     speed = arm.band(lambda run: run.summary.get("tokens_per_second"))
     cost = arm.cost
-    costs = [cost.train_flops_per_token, bytes_text(cost.state_bytes), bytes_text(cost.kv_bytes)] if cost else 3 * [None]
-    return [*cells, len(arm.best), arm.rate, arm.best[0].summary.get("parameters"), *costs, speed.mean if speed else None]
+    costs = (
+        [cost.train_flops_per_token, bytes_text(cost.state_bytes), bytes_text(cost.kv_bytes)] if cost else 3 * [None]
+    )
+    return [
+        *cells,
+        len(arm.best),
+        arm.rate,
+        arm.best[0].summary.get("parameters"),
+        *costs,
+        speed.mean if speed else None,
+    ]
 
 
 def _commands(runs: Sequence[Run], command: str) -> dict[str, Sequence[str]]:

@@ -18,6 +18,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Of Okabe and Ito (jfly.uni-koeln.de/color), without yellow, which is faint on white."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+SMALL = ("P", "X", "*", "p", "h")
+"""Markers that need to be larger than others."""
+
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1.5)))
 QUIET = "#6b7078"  # of what is no arm
 WIDTH, HEIGHT = 6.4, 3.9  # inches
@@ -73,7 +76,10 @@ def _draw_plot(plot: Plot) -> "Figure":
     figure = blank(WIDTH, max(HEIGHT, 1.1 + LINE * names if plot.kind == "lines" else 0.28 * names))
     axes = figure.add_subplot()
     for series in plot.series:
-        (_lines if plot.kind == "lines" else _points)(axes, series)
+        if plot.kind == "points":
+            _points(axes, series)
+        else:
+            _lines(axes, series, alpha=0.15 if names <= 8 else 0.08)
     for level in plot.levels:
         y = level.points[0].y
         colour, dash = _style(level)["color"], (0, (4, 2.5))
@@ -82,15 +88,19 @@ def _draw_plot(plot: Plot) -> "Figure":
     _x_axis(axes, plot)
     _y_axis(axes, plot)
     quiet(axes)
-    if plot.front:
-        _front(axes, plot)
+    front = _front(plot) if plot.front else []
+    if front:
+        right = axes.get_xlim()[1]
+        front.append((right, front[-1][1]))
+        axes.plot(*zip(*front, strict=True), color="#c4c8ce", linewidth=4, solid_joinstyle="miter", zorder=1)
+        axes.set_xlim(right=right)
     for text, x in plot.marks.items():
         axes.axvline(x, color=QUIET, linewidth=1, linestyle=(0, (1, 2)))
         place: dict[str, Any] = {"xytext": (-3, 2), "textcoords": "offset points", "ha": "right", "va": "bottom"}
         axes.annotate(text, (x, 1), xycoords=("data", "axes fraction"), color=QUIET, fontsize=SIZE - 2, **place)
-    _names_at_the_right(figure, axes, [*(plot.series if plot.kind == "lines" else ()), *plot.levels])
+    _names_at_the_right(figure, axes, plot.series if plot.kind == "lines" else (), plot.levels)
     if plot.kind == "points":
-        _names_of_points(figure, axes, plot)
+        _names_of_points(figure, axes, plot, front)
     return figure
 
 
@@ -100,41 +110,41 @@ def _style(series: Series) -> dict[str, Any]:
         "color": COLOURS[colour % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": DASHES[index % len(DASHES)],
-        "markersize": 5,
+        "markersize": 8 if MARKERS[index % len(MARKERS)] in SMALL else 5.5,
         "markeredgecolor": "white",
-        "markeredgewidth": 0.6,
+        "markeredgewidth": 0.4,
         "linewidth": 1.6,
     }
 
 
-def _lines(axes: "Axes", series: Series) -> None:
+def _lines(axes: "Axes", series: Series, alpha: float) -> None:
     x, style = [p.x for p in series.points], _style(series)
     # Of many points, a few carry the marker, at places that differ from series to series.
     every = None if len(x) <= 12 else (series.style[1] % 5 * max(1, len(x) // 25), max(1, len(x) // 5))
     axes.plot(x, [p.y.mean for p in series.points], markevery=every, **style)
     if any(p.y.low < p.y.high for p in series.points):
         low, high = [p.y.low for p in series.points], [p.y.high for p in series.points]
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
 def _points(axes: "Axes", series: Series) -> None:
-    style = _style(series) | {"markersize": 6.5}
+    style = _style(series)
+    style["markersize"] += 1
     for p in series.points:
         axes.plot([p.x, p.x], [p.y.low, p.y.high], color=style["color"], linewidth=1.2, zorder=2)
     axes.plot([p.x for p in series.points], [p.y.mean for p in series.points], **style | {"linewidth": 1.1}, zorder=3)
 
 
-def _front(axes: "Axes", plot: Plot) -> None:
-    """Steps through the points that no point of at most their x beats."""
+def _front(plot: Plot) -> list[tuple[float, float]]:
+    """Corners of the steps through the points that no point of at most their x beats."""
     sign = 1 if plot.front == "higher" else -1
-    best: list[Point] = []
+    corners: list[tuple[float, float]] = []
     for p in sorted((p for s in plot.series for p in s.points), key=lambda p: (p.x, -sign * p.y.mean)):
-        if not best or sign * p.y.mean > sign * best[-1].y.mean:
-            best.append(p)
-    x, y = [p.x for p in best], [p.y.mean for p in best]
-    right = axes.get_xlim()[1]
-    axes.step([*x, right], [*y, y[-1]], where="post", color="#b4b8bf", linewidth=4, alpha=0.6, zorder=1)
-    axes.set_xlim(right=right)
+        if not corners:
+            corners.append((p.x, p.y.mean))
+        elif sign * p.y.mean > sign * corners[-1][1]:
+            corners += [(p.x, corners[-1][1]), (p.x, p.y.mean)]
+    return corners
 
 
 def _x_axis(axes: "Axes", plot: Plot) -> None:
@@ -146,14 +156,16 @@ def _x_axis(axes: "Axes", plot: Plot) -> None:
         style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
         axes.set_xticks(range(len(axis.ticks)), axis.ticks, **style)
         axes.set_xlim(-0.25, len(axis.ticks) - 0.75)
-    elif axis.scale in ("bytes", "powers"):
+    elif axis.scale in ("bytes", "values"):
         axes.set_xscale("log", base=2)
         low, high = math.log2(x[0]), math.log2(x[-1])
         room = max(0.06 * (high - low), 0.2)
         axes.set_xlim(2 ** (low - room), 2 ** (high + room))
-        if axis.scale == "powers":
-            axes.xaxis.set_major_locator(FixedLocator(x))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
+        if axis.scale == "values":
+            axes.xaxis.set_major_locator(FixedLocator(_thinned(x)))
+            axes.xaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+            )
         else:
             step = max(1, math.ceil((high - low) / 7))
             at = [2.0**n for n in range(math.floor(low), math.ceil(high) + 1, step)]
@@ -171,14 +183,22 @@ def _x_axis(axes: "Axes", plot: Plot) -> None:
     axes.set_xlabel(axis.title, color=INK, fontsize=SIZE)
 
 
+def _thinned(x: Sequence[float]) -> Sequence[float]:
+    """At most about eight of the values."""
+    return x[:: -(-len(x) // 8)]
+
+
 def _y_axis(axes: "Axes", plot: Plot) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     if plot.y.scale == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    elif plot.y.top is not None:
+        low = min(p.y.low for s in plot.series for p in s.points)
+        axes.set_ylim(low - 0.05 * (plot.y.top - low), plot.y.top + 0.03 * (plot.y.top - low))
     elif "accuracy" in plot.y.name:
         low = min(p.y.low for s in (*plot.series, *plot.levels) for p in s.points)
         axes.set_ylim(-0.03 if low < 0.5 else max(0.0, low - 0.08), 1.03)
@@ -199,46 +219,52 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _names_at_the_right(figure: "Figure", axes: "Axes", series: Sequence[Series]) -> None:
+def _names_at_the_right(figure: "Figure", axes: "Axes", lines: Sequence[Series], levels: Sequence[Series]) -> None:
     """Every series by its name beside the end of its line, moved apart where they would overlap."""
-    if not series:
-        return
     from matplotlib.lines import Line2D
 
+    if not (lines or levels):
+        return
     figure.canvas.draw()  # only now are places known
-    ends = [(s.points[-1].x, s.points[-1].y.mean) for s in series]
-    at = [float(y) for _, y in (axes.transAxes.inverted().transform(axes.transData.transform(end)) for end in ends)]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform((s.points[-1].x, s.points[-1].y.mean)) for s in lines]
+    ends += [(1.0, to_axes.transform((axes.get_xlim()[0], s.points[-1].y.mean))[1]) for s in levels]
     gap = LINE * figure.dpi / axes.get_window_extent().height
-    places = spread(at, gap)
+    places = spread([float(y) for _, y in ends], gap)
     shift = max(0.0, -min(places)) - max(0.0, max(places) - 1)
-    for s, y, place in zip(series, at, places, strict=True):
-        # A stub in the colour of the line leads from its end to marker and name.
+    for s, (x, y), place in zip([*lines, *levels], ends, places, strict=True):
+        # A thin line in the colour of the series leads from its end to marker and name.
         style, beside = _style(s), {"transform": axes.transAxes, "clip_on": False}
-        axes.add_line(Line2D([1.005, 1.045], [y, place + shift], color=style["color"], linewidth=1, **beside))
-        axes.add_line(Line2D([1.06], [place + shift], **style, **beside))
+        way = [(x, y), (1.0, y), (1.045, place + shift)]
+        axes.add_line(Line2D(*zip(*way, strict=True), color=style["color"], linewidth=0.7, zorder=1.2, **beside))
+        if s in lines:
+            axes.add_line(Line2D([1.06], [place + shift], **style, **beside))
         axes.text(1.085, place + shift, s.label, va="center", fontsize=SIZE - 1, color=INK, transform=axes.transAxes)
 
 
-def _names_of_points(figure: "Figure", axes: "Axes", plot: Plot) -> None:
+def _names_of_points(figure: "Figure", axes: "Axes", plot: Plot, front: Sequence[tuple[float, float]]) -> None:
     """Single points by the names of their arms, families by theirs at the last point, where they cover least."""
     from matplotlib.patheffects import withStroke
 
     figure.canvas.draw()
-    scale = figure.dpi / 72
-    inside = axes.get_window_extent()
-    spots = [axes.transData.transform((p.x, p.y.mean)) for s in plot.series for p in s.points]
-    taken = [_box(x, y, 9 * scale, 9 * scale) for x, y in spots]
-    taken += [_box(*axes.transData.transform((p.x, v)), 3, 3) for s in plot.series for p in s.points for v in (p.y.low, p.y.high)]
+    scale, inside = figure.dpi / 72, axes.get_window_extent()
+    ways = [[(p.x, p.y.mean) for p in s.points] for s in plot.series] + [list(front)]
+    ways += [[(p.x, p.y.low), (p.x, p.y.high)] for s in plot.series for p in s.points]
+    ways += [[(x, s.points[0].y.mean) for x in axes.get_xlim()] for s in plot.levels]
+    taken = [box for way in ways if len(way) > 1 for box in _boxes(axes.transData.transform(way), 4 * scale)]
+    spots = axes.transData.transform([(p.x, p.y.mean) for s in plot.series for p in s.points])
+    taken += [_box(x, y, 10 * scale) for x, y in spots] * 2
     for series in plot.series:
         point = series.points[-1]
         x, y = axes.transData.transform((point.x, point.y.mean))
         label = series.label if len(series.points) > 1 else point.label
-        text = axes.annotate(label, (point.x, point.y.mean), textcoords="offset points", fontsize=SIZE - 1, color=INK)
+        at: dict[str, Any] = {"xytext": (0, 0), "textcoords": "offset points"}
+        text = axes.annotate(label, (point.x, point.y.mean), fontsize=SIZE - 1, color=INK, **at)
         size = text.get_window_extent()
         best = min(OFFSETS, key=lambda o: _covered(_placed(x, y, o, size, scale), taken, inside))
         text.set(position=best[:2], ha=best[2], va=best[3])
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        taken.append(_placed(x, y, best, size, scale))
+        taken += [_placed(x, y, best, size, scale)] * 2
 
 
 Box = tuple[float, float, float, float]
@@ -260,8 +286,17 @@ OFFSETS = tuple(
 """Where a name may stand, the best places first: shift in points, alignment."""
 
 
-def _box(x: float, y: float, width: float, height: float) -> Box:
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+def _box(x: float, y: float, width: float) -> Box:
+    return x - width / 2, y - width / 2, x + width / 2, y + width / 2
+
+
+def _boxes(way: Any, width: float) -> list[Box]:
+    """Squares along straight lines through the points of an array [n, 2]."""
+    found = []
+    for (x, y), (to_x, to_y) in itertools.pairwise(way):
+        n = max(1, math.ceil(max(abs(to_x - x), abs(to_y - y)) / width))
+        found += [_box(x + (to_x - x) * i / n, y + (to_y - y) * i / n, width) for i in range(n + 1)]
+    return found
 
 
 def _placed(x: float, y: float, offset: tuple[float, float, str, str], size: Any, scale: float) -> Box:
@@ -301,7 +336,9 @@ def _draw_heat(plot: Heat) -> "Figure":
             value = values[i][j]
             if not math.isnan(value) and len(plot.columns.ticks) <= 8:
                 text = "1" if value > 0.995 else f"{value:.2f}"[1:]
-                axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if value < 0.55 else "black")
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=7.5, color="white" if value < 0.55 else "black"
+                )
         axes.set_title(panel.label, fontsize=SIZE - 1, color=INK)
         axes.set_xticks(range(len(plot.columns.ticks)), plot.columns.ticks)
         axes.set_yticks(range(len(plot.rows.ticks)), plot.rows.ticks)

@@ -3,8 +3,10 @@
 import base64
 import csv
 import dataclasses
+import decimal
 import html
 import io
+import math
 import string
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -85,8 +87,26 @@ def as_markdown(page: Page) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def brief(value: Any) -> str:
-    """A cell for reading: four significant digits, thousands apart."""
+def brief(table: Table) -> list[list[str]]:
+    """The rows for reading: numbers with four significant digits, those of a column with equally many decimals."""
+    columns = [_column([row[i] for row in table.rows]) for i in range(len(table.columns))]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _column(cells: Sequence[Any]) -> list[str]:
+    sizes = [abs(x) for x in cells if isinstance(x, float) and x and math.isfinite(x)]
+    decimals = max((min(_decimals(x), 3 - math.floor(math.log10(x))) for x in sizes), default=0)
+    wide = bool(sizes) and (max(sizes) >= 1e13 or decimals > 8)
+    return [_text(cell, None if wide else max(decimals, 0)) for cell in cells]
+
+
+def _decimals(x: float) -> int:
+    """How many it takes to write the number in full."""
+    exponent = decimal.Decimal(repr(x)).normalize().as_tuple().exponent
+    return max(0, -exponent) if isinstance(exponent, int) else 0
+
+
+def _text(value: Any, decimals: int | None) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -94,9 +114,7 @@ def brief(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        if value and (abs(value) >= 1e13 or abs(value) < 1e-3):
-            return f"{value:.3g}"
-        return f"{value:,.0f}" if abs(value) >= 1e4 or value == int(value) else f"{value:.4g}"
+        return f"{value:.3g}" if decimals is None else f"{value:,.{decimals}f}"
     return str(value)
 
 
@@ -114,13 +132,14 @@ def _figure(picture: Picture) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{_escaped(c)}</th>" for c in table.columns)
-    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    numbers = [[isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in row] for row in table.rows]
+    cells = [map(_cell, row, number) for row, number in zip(brief(table), numbers, strict=True)]
+    rows = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
-def _cell(value: Any) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"<td{' class=n' if number else ''}>{_escaped(brief(value))}</td>"
+def _cell(text: str, number: bool) -> str:
+    return f"<td{' class=n' if number else ''}>{_escaped(text)}</td>"
 
 
 def _csv_link(table: Table) -> str:
@@ -141,10 +160,10 @@ def _joined(paragraphs: Iterable[str]) -> list[str]:
 
 
 def _pipes(table: Table) -> list[str]:
-    def row(cells: Iterable[Any]) -> str:
-        return f"| {' | '.join(brief(c).replace('|', chr(92) + '|') for c in cells)} |"
+    def row(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
-    return [row(table.columns), row("---" for _ in table.columns), *map(row, table.rows), ""]
+    return [row(table.columns), row("---" for _ in table.columns), *map(row, brief(table)), ""]
 
 
 TEMPLATE = string.Template("""<!DOCTYPE html>

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from hydrax.report.study import Band
 
-Scale = Literal["linear", "log", "bytes", "powers", "ordinal"]
-"""bytes: logarithmic, with KiB and MiB; powers: logarithmic with powers of two; ordinal: as far apart as the ticks."""
+Scale = Literal["linear", "log", "bytes", "values", "ordinal"]
+"""bytes: logarithmic, with KiB and MiB; values: logarithmic, with ticks at all x; ordinal: equally far apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Axis:
     name: str
     scale: Scale = "linear"
     ticks: Sequence[str] = ()
+    top: float | None = None  # where the picture ends; None: above all
 
     def cell(self, value: float) -> Any:
         """A value as the table has it."""

@@ -35,15 +35,17 @@ def plots(found: Study, x: str | None = None) -> list[Plot | Heat]:
 
 def by_ratio(found: Study) -> list[Plot]:
     """Measures against linear:full, a series per recurrent mixer; attention alone is a level."""
-    arms = [arm for arm in found.arms if arm.share is not None and arm.share < 1]
-    shares = sorted({_share(arm) for arm in arms})
-    groups = _grouped(arms, lambda arm: arm.label_without(labels.PATTERN, arm.recurrent))
-    if all(len({arm.share for arm in group}) < 2 for group in groups.values()):
+    hybrids = [arm for arm in found.arms if arm.share is not None and arm.share < 1]
+    groups = _grouped(hybrids, lambda arm: arm.label_without(labels.PATTERN, arm.recurrent))
+    groups = {name: arms for name, arms in groups.items() if len({arm.share for arm in arms}) > 1}
+    shares = sorted({_share(arm) for arms in groups.values() for arm in arms})
+    if not groups:
         return []
     alone = [arm for arm in found.arms if arm.share == 1]
     ticks = [labels.ratio(share) if share else "no attention" for share in shares]
     made = []
-    for measure in found.measures[:2]:
+    other = [m for m in found.measures if m.higher != found.quality.higher]
+    for measure in (found.quality, *other[:1]):
         series = [
             Series(name, [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)], (i, i))
             for i, (name, group) in enumerate(groups.items())
@@ -69,7 +71,8 @@ def by_cache(found: Study) -> list[Plot]:
     if len(set(sizes.values())) < 2:
         return []
     arms, q = [arm for arm in found.arms if arm.label in sizes], found.quality
-    tokens = " or ".join(f"{n:,}" for n in sorted({arm.best[0].seq_len for arm in arms}))
+    lengths = sorted({arm.best[0].seq_len for arm in arms})
+    tokens = " to ".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1])))
     return [
         Plot(
             "cache",
@@ -86,20 +89,20 @@ def by_cache(found: Study) -> list[Plot]:
 
 
 def by_state(found: Study) -> list[Plot]:
-    """Accuracy against the recurrent state; models that have none are levels."""
+    """Accuracy against the size of all memory that does not grow; models of full attention alone are levels."""
     measure = found.measure("val_accuracy")
-    sizes = {arm.label: arm.cost.state_bytes for arm in found.arms if arm.cost}
-    having = [arm for arm in found.arms if sizes.get(arm.label)]
-    if measure is None or len({sizes[arm.label] for arm in having}) < 2:
+    sizes = {a.label: n for a in found.arms if a.share != 1 and (n := a.best[0].fixed_bytes)}
+    having = [arm for arm in found.arms if arm.label in sizes]
+    if measure is None or len(set(sizes.values())) < 2:
         return []
-    without = [arm for arm in found.arms if sizes.get(arm.label) == 0]
+    without = [arm for arm in found.arms if arm.share == 1]
     return [
         Plot(
             "state",
-            "Accuracy against the size of the recurrent state",
-            "What one sequence keeps that does not grow with it: recurrent states (fp32), tails of short convolutions "
-            f"(bf16). Dashed: arms that keep nothing but keys and values. {BARS}",
-            Axis("recurrent state of one sequence", "state_bytes", "bytes"),
+            "Accuracy against the size of the state",
+            "State: what one sequence keeps in layers whose memory does not grow with it, recurrent states (fp32), full "
+            f"windows and tails of short convolutions (bf16). Dashed: full attention alone. {BARS}",
+            Axis("state of one sequence", "state_bytes", "bytes"),
             Axis(measure.title, measure.key),
             _families(found, having, lambda arm: _point(sizes[arm.label], arm, measure)),
             kind="points",
@@ -132,7 +135,9 @@ def by_tokens(found: Study) -> list[Plot]:
     """Loss and accuracy while training, against tokens and against FLOPs."""
     best = [run for arm in found.arms for run in arm.best]
     validated = all(sum("val_loss" in record for record in run.records) >= 4 for run in best)
-    curves = {"val_loss": "validation loss, nats per target"} if validated else {"loss": "training loss, nats per target"}
+    curves = (
+        {"val_loss": "validation loss, nats per target"} if validated else {"loss": "training loss, nats per target"}
+    )
     if validated and found.measure("val_accuracy"):
         curves["val_accuracy"] = "accuracy"
     return [plot for key, title in curves.items() for plot in _curves(found, key, title)]
@@ -150,7 +155,7 @@ def by_length(found: Study) -> list[Plot]:
     if not series:
         return []
     caption = "Training, on all devices together: median over all runs of an arm; band: slowest to fastest run."
-    x, y = Axis("tokens of a row, T", "seq_len", "powers"), Axis("tokens/s", "tokens_per_second", "log")
+    x, y = Axis("tokens of a row, T", "seq_len", "values"), Axis("tokens/s", "tokens_per_second", "log")
     return [Plot("speed", "Training speed against length", caption, x, y, series)]
 
 
@@ -169,7 +174,7 @@ def by_rate(found: Study) -> list[Plot]:
     if not series:
         return []
     caption = f"{BANDS} All other plots show the best rate of every arm, by the mean over its seeds."
-    x, y = Axis("peak learning rate", "lr", "log"), Axis(q.title, q.key)
+    x, y = Axis("peak learning rate", "lr", "values"), Axis(q.title, q.key)
     return [Plot("learning_rate", f"{_capital(q.title)} against the learning rate", caption, x, y, series)]
 
 
@@ -210,7 +215,8 @@ def _families(found: Study, arms: Iterable[Arm], point: Callable[[Arm], Point]) 
     """A series per family, along x."""
     groups = _grouped(arms, lambda arm: arm.family)
     return [
-        Series(name, sorted(map(point, group), key=lambda p: p.x), found.style(group[0])) for name, group in groups.items()
+        Series(name, sorted(map(point, group), key=lambda p: p.x), found.style(group[0]))
+        for name, group in groups.items()
     ]
 
 
@@ -277,7 +283,9 @@ def _by_value(
 def _trained(found: Study, key: str, ticks: Sequence[str]) -> dict[str, float]:
     """Where the lengths end that were trained on, if all arms agree."""
     lengths = {arm.best[0].seq_len for arm in found.arms}
-    ends = [float(re.split(r"(?<=\d)-", tick)[-1]) if re.fullmatch(r"[\d.]+(-[\d.]+)?", tick) else None for tick in ticks]
+    ends = [
+        float(re.split(r"(?<=\d)-", tick)[-1]) if re.fullmatch(r"[\d.]+(-[\d.]+)?", tick) else None for tick in ticks
+    ]
     if key != "length" or len(lengths) > 1 or None in ends:
         return {}
     within = sum(end <= min(lengths) for end in ends if end is not None)
@@ -309,6 +317,11 @@ def _curves(found: Study, key: str, title: str) -> list[Plot]:
     """A figure of the records against tokens and against FLOPs."""
     points = {arm.label: _curve(arm, key) for arm in found.arms}
     arms = [arm for arm in found.arms if len(points[arm.label]) > 1]
+    top = None
+    if "loss" in key:  # that of the first steps says little and would flatten the rest
+        top = max(
+            (y.high for arm in arms for n, y in points[arm.label] if n > 0.1 * points[arm.label][-1][0]), default=None
+        )
     parts = "" if key.startswith("val") else f" Mean over each of {BINS} parts of a run, or fewer."
     x = {
         "tokens": (Axis("training tokens", "tokens", "log"), {arm.label: 1.0 for arm in arms}),
@@ -317,14 +330,15 @@ def _curves(found: Study, key: str, title: str) -> list[Plot]:
             {arm.label: arm.cost.train_flops_per_token for arm in arms if arm.cost},
         ),
     }
-    notes = {"tokens": "", "flops": " Forward and backward, counted exactly for every mixer."}
+    notes = {"tokens": "", "flops": " FLOPs: forward and backward, as hydrax.cost counts them."}
+    above = "" if top is None else " The first tenth of the training may lie above."
     return [
         Plot(
             f"{key}_{unit}",
             f"{_capital(title.partition(',')[0])} against {axis.title}",
-            f"{BANDS}{parts}{notes[unit]}",
+            f"{BANDS}{parts}{above}{notes[unit]}",
             axis,
-            Axis(title, key),
+            Axis(title, key, top=top),
             [
                 Series(arm.label, [Point(n * scale[arm.label], y) for n, y in points[arm.label]], found.style(arm))
                 for arm in arms
@@ -344,7 +358,9 @@ def _curve(arm: Arm, key: str) -> list[tuple[float, Band]]:
     run = arm.best[0]
     tokens = run.get("train.batch_size") * run.seq_len
     parts = [shared[i : i + size] for i in range(0, len(shared), size)]
-    return [(tokens * statistics.fmean(part), band(statistics.fmean(s[n] for n in part) for s in steps)) for part in parts]
+    return [
+        (tokens * statistics.fmean(part), band(statistics.fmean(s[n] for n in part) for s in steps)) for part in parts
+    ]
 
 
 def _devices(run: Run) -> str:

@@ -52,6 +52,15 @@ class Run:
         """That of decoding one sequence of the training length; None if this version does not know the model."""
         return _cost(json.dumps(self.config["model"]), self.seq_len)
 
+    @property
+    def fixed_bytes(self) -> int | None:
+        """Of the cost's bytes, those in layers whose memory no longer grows: recurrent states and full windows."""
+        now, later = self.cost, _cost(json.dumps(self.config["model"]), 2 * self.seq_len)
+        if now is None or later is None:
+            return None
+        pairs = zip(now.layers, later.layers, strict=True)
+        return sum(a.state_bytes + (a.kv_bytes if a.kv_bytes == b.kv_bytes else 0) for a, b in pairs)
+
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:

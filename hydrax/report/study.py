@@ -117,6 +117,7 @@ class Study:
     arms: Sequence[Arm]
     measures: Sequence[Measure]
     varied: Sequence[str]  # keys in which arms differ
+    told: Sequence[str]  # those of them that tell the arms apart
     common: Mapping[str, Any]  # keys and values that all runs have in common
 
     @property
@@ -154,7 +155,7 @@ def study(runs: Sequence[Run]) -> Study:
     patterns = labels.of_models({run.get(labels.PATTERN): run.layers for (run, _), *_ in members})
     arms = [_arm([run for run, _ in group], group[0][1], told, patterns, measures[0]) for group in members]
     common = {key: flat[0][key] for key in keys if key not in varied}
-    return Study(sorted(arms, key=_place), measures, settings, common)
+    return Study(sorted(arms, key=_place), measures, settings, told, common)
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
