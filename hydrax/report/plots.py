@@ -47,8 +47,12 @@ def by_ratio(found: Study) -> list[Plot]:
     other = [m for m in found.measures if m.higher != found.quality.higher]
     for measure in (found.quality, *other[:1]):
         series = [
-            Series(name, [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)], (i, i))
-            for i, (name, group) in enumerate(groups.items())
+            Series(
+                name,
+                [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)],
+                found.style(group[0]),
+            )
+            for name, group in groups.items()
         ]
         n = len(series)
         made.append(
