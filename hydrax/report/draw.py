@@ -153,7 +153,7 @@ def _x_axis(axes: "Axes", plot: Plot) -> None:
     axis, x = plot.x, sorted({p.x for s in plot.series for p in s.points})
     if axis.scale == "ordinal":
         turned = sum(len(t) for t in axis.ticks) > 50
-        style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+        style: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
         axes.set_xticks(range(len(axis.ticks)), axis.ticks, **style)
         axes.set_xlim(-0.25, len(axis.ticks) - 0.75)
     elif axis.scale in ("bytes", "values"):
@@ -228,10 +228,10 @@ def _names_at_the_right(figure: "Figure", axes: "Axes", lines: Sequence[Series],
         return
     figure.canvas.draw()  # only now are places known
     to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [to_axes.transform((s.points[-1].x, s.points[-1].y.mean)) for s in lines]
-    ends += [(1.0, to_axes.transform((axes.get_xlim()[0], s.points[-1].y.mean))[1]) for s in levels]
+    ends = [tuple(map(float, to_axes.transform((s.points[-1].x, s.points[-1].y.mean)))) for s in lines]
+    ends += [(1.0, float(to_axes.transform((axes.get_xlim()[0], s.points[-1].y.mean))[1])) for s in levels]
     gap = LINE * figure.dpi / axes.get_window_extent().height
-    places = spread([float(y) for _, y in ends], gap)
+    places = spread([y for _, y in ends], gap)
     shift = max(0.0, -min(places)) - max(0.0, max(places) - 1)
     for s, (x, y), place in zip([*lines, *levels], ends, places, strict=True):
         # A thin line in the colour of the series leads from its end to marker and name.
@@ -335,7 +335,7 @@ def _draw_heat(plot: Heat) -> "Figure":
     down = -(-n // across)
     figure = blank(WIDTH, 0.9 + down * (0.45 + max(0.24 * len(plot.rows.ticks), 0.8)))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    image = None
+    image: Any = None
     for axes, panel in itertools.zip_longest(grid.flat, plot.panels):
         if panel is None:
             axes.set_visible(False)
