@@ -40,11 +40,11 @@ def report(
         counted = ", ".join(f"{n} {state}" for state, n in states.items())
         raise ConfigError("runs", ",".join(map(str, folders)), f"no finished run ({counted}); expected one at least")
     found = study(finished)
-    pictures = []
+    plotted, pictures = plots(found, x), []
     try:
         for folder in (out / "figures", out / "tables"):
             folder.mkdir(parents=True, exist_ok=True)
-        for plot in plots(found, x):
+        for plot in plotted:
             figure, table = draw(plot), Table(plot.name, *plot.table())
             picture = Picture(plot.title, plot.caption, svg(figure, plot.name), table)
             png(figure, out / "figures" / f"{plot.name}.png")

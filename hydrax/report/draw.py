@@ -23,7 +23,7 @@ SMALL = ("P", "X", "*", "p", "h")
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1.5)))
 QUIET = "#6b7078"  # of what is no arm
-WIDTH, HEIGHT = 6.4, 3.9  # inches
+WIDTH, HEIGHT = 5.8, 3.7  # inches
 SIZE = 10  # points of text
 LINE = 0.17  # inches between names
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -85,8 +85,8 @@ def _draw_plot(plot: Plot) -> "Figure":
         colour, dash = _style(level)["color"], (0, (4, 2.5))
         axes.axhspan(y.low, y.high, color=colour, alpha=0.12, linewidth=0)
         axes.axhline(y.mean, color=colour, linewidth=1.3, linestyle=dash, zorder=1.5)
-    _x_axis(axes, plot)
     _y_axis(axes, plot)
+    _x_axis(axes, plot)
     quiet(axes)
     front = _front(plot) if plot.front else []
     if front:
@@ -176,7 +176,8 @@ def _x_axis(axes: "Axes", plot: Plot) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     elif axis.scale == "log":
         axes.set_xscale("log")
-        if x[-1] / x[0] < 50:
+        low, high = axes.get_xlim()
+        if high / low < 50:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
@@ -199,7 +200,8 @@ def _y_axis(axes: "Axes", plot: Plot) -> None:
     elif plot.y.top is not None:
         low = min(p.y.low for s in plot.series for p in s.points)
         axes.set_ylim(low - 0.05 * (plot.y.top - low), plot.y.top + 0.03 * (plot.y.top - low))
-        axes.set_xlim(left=0.9 * min(p.x for s in plot.series for p in s.points if p.y.low <= plot.y.top))
+        x = [p.x for s in plot.series for p in s.points if p.y.low <= plot.y.top]
+        axes.set_xlim(0.9 * min(x), 1.1 * max(x))
     elif "accuracy" in plot.y.name:
         low = min(p.y.low for s in (*plot.series, *plot.levels) for p in s.points)
         axes.set_ylim(-0.03 if low < 0.5 else max(0.0, low - 0.08), 1.03)

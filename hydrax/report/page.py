@@ -133,15 +133,17 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_escaped(c)}</th>" for c in table.columns)
     numbers = [[isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in row] for row in table.rows]
+    aligned = numbers[0] if numbers else [False] * len(table.columns)
+    head = "".join(_cell(c, number, "th") for c, number in zip(table.columns, aligned, strict=True))
     cells = [map(_cell, row, number) for row, number in zip(brief(table), numbers, strict=True)]
     rows = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
-def _cell(text: str, number: bool) -> str:
-    return f"<td{' class=n' if number else ''}>{_escaped(text)}</td>"
+def _cell(text: str, number: bool, tag: str = "td") -> str:
+    attribute = ' class="n"' if number else ""
+    return f"<{tag}{attribute}>{_escaped(text)}</{tag}>"
 
 
 def _csv_link(table: Table) -> str:
@@ -189,7 +191,7 @@ table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
 th { border-bottom: 1.5px solid #1f2430; white-space: normal; vertical-align: bottom; }
 td { border-bottom: 1px solid #e6e8ec; }
-.n { text-align: right; font-variant-numeric: tabular-nums; }
+th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .csv { margin: 0; font-size: 0.85rem; }
 pre { overflow-x: auto; background: #f5f6f8; padding: 0.7rem; font-size: 0.8rem; line-height: 1.4; }
 @media print {

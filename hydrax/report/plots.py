@@ -93,10 +93,11 @@ def by_cache(found: Study) -> list[Plot]:
 
 def by_state(found: Study) -> list[Plot]:
     """Accuracy against the size of all memory that does not grow; models of full attention alone are levels."""
-    measure = found.measure("val_accuracy")
+    if (measure := found.measure("val_accuracy")) is None:
+        return []
     sizes = {a.label: n for a in found.arms if a.share != 1 and (n := a.best[0].fixed_bytes)}
     having = [arm for arm in found.arms if arm.label in sizes]
-    if measure is None or len(set(sizes.values())) < 2:
+    if len(set(sizes.values())) < 2:
         return []
     without = [arm for arm in found.arms if arm.share == 1]
     return [
