@@ -7,8 +7,9 @@ from typing import Any
 
 from hydrax.core.build import ConfigError
 from hydrax.report import page as pages
-from hydrax.report.draw import bytes_text, draw, png, svg
+from hydrax.report.draw import draw, png, svg
 from hydrax.report.page import Page, Picture, Table
+from hydrax.report.plot import Bytes
 from hydrax.report.plots import plots
 from hydrax.report.read import LeftOut, Run, read
 from hydrax.report.study import RATE, Arm, Study, comparable, study
@@ -92,13 +93,24 @@ def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list
         f"{differ}Tried: {tried}; {repeats} per arm and rate. All figures of an arm are those of the learning rate "
         f"whose mean {found.quality.title} over seeds is best ({better} is better), by the same validation data.",
         "Bands and bars reach from the lowest to the highest seed; they are no confidence intervals of a distribution.",
-    ] + ([f"{_counted(len(left), 'run')} left out; see the end of the page."] if left else [])
+        *_edges(found),
+        *([f"{_counted(len(left), 'run')} left out; see the end of the page."] if left else []),
+    ]
+
+
+def _edges(found: Study) -> list[str]:
+    """A warning where a better rate may lie outside those that were tried."""
+    names = [a.label for a in found.arms if len(a.by_rate) > 1 and a.rate in (min(a.by_rate), max(a.by_rate))]
+    if not names:
+        return []
+    of = "every arm" if len(names) == len(found.arms) else ", ".join(names)
+    return [f"The best rate is the lowest or the highest that was tried for {of}: a wider grid may change the order."]
 
 
 def _results(found: Study) -> Table:
     rows = sorted(found.arms, key=lambda arm: _rank(found, arm))
     columns = ["arm", found.quality.title, "lowest", "highest", *(m.title for m in found.measures[1:])]
-    columns += ["seeds", "learning rate", "parameters", "FLOPs/token", "recurrent state", "KV cache", "tokens/s"]
+    columns += ["seeds", "learning rate", "parameters", "training FLOPs/token", "state", "KV cache", "tokens/s"]
     return Table("results", columns, [_result(found, arm) for arm in rows])
 
 
@@ -113,9 +125,7 @@ def _result(found: Study, arm: Arm) -> list[Any]:
     cells: list[Any] = [arm.label, bands[0].mean, bands[0].low, bands[0].high, *(y.mean for y in bands[1:])]
     speed = arm.band(lambda run: run.summary.get("tokens_per_second"))
     cost = arm.cost
-    costs = (
-        [cost.train_flops_per_token, bytes_text(cost.state_bytes), bytes_text(cost.kv_bytes)] if cost else 3 * [None]
-    )
+    costs = [cost.train_flops_per_token, Bytes(cost.state_bytes), Bytes(cost.kv_bytes)] if cost else 3 * [None]
     return [
         *cells,
         len(arm.best),

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hydrax.report.plot import Heat, Plot, Series
+from hydrax.report.plot import Heat, Plot, Series, bytes_text
 from hydrax.train.figure import INK, blank, quiet
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ QUIET = "#6b7078"  # of what is no arm
 WIDTH, HEIGHT = 5.8, 3.7  # inches
 SIZE = 10  # points of text
 LINE = 0.17  # inches between names
-BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def draw(plot: Plot | Heat) -> "Figure":
@@ -46,12 +45,6 @@ def svg(figure: "Figure", name: str) -> bytes:
 
 def png(figure: "Figure", path: pathlib.Path) -> None:
     figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
-
-
-def bytes_text(value: float) -> str:
-    """1536 -> 1.5 KiB."""
-    power = min(int(math.log2(value)) // 10, len(BYTES) - 1) if value >= 1 else 0
-    return f"{value / 2 ** (10 * power):.3g} {BYTES[power]}"
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -333,7 +326,7 @@ def _covered(box: Box, taken: Iterable[Box], inside: Any) -> float:
 def _draw_heat(plot: Heat) -> "Figure":
     """Panels side by side, light for what is right; the numbers stand in the cells."""
     n = len(plot.panels)
-    across = min(n, 3 if len(plot.columns.ticks) <= 6 else 2)
+    across = min(n, 3 if sum(map(len, plot.columns.ticks)) <= 14 else 2)  # as the names of columns fit
     down = -(-n // across)
     figure = blank(WIDTH, 0.9 + down * (0.45 + max(0.24 * len(plot.rows.ticks), 0.8)))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)

@@ -11,6 +11,8 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hydrax.report.plot import Bytes, bytes_text
+
 Row = Sequence[Any]
 
 
@@ -113,6 +115,8 @@ def _text(value: Any, decimals: int | None) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Bytes):
+        return bytes_text(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -188,8 +192,10 @@ details { margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.25rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
-th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
-th { border-bottom: 1.5px solid #1f2430; white-space: normal; vertical-align: bottom; }
+th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; vertical-align: top; }
+td:first-child, td.n { white-space: nowrap; }
+td:not(.n) { overflow-wrap: anywhere; min-width: 4rem; }
+th { border-bottom: 1.5px solid #1f2430; vertical-align: bottom; }
 td { border-bottom: 1px solid #e6e8ec; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .csv { margin: 0; font-size: 0.85rem; }
@@ -200,7 +206,6 @@ pre { overflow-x: auto; background: #f5f6f8; padding: 0.7rem; font-size: 0.8rem;
   h2 { break-after: avoid; }
   .wide, pre { overflow: visible; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  td, th { white-space: normal; }
   .csv { display: none; }
 }
 </style>

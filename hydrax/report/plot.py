@@ -1,6 +1,7 @@
 """Plots as data: what a picture shows and the table behind it are one thing, so that they cannot differ."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,6 +9,19 @@ from hydrax.report.study import Band
 
 Scale = Literal["linear", "log", "bytes", "values", "ordinal"]
 """bytes: logarithmic, with KiB and MiB; values: logarithmic, with ticks at all x; ordinal: equally far apart."""
+
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class Bytes(int):
+    """A number that is read with its unit."""
+
+
+def bytes_text(value: float) -> str:
+    """1536 -> 1.5 KiB."""
+    power = min(int(math.log2(value)) // 10, len(UNITS) - 1) if value >= 1 else 0
+    return f"{value / 2 ** (10 * power):.3g} {UNITS[power]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +36,8 @@ class Axis:
 
     def cell(self, value: float) -> Any:
         """A value as the table has it."""
+        if self.scale == "bytes":
+            return Bytes(value)
         return self.ticks[int(value)] if self.scale == "ordinal" else value
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydrax.core.build import ConfigError
 from hydrax.report import labels
@@ -183,13 +183,17 @@ def by_rate(found: Study) -> list[Plot]:
 
 def against(found: Study, key: str) -> Plot:
     """Quality against a config key of the user's choice."""
-    values = list(dict.fromkeys(arm.settings[key] for arm in found.arms))
+
+    def value(arm: Arm) -> Any:
+        return arm.model if key == labels.PATTERN else arm.settings[key]
+
+    values = list(dict.fromkeys(map(value, found.arms)))
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numbers else values
     q = found.quality
     groups = _grouped(found.arms, lambda arm: arm.label_without(key))
     series = [
-        Series(name, sorted((_point(values.index(a.settings[key]), a, q) for a in arms), key=lambda p: p.x), (i, i))
+        Series(name, sorted((_point(values.index(value(a)), a, q) for a in arms), key=lambda p: p.x), (i, i))
         for i, (name, arms) in enumerate(groups.items())
     ]
     x = Axis(key, key, "ordinal", [str(v) for v in values])
@@ -322,7 +326,8 @@ def _curves(found: Study, key: str, title: str) -> list[Plot]:
     if "loss" in key:  # that of the first steps says little and would flatten the rest
         late = [y.high for arm in arms for n, y in points[arm.label] if n > 0.1 * points[arm.label][-1][0]]
         top = max(late, default=None)
-    parts = "" if key.startswith("val") else f" Mean over each of {BINS} parts of a run, or fewer."
+    several = any(sum(r.get(key) is not None for r in run.records) > BINS for arm in arms for run in arm.best)
+    parts = f" Every point is a mean over one of at most {BINS} parts of the run." if several else ""
     x = {
         "tokens": (Axis("training tokens", "tokens", "log"), {arm.label: 1.0 for arm in arms}),
         "flops": (

@@ -101,7 +101,7 @@ class Arm:
     def label_without(self, key: str, model: str = "") -> str:
         """The label without a setting, after `model`, a name for the model where the setting is its pattern."""
         words = [word for k, word in self.words.items() if k != key]
-        return ", ".join(filter(None, [model, *words])) or self.model
+        return ", ".join(filter(None, [model, *words])) or (self.model if key != labels.PATTERN else "all arms")
 
     def band(self, measure: Callable[[Run], float | None], rate: float | None = None) -> Band | None:
         """Of a figure over the seeds of a rate; None if none of them has it."""
