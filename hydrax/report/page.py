@@ -203,6 +203,10 @@ pre { overflow-x: auto; background: #f5f6f8; padding: 0.7rem; font-size: 0.8rem;
 @media print {
   body { max-width: none; padding: 0; font-size: 11pt; }
   section { break-inside: avoid; }
+  img { width: auto; max-width: 100%; max-height: 9.5cm; }
+  details:not([open]) { display: none; }
+  table { font-size: 7.5pt; }
+  th, td { padding-right: 0.4rem; }
   h2 { break-after: avoid; }
   .wide, pre { overflow: visible; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }

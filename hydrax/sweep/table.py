@@ -62,8 +62,8 @@ class Watch:
             self._live.update(render(self.runs, self.statuses, self._console.height - 8), refresh=True)
             return
         for name, now in self.statuses.items():
-            if _said(now) != _said(before[name]):
-                print(f"{name}: {_said(now)}", flush=True)
+            if said(now) != said(before[name]):
+                print(f"{name}: {said(now)}", flush=True)
 
 
 def render(runs: Sequence[Run], statuses: Mapping[str, Status], rows: int | None = None) -> Table:
@@ -129,7 +129,8 @@ def _row(run: Run, now: Status) -> dict[str, Any]:
     return {"run": run.name, "state": now.state, "overrides": run.overrides, **figures}
 
 
-def _said(now: Status) -> str:
+def said(now: Status) -> str:
+    """A state in words, with the final figure of a run that is finished."""
     if now.summary:
         name = "val_accuracy" if now.summary.get("val_accuracy") is not None else "val_bits_per_byte"
         title, form = RESULTS[name]
