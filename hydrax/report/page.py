@@ -65,8 +65,8 @@ def as_html(page: Page) -> str:
     if page.left_out.rows:
         body += ["<h2>Runs left out</h2>", _table(page.left_out)]
     body.append("<h2>How these runs were made</h2>")
-    body += [_details(f"Commands: {name}", _lines(lines)) for name, lines in page.commands.items()]
-    body.append(_details("Environment", _table(page.environment)))
+    body += [_details(f"Commands: {name}", _lines(lines), len(lines) <= 3) for name, lines in page.commands.items()]
+    body.append(_details("Environment", _table(page.environment), True))
     body.append(_details("Settings that all runs have in common", _table(page.settings)))
     return TEMPLATE.substitute(title=_escaped(page.title), body="\n".join(body))
 
@@ -155,8 +155,8 @@ def _csv_link(table: Table) -> str:
     return f'<p class="csv"><a download="{_escaped(table.name)}.csv" href="data:text/csv;base64,{data}">CSV</a></p>'
 
 
-def _details(title: str, content: str) -> str:
-    return f"<details><summary>{_escaped(title)}</summary>\n{content}</details>"
+def _details(title: str, content: str, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{_escaped(title)}</summary>\n{content}</details>"
 
 
 def _lines(lines: Iterable[str]) -> str:
