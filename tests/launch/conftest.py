@@ -15,6 +15,7 @@ import launch.compile_time
 import launch.cost
 import launch.doctor
 import launch.prepare
+import launch.report
 import launch.sample
 import launch.sweep
 import launch.train
@@ -29,6 +30,7 @@ MAINS = {
     "compile_time": launch.compile_time.main,
     "doctor": launch.doctor.main,
     "prepare": launch.prepare.main,
+    "report": launch.report.main,
     "sweep": launch.sweep.main,
 }
 CONFIG = """

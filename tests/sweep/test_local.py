@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def test_results(write, tmp_path):
         ("finished", 0.125, 7),
     ]
     assert rows[2]["overrides"] == {"config": "quickstart", "train.steps": 8, "optim.lr": 0.5, "sample.prompt": ""}
+    assert f"python -m launch.report --runs={tmp_path / 'runs'} --out={tmp_path / 'runs' / 'report'}\n" in outcome.out
+    assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["command"] == shlex.join(sys.orig_argv)
     with (tmp_path / "runs" / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["optim.lr"], row["train.seed"], row["val_bits_per_byte"]) for row in table] == [

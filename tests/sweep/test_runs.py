@@ -10,7 +10,8 @@ import pytest
 import launch.train
 from hydrax.core.build import ConfigError, build
 from hydrax.core.config import known, load_config
-from hydrax.sweep import runs
+from hydrax.sweep import runs, table
+from hydrax.sweep.status import Status
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
 from launch import cli
@@ -176,3 +177,14 @@ def test_every_shipped_sweep_expands(name, tmp_path):
     found = runs.expand(name, tmp_path)
     assert len(found) == {"sweeps/tiny": 24, "sweeps/ratio": 21}[name]
     assert not any(pathlib.Path(tmp_path).iterdir())
+
+
+def test_the_table_of_results_has_an_accuracy_where_there_is_one(write, tmp_path):
+    found = runs.expand(write([{**BASE, "train.seed": seed} for seed in (0, 1)]), tmp_path / "runs")
+    text = {"val_loss": 1.0, "val_bits_per_byte": 2.0, "parameters": 7}
+    task = {"val_loss": 1.0, "val_bits_per_byte": None, "val_accuracy": 0.5}
+    for summary, columns, said in ((text, ["bits/byte"], "2.0000 bits/byte"), (task, ["accuracy"], "0.5000 accuracy")):
+        statuses = {run.name: Status("finished", summary=summary) for run in found}
+        headers = [str(column.header) for column in table.results(found, statuses).columns]
+        assert [name for name in ("accuracy", "bits/byte") if name in headers] == columns
+        assert table.said(statuses[found[0].name]) == f"finished, {said}"

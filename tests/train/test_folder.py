@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 
 import pytest
 
@@ -70,3 +72,4 @@ def test_the_descriptions_can_be_read_back(run):
     environment = json.loads((workdir / "environment.json").read_text(encoding="utf-8"))
     assert environment["packages"]["jax"]
     assert sum(environment["devices"].values()) == 8
+    assert environment["command"] == shlex.join(sys.orig_argv)
