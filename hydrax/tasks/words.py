@@ -1,0 +1,46 @@
+"""Words for tasks in text: keys of two words, names of people, words that mean nothing."""
+
+import numpy as np
+
+ADJECTIVES = (
+    "able amber ample azure bare bold brave brief bright brisk broad calm cheap clean clear clever cold cool crisp "
+    "curly daily damp dark deep dense dim dry dull eager early easy empty even faint fair famous fancy fast fine firm "
+    "flat fond fresh gentle giant glad golden grand green grey handy happy harsh heavy hollow honest humble idle jolly "
+    "keen kind large late lazy lean light little lone loud lucky mild modest narrow neat noble odd old pale plain "
+    "proud pure quick quiet rapid rare ready red rich rough round royal rusty sharp shiny short silent simple slow "
+    "small smooth"
+).split()
+NOUNS = (
+    "acorn anchor apple arrow badge barrel basket beach bell berry bird boat book bottle branch bridge brush bucket "
+    "button cabin candle canoe canyon carpet castle chair cliff cloud coat coin copper cotton cradle crane crown "
+    "curtain desert diamond door dragon drum eagle engine falcon feather fence field flower forest fox garden glove "
+    "guitar hammer harbor hat hill horse island jacket jewel kettle key ladder lake lamp lantern leaf lemon lion "
+    "magnet maple marble meadow mirror moon mountain needle oak ocean orange otter owl paper pearl pebble pencil "
+    "piano pillow planet pocket rabbit ribbon river robin rocket saddle sail shell silver"
+).split()
+FIRST_NAMES = tuple(
+    start + end
+    for start in "Al Bel Cor Dan El Fer Gar Hel Is Jor Kal Lor Mar Nor Ol Per Ros Sal Tor Ver".split()
+    for end in "a an ena ia in iel is o on us".split()
+)
+LAST_NAMES = tuple(
+    start + end
+    for start in (
+        "Ash Black Brook Clay Dale East Fair Gold Green Hart High Lang Mill North Old Red Stone Under West Wood"
+    ).split()
+    for end in "berg field ford ham ley man son ton ward well".split()
+)
+_SYLLABLES = tuple(a + b for a in "bdfghjklmnprstvz" for b in "aeiou")
+
+
+def keys(rng: np.random.Generator, count: int) -> list[str]:
+    """Different keys, an adjective and a noun each; there are len(ADJECTIVES) · len(NOUNS) of them."""
+    chosen = rng.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False)
+    return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in chosen.tolist()]
+
+
+def coined(rng: np.random.Generator, count: int) -> list[str]:
+    """Different words of three syllables, six letters, which mean nothing; there are 512,000 of them."""
+    n = len(_SYLLABLES)
+    chosen = rng.choice(n**3, count, replace=False).tolist()
+    return [_SYLLABLES[i // n**2] + _SYLLABLES[i // n % n] + _SYLLABLES[i % n] for i in chosen]
