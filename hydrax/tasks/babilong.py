@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hydrax.core.build import ConfigError, Positive
+from hydrax.core.build import Positive
 from hydrax.tasks import haystack
 from hydrax.tasks.text import Example, TextTask, score
 

@@ -74,7 +74,7 @@ class Copying(Task):
         return self.alphabet + 4
 
     @functools.cached_property
-    def slices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def slices(self) -> tuple[str, ...]:
         return tuple(f"length={factor * self.longest}" for factor in self.eval_factors)
 
     def sample(self, rng: np.random.Generator, rows: int, split: str) -> Sample:
@@ -121,33 +121,39 @@ class Copying(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rows [n,tokens] of examples one after another, and which tokens are asked for."""
         rows, examples, width = strings.shape
-        signs = {"begin": width, "bar": width + 1, "stop": width + 2}
-        source = np.concatenate([strings, np.broadcast_to(self.alphabet + np.arange(4), (rows, examples, 4))], axis=2)
+        signs = np.broadcast_to(self.alphabet + np.arange(3), (rows, examples, 3))
+        source = np.concatenate([strings, signs], axis=2)
+        first, size = self._stretches(letters, start, width)
+        ends = size.reshape(rows, -1).cumsum(1).reshape(size.shape)
+        whole = (ends[:, :, -1:] <= tokens) & np.array([part.asked for part in LAYOUTS[self.form]])
+        # A line for each token of each stretch: the stretch it is of, its number there, and its place in the row.
+        stretch = np.repeat(np.arange(size.size), size.ravel())
+        inside = np.arange(len(stretch)) - np.repeat(size.cumsum() - size.ravel(), size.ravel())
+        place = (ends - size).ravel()[stretch] + inside
+        stretch, inside, place = (x[place < tokens] for x in (stretch, inside, place))
+        row, example, _ = np.unravel_index(stretch, size.shape)
+        text = np.full((rows, tokens), self.alphabet + 3, np.int32)
+        text[row, place] = source[row, example, first.ravel()[stretch] + inside]
+        asked = np.zeros((rows, tokens), bool)
+        asked[row, place] = whole.ravel()[stretch]
+        return text, asked
+
+    def _stretches(self, letters: np.ndarray, start: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the parts of each example begin in `width` letters and three signs, and their sizes: [n,E,parts]."""
         rest = letters - start - self.gram
-        stretch = {
-            "string": (0 * letters, letters),
-            "gram": (start, 0 * letters + self.gram),
+        found = {
+            "begin": (width, 1),
+            "bar": (width + 1, 1),
+            "stop": (width + 2, 1),
+            "string": (0, letters),
+            "gram": (start, self.gram),
             "rest": (start + self.gram, rest if self.answer is None else np.minimum(rest, self.answer)),
-            **{name: (0 * letters + at, 0 * letters + 1) for name, at in signs.items()},
         }
-        layout = LAYOUTS[self.form]
-        first = np.stack([stretch[part.source][0] for part in layout], axis=2)  # [n,E,P]
-        size = np.stack([stretch[part.source][1] for part in layout], axis=2)
-        ends = size.reshape(rows, -1).cumsum(1)
-        whole = (ends.reshape(size.shape)[:, :, -1:] <= tokens) & np.array([part.asked for part in layout])
-        cut = np.diff(np.minimum(ends, tokens), axis=1, prepend=0)
-        padding = tokens - cut.sum(1, keepdims=True)
-        # Each stretch as often as it has tokens, and a last one of padding in each row: exactly n · tokens of them.
-        repeats = np.concatenate([cut, padding], axis=1).ravel()
-        last = np.full((rows, 1), width + 3)
-        begins = np.repeat(np.concatenate([first.reshape(rows, -1), last], axis=1).ravel(), repeats)
-        asked = np.repeat(np.concatenate([whole.reshape(rows, -1), last < 0], axis=1).ravel(), repeats)
-        example = np.append(np.repeat(np.arange(examples), len(layout)), 0)
-        example = np.repeat(np.tile(example, rows), repeats).reshape(rows, tokens)
-        inside = np.arange(rows * tokens) - np.repeat(repeats.cumsum() - repeats, repeats)
-        inside = np.where(begins < width, inside, 0)
-        row = source[np.arange(rows)[:, None], example, (begins + inside).reshape(rows, tokens)]
-        return row.astype(np.int32), asked.reshape(rows, tokens)
+        parts = [found[part.source] for part in LAYOUTS[self.form]]
+        first, size = (
+            np.stack([np.broadcast_to(x, letters.shape) for x in half], 2) for half in zip(*parts, strict=True)
+        )
+        return first, size
 
 
 def occurring_once(strings: np.ndarray, letters: np.ndarray, gram: int) -> np.ndarray:

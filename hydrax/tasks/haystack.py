@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hydrax.core.build import ConfigError
+from hydrax.tasks import words
 
 NOISE = (
     b"The rain came down on the small town all night.",
@@ -19,10 +20,10 @@ NOISE = (
 )
 
 # Modules of the standard library with much prose in their docstrings, in files that every installation has.
-MODULES = (
+MODULES = words.table(
     "_pydecimal argparse collections configparser contextlib difflib doctest functools heapq inspect logging optparse "
     "pickletools random shutil statistics tarfile textwrap threading typing"
-).split()
+)
 
 
 class Haystack:

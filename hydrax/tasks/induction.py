@@ -1,7 +1,7 @@
 """Induction: what came after this the last time? As a repeated segment, and as one trigger (arXiv 2312.00752 §4.1.2).
 
-    repeat   BOS s s           asked for is the second s, but not its first token: nothing says how long s is
-    trigger  ... p v ... p     asked for is v
+repeat   BOS s s           asked for is the second s, but not its first token: nothing says how long s is
+trigger  ... p v ... p     asked for is v
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Induction(Task):
         return FIRST + self.symbols
 
     @functools.cached_property
-    def slices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def slices(self) -> tuple[str, ...]:
         return tuple(f"length={factor * self.length}" for factor in self.eval_factors)
 
     def sample(self, rng: np.random.Generator, rows: int, split: str) -> Sample:

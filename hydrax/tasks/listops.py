@@ -58,7 +58,7 @@ class ListOps(Task):
         return EQUALS + 1
 
     @functools.cached_property
-    def slices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def slices(self) -> tuple[str, ...]:
         return tuple(f"length={a}-{b - 1}" for a, b in zip(self._bounds[:-1], self._bounds[1:], strict=True))
 
     @property
@@ -68,7 +68,9 @@ class ListOps(Task):
 
     def sample(self, rng: np.random.Generator, rows: int, split: str) -> Sample:
         """meta: length int32 [n], tokens of the expression; value int32 [n]."""
-        inputs, values, lengths = (np.concatenate(parts)[:rows] for parts in zip(*self._batches(rng, rows), strict=True))
+        inputs, values, lengths = (
+            np.concatenate(parts)[:rows] for parts in zip(*self._batches(rng, rows), strict=True)
+        )
         targets = np.full(inputs.shape, IGNORE, np.int32)
         inputs[np.arange(rows), lengths] = EQUALS
         targets[np.arange(rows), lengths] = DIGIT + values
@@ -81,7 +83,7 @@ class ListOps(Task):
         found, batches = 0, []
         for _ in range(ROUNDS):
             levels = self._grow(rng)
-            sizes = sum(np.bincount(v.tree, 1 + (v.arguments > 0), CANDIDATES) for v in levels).astype(int)
+            sizes = np.sum([np.bincount(v.tree, 1 + (v.arguments > 0), CANDIDATES) for v in levels], axis=0).astype(int)
             kept = np.flatnonzero((sizes >= self.min_length) & (sizes < self.length))
             if not len(kept):
                 continue

@@ -48,7 +48,7 @@ class Phonebook(Task):
         return 10
 
     @functools.cached_property
-    def slices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def slices(self) -> tuple[str, ...]:
         return tuple(f"entries={size}" for size in self.eval_entries)
 
     def sample(self, rng: np.random.Generator, rows: int, split: str) -> Sample:

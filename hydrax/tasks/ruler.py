@@ -122,9 +122,7 @@ class Needle(TextTask):
         question = (", ".join(asked) + " -> ").encode()
         return Example(context, question, b" ".join(replies), tuple(replies), float(depths[place]))
 
-    def _bury(
-        self, rng: np.random.Generator, pairs: Sequence[tuple[str, str]], room: int
-    ) -> tuple[bytes, np.ndarray]:
+    def _bury(self, rng: np.random.Generator, pairs: Sequence[tuple[str, str]], room: int) -> tuple[bytes, np.ndarray]:
         """A context of at most `room` bytes with needles in the order given, and the depth of each that is in it."""
         needles = [f"{key} -> {value}.".encode() for key, value in pairs]
         if self._variant.hay == "needles":

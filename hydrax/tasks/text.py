@@ -128,7 +128,7 @@ class TextTask(Task):
         return VOCABULARY
 
     @functools.cached_property
-    def slices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def slices(self) -> tuple[str, ...]:
         lengths = [f"length={factor * self.length}" for factor in self.eval_factors]
         if not self.has_depth:
             return tuple(lengths)
