@@ -74,11 +74,16 @@ def essay(paths: tuple[str, ...], reach: int) -> Haystack:
     Raises:
       ConfigError: a file cannot be read, or no sentence is in any of them.
     """
+    return Haystack(_essay_sentences(paths), reach)
+
+
+@functools.cache
+def _essay_sentences(paths: tuple[str, ...]) -> tuple[bytes, ...]:
     texts = [_read(path) for path in paths] if paths else _docstrings()
     found = tuple(sentence for text in texts for sentence in sentences(text))
     if not found:
-        raise ConfigError("essay", paths, "no sentence of 20 to 200 bytes is in these files")
-    return Haystack(found, reach)
+        raise ConfigError("essay", paths, "expected files with sentences of 20 to 200 bytes")
+    return found
 
 
 def sentences(text: str) -> list[bytes]:
@@ -95,7 +100,6 @@ def _read(path: str) -> str:
         raise ConfigError("essay", path, f"expected a file of UTF-8 text ({error})") from None
 
 
-@functools.cache
 def _docstrings() -> list[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = []

@@ -116,7 +116,8 @@ class Needle(TextTask):
         pairs = list(zip(order, v.value(rng, len(order)), strict=True))
         context, depths = self._bury(rng, pairs, room - 1 - self._question)
         pairs = pairs[: len(depths)]
-        asked = [names[i] for i in rng.permutation(len(names)) if names[i] in dict(pairs)][: v.queries]
+        kept = list(dict.fromkeys(key for key, _ in pairs))
+        asked = [kept[i] for i in rng.permutation(len(kept))[: v.queries]]
         replies = [value.encode() for name in asked for key, value in pairs if key == name]
         place = next(i for i, (key, _) in enumerate(pairs) if key == asked[0])
         question = (", ".join(asked) + " -> ").encode()

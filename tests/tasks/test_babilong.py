@@ -1,10 +1,11 @@
+import itertools
 import re
 
 import numpy as np
 import pytest
 
 from hydrax.core.build import ConfigError, build
-from hydrax.tasks.babilong import FACTS, LEFT, MOVED, PEOPLE, ROOMS, THINGS, TOOK, BabiLong
+from hydrax.tasks.babilong import FACTS, LEFT, MOVED, PEOPLE, ROOMS, THINGS, TOOK, BabiLong, story
 from tests.tasks.reading import draw, texts
 
 VERB = {verb: kind for kind, verbs in (("move", MOVED), ("take", TOOK), ("leave", LEFT)) for verb in verbs}
@@ -49,6 +50,18 @@ def test_answers_follow_from_the_story(question, split):
         assert len(answer) <= task.budget
         answers.add(answer)
     assert len(answers) == len(ROOMS)
+
+
+def test_histories_have_a_room_once_at_a_time_and_the_fact_that_says_so():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        told, people, things = story(rng, 24)
+        assert len(told) == 24
+        for history in [*people.values(), *things.values()]:
+            for before, after in itertools.pairwise(history):
+                assert before.room != after.room and before.fact < after.fact
+        for name, history in people.items():
+            assert all(told[known.fact].startswith(name) and known.room in told[known.fact] for known in history)
 
 
 def test_the_first_sentence_counts():

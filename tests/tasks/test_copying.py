@@ -18,7 +18,7 @@ GIVEN = {"copy": r"\$[a-z]+\|", "prefix": r"\$[a-z]{3}\|[a-z]+\|", "suffix": r"\
 
 
 def follow(string, gram):
-    assert len(re.findall(f"(?={gram})", string)) == 1
+    assert len(re.findall(f"(?={gram})", string)) == 1 and not string.endswith(gram)
     return string.split(gram, 1)[1]
 
 
