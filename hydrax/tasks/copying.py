@@ -75,7 +75,7 @@ class Copying(Task):
 
     @functools.cached_property
     def slices(self) -> tuple[str, ...]:
-        return tuple(f"length={factor * self.longest}" for factor in self.eval_factors)
+        return tuple(f"letters={factor * self.longest}" for factor in self.eval_factors)
 
     def sample(self, rng: np.random.Generator, rows: int, split: str) -> Sample:
         """meta: letters int32 [n,E], of each example in a row, and where its g begins, start int32 [n,E]."""

@@ -61,7 +61,7 @@ def test_rows_are_packed_and_lengths_uniform():
 def test_evaluation_strings_are_up_to_ten_times_as_long():
     task = Copying(longest=12)
     sample = draw(task, 800, "eval")
-    assert task.slices == ("length=12", "length=24", "length=48", "length=120")
+    assert task.slices == ("letters=12", "letters=24", "letters=48", "letters=120")
     length = np.array([12, 24, 48, 120])[sample["meta"]["slice"]]
     assert ((sample["targets"] >= 0).sum(1) == length + 1).all()
     assert np.bincount(sample["meta"]["slice"]).min() > 150
