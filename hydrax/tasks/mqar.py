@@ -45,14 +45,14 @@ class MQAR(Task):
         if (self.updates > 0) != (self.variant == "forgetting"):
             expected = "expected 1 or more" if self.variant == "forgetting" else "expected 0 without forgetting"
             raise ConfigError("updates", self.updates, f"{expected} (variant {self.variant})")
-        for name, key, length in (
-            ("pairs", "length", self.length),
-            ("eval_pairs", "eval_length", self._length("eval")),
-        ):
-            self._check(name if getattr(self, name) else "pairs", key if getattr(self, key) else "length", length)
+        self._check("pairs", "length", "train")
+        self._check(
+            "eval_pairs" if self.eval_pairs else "pairs", "eval_length" if self.eval_length else "length", "eval"
+        )
 
-    def _check(self, name: str, key: str, length: int) -> None:
-        counts = getattr(self, name)
+    def _check(self, name: str, key: str, split: str) -> None:
+        """Whether the rows of a split, whose options are `name` and `key`, can be made."""
+        counts, length = self._counts(split), self._length(split)
         for n in counts:
             if self.updates > n:
                 raise ConfigError("updates", self.updates, f"expected at most the pairs, {n}")
