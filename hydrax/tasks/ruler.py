@@ -195,8 +195,8 @@ def _names(rng: np.random.Generator, count: int) -> np.ndarray:
 class CommonWords(TextTask):
     """Common words: a numbered list in which some words come up often and all others seldom; which are the former?
 
-    Often and seldom are 30 and 3 times, in rows below 4096 6 times and once. The answer has the common words in the
-    order of their first appearance.
+    Often and seldom are 30 and 3 times; 6 times and once in rows below 4096, or too short for so many. The answer has
+    the common words in the order of their first appearance.
     """
 
     length: Positive = 1024
