@@ -8,6 +8,7 @@ from typing import Any
 from hydrax.core.build import ConfigError, build
 from hydrax.tasks.arithmetic import Arithmetic, BracketArithmetic
 from hydrax.tasks.base import Task
+from hydrax.tasks.mad import Compression, FuzzyRecall, Memorisation, Recall, SelectiveCopy
 from hydrax.tasks.mqar import MQAR
 from hydrax.tasks.state_tracking import GroupWords, Parity
 
@@ -18,6 +19,11 @@ TABLE: Mapping[str, type[Task]] = MappingProxyType(
         "parity": Parity,
         "arithmetic": Arithmetic,
         "arithmetic_brackets": BracketArithmetic,
+        "mad_recall": Recall,
+        "mad_fuzzy_recall": FuzzyRecall,
+        "mad_selective_copy": SelectiveCopy,
+        "mad_compression": Compression,
+        "mad_memorisation": Memorisation,
     }
 )
 
