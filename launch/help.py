@@ -1,4 +1,4 @@
-"""The text of `--help`: what a command does, its flags, and every config key and mixer, read from the dataclasses."""
+"""The text of `--help`: a command, its flags, and every config key, mixer and task, read from the dataclasses."""
 
 import ast
 import dataclasses
@@ -21,6 +21,8 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
     if "config" in flag_values:
         lines += ["", "Config keys, set with --config.<key>=<value>:", *_keys()]
         lines += ["", "Mixers, and their options --config.model.mixers.<mixer>.<option>=<value>:", *_mixers()]
+        lines += ["", "Tasks (--config.data.task), and their options --config.data.task_options.<option>=<value>:"]
+        lines += _tasks()
     return "\n".join(lines)
 
 
@@ -63,6 +65,15 @@ def _mixers() -> Iterator[str]:
         if config.PRESETS:
             yield _entry("  preset", None, f"published options by name; one of {', '.join(config.PRESETS)}")
         yield from _fields(config, "  ")
+
+
+def _tasks() -> Iterator[str]:
+    from hydrax import tasks
+
+    for name, task in tasks.TABLE.items():
+        yield ""
+        yield f"  {name}: {(inspect.getdoc(task) or '').partition(chr(10))[0]}"
+        yield from (line for line in _fields(task, "  ") if line.split()[0] != "length")  # it is data.seq_len
 
 
 def _fields(cls: Any, prefix: str) -> Iterator[str]:

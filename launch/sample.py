@@ -6,6 +6,7 @@ python -m launch.sample --workdir=runs/quickstart --temperature=0
 
 from absl import flags
 
+from hydrax.core.build import ConfigError
 from launch import cli
 
 FLAGS = flags.FlagValues()
@@ -25,6 +26,8 @@ def main(overrides: cli.Overrides) -> None:
 
     check_settings(FLAGS.temperature, FLAGS.top_p)
     model, cfg = load_run(FLAGS.workdir)
+    if cfg.data.task is not None:
+        raise ConfigError("workdir", FLAGS.workdir, f"expected a run on text; it learnt the task {cfg.data.task}")
     tokenizer = open_tokenizer(cfg.data.tokenizer)
     pieces = stream_text(
         model,

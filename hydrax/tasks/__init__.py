@@ -1,28 +1,41 @@
 """Synthetic tasks in numpy: a table of generators, each a pure function of a random generator."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from hydrax.core.build import ConfigError, build
+from hydrax.tasks.arithmetic import Arithmetic, BracketArithmetic
 from hydrax.tasks.babilong import BabiLong
 from hydrax.tasks.base import Task
 from hydrax.tasks.copying import Copying
 from hydrax.tasks.induction import Induction
 from hydrax.tasks.listops import ListOps
+from hydrax.tasks.mad import Compression, FuzzyRecall, Memorisation, Recall, SelectiveCopy
 from hydrax.tasks.mqar import MQAR
 from hydrax.tasks.passkey import Passkey
 from hydrax.tasks.phonebook import Phonebook
 from hydrax.tasks.ruler import CommonWords, FrequentWords, Needle, Variables
 from hydrax.tasks.state_recall import StateRecall
+from hydrax.tasks.state_tracking import GroupWords, Parity
 
 TABLE: Mapping[str, type[Task]] = MappingProxyType(
     {
+        "arithmetic": Arithmetic,
+        "arithmetic_brackets": BracketArithmetic,
         "babilong": BabiLong,
         "copying": Copying,
+        "group_words": GroupWords,
         "induction": Induction,
         "listops": ListOps,
+        "mad_compression": Compression,
+        "mad_fuzzy_recall": FuzzyRecall,
+        "mad_memorisation": Memorisation,
+        "mad_recall": Recall,
+        "mad_selective_copy": SelectiveCopy,
         "mqar": MQAR,
+        "parity": Parity,
         "passkey": Passkey,
         "phonebook": Phonebook,
         "ruler_common_words": CommonWords,
@@ -34,12 +47,25 @@ TABLE: Mapping[str, type[Task]] = MappingProxyType(
 )
 
 
-def make(name: str, options: Mapping[str, Any], path: str = "") -> Task:
-    """The task of that name with these options, whose keys lie below `path` in errors.
+def make(name: str, options: Mapping[str, Any]) -> Task:
+    """The task of that name with these options.
 
     Raises:
       ConfigError: there is no such task, or an option is unknown or out of range.
     """
+    return build(_row(name), options)
+
+
+def fields(name: str) -> tuple[str, ...]:
+    """The options of a task.
+
+    Raises:
+      ConfigError: there is no such task.
+    """
+    return tuple(field.name for field in dataclasses.fields(_row(name)))
+
+
+def _row(name: str) -> type[Task]:
     if name not in TABLE:
         raise ConfigError("task", name, f"expected one of {', '.join(TABLE)}")
-    return build(TABLE[name], options, path)
+    return TABLE[name]

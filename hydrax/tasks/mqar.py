@@ -24,7 +24,7 @@ from hydrax.tasks.base import IGNORE, Sample, Task, distinct
 
 @dataclasses.dataclass(frozen=True)
 class MQAR(Task):
-    """Each row has one of the numbers of pairs, all equally likely; in evaluation each is a slice."""
+    """Recall of many pairs: each row has one of `pairs` pairs, all equally likely; in evaluation each is a slice."""
 
     length: Positive = 64  # T
     pairs: tuple[Positive, ...] = (4,)  # n, mixed over rows
