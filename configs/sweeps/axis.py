@@ -5,7 +5,7 @@
 
 Arguments: size, tiny or h100 (one GPU). Four layers of width 64, of which a token keeps keys and values of 64 channels
 each in all and 12 states of 16 x 16; the loop runs two layers twice. Tests assert that caches are equal; parameters are
-not, and the loop has half of them. Expected, by arXiv 2411.13676: heads and parallel at least as good as layers.
+not, and the loop has half of them; in parallel, three query heads share one of keys. Expected, by arXiv 2411.13676: heads and parallel at least as good as layers.
 """
 
 from configs import common
@@ -36,7 +36,7 @@ ARMS = {
     },
     "parallel": {
         "model.pattern": "4*parallel(attn, gdn)",
-        "model.mixers": {"gdn": {**GDN, "heads": 3}, "attn": {**ATTENTION, "heads": 1}},
+        "model.mixers": {"gdn": {**GDN, "heads": 3}, "attn": {**ATTENTION, "heads": 3, "kv_heads": 1}},
     },
     "loop": {
         "model.pattern": "loop(2, gdn, attn)",
