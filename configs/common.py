@@ -11,7 +11,7 @@ from hydrax.train.config import RunConfig
 
 
 def base() -> ConfigDict:
-    """Every key of a run at its default. Locked; only the options of mixers, blocks and tasks, and sources, are free-form."""
+    """Every key of a run at its default. Locked but for sources and the options of mixers, blocks and tasks."""
     config = ConfigDict(dataclasses.asdict(RunConfig())).lock()
     config.model.mixers.unlock()
     config.model.blocks.unlock()

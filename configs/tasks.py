@@ -4,7 +4,7 @@
     python -m launch.train --config=tasks:mqar,mixer=attn --workdir=runs/mqar_attn --config.data.task_options.pairs=4,8
 
 The argument is the task; `mixer` is the second layer, and a pattern with several layers replaces both. No layer has a
-feed-forward network, so all that is learned is in the mixers.
+feed-forward network, so all that is learned is in the mixers. Hardware: any; 4 CPU cores train it in minutes.
 """
 
 from ml_collections import ConfigDict

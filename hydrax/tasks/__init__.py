@@ -6,12 +6,18 @@ from types import MappingProxyType
 from typing import Any
 
 from hydrax.core.build import ConfigError, build
+from hydrax.tasks.arithmetic import Arithmetic, BracketArithmetic
 from hydrax.tasks.base import Task
 from hydrax.tasks.mqar import MQAR
+from hydrax.tasks.state_tracking import GroupWords, Parity
 
 TABLE: Mapping[str, type[Task]] = MappingProxyType(
     {
         "mqar": MQAR,
+        "group_words": GroupWords,
+        "parity": Parity,
+        "arithmetic": Arithmetic,
+        "arithmetic_brackets": BracketArithmetic,
     }
 )
 

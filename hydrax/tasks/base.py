@@ -86,11 +86,16 @@ def distinct(rng: np.random.Generator, rows: int, count: int, size: int) -> np.n
     open_rows = np.arange(rows)
     while open_rows.size:
         part = chosen[open_rows]
-        order = np.argsort(part, axis=1, kind="stable")
-        ranked = np.take_along_axis(part, order, 1)
-        repeats = np.zeros(part.shape, bool)
-        np.put_along_axis(repeats, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
-        part[repeats] = rng.integers(size, size=int(repeats.sum()))
+        again = repeats(part)
+        part[again] = rng.integers(size, size=int(again.sum()))
         chosen[open_rows] = part
-        open_rows = open_rows[repeats.any(1)]
+        open_rows = open_rows[again.any(1)]
     return chosen
+
+
+def repeats(x: np.ndarray) -> np.ndarray:
+    """bool [rows, n]: whether an entry equals an earlier one of its row."""
+    order = np.argsort(x, axis=1, kind="stable")
+    ranked, result = np.take_along_axis(x, order, 1), np.zeros(x.shape, bool)
+    np.put_along_axis(result, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+    return result

@@ -4,18 +4,18 @@ import dataclasses
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from hydrax import tasks
 from hydrax.core.build import ConfigError
-from hydrax.data.loader import Data, DataConfig, open_data
+from hydrax.data.loader import DataConfig, open_data
 from hydrax.data.modes import ModesConfig, modes
 from hydrax.data.pack import Batch
 from hydrax.data.tokenizer import open_tokenizer
-from hydrax.tasks.base import BLOCK, Sample, Split, Task, block, sha256
+from hydrax.tasks.base import BLOCK, Split, Task, block, sha256
 from hydrax.train.config import RunConfig
 
 
@@ -100,7 +100,7 @@ class TaskData:
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)
     ) -> Iterator[Batch]:
-        """Endless batches; batch n is a function of (seed, n) and found in O(1). With `part`, only these rows of each."""
+        """Endless batches; batch n is a function of (seed, n), found in O(1). With `part`, only these rows of each."""
         import grain  # takes seconds to import
 
         done = start_step * batch_size
