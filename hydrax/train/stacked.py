@@ -6,6 +6,7 @@ A dispatch makes K steps in a scan, so that small models do not wait for Python.
 batches. Each run computes what `loop.train` computes for it, up to the rounding of sums in another order.
 """
 
+import concurrent.futures
 import dataclasses
 import math
 import queue
@@ -108,9 +109,13 @@ class Stack:
             name: jax.ShapeDtypeStruct((self.steps, *x.shape[1:]), x.dtype)
             for name, x in next(self._dispatches(1)).items()
         }
-        self._begin = initial.lower(self._rates, self._seeds).compile()
-        self._advance = jax.jit(advance, donate_argnums=0).lower(states, batches, self._rates, self._which).compile()
-        self._examine = jax.jit(examine).lower(states["params"], self._validation).compile()
+        lowered = (
+            initial.lower(self._rates, self._seeds),
+            jax.jit(advance, donate_argnums=0).lower(states, batches, self._rates, self._which),
+            jax.jit(examine).lower(states["params"], self._validation),
+        )
+        with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:  # XLA compiles outside of Python's lock
+            self._begin, self._advance, self._examine = pool.map(lambda program: program.compile(), lowered)
         self.compile_seconds = time.perf_counter() - began
 
     def _optimizer(self, rate: jax.Array) -> Any:
