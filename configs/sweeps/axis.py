@@ -1,11 +1,12 @@
-"""Where attention and recurrence meet: in layers, in heads, in parallel, or in a loop, at equal bytes of cache, on MQAR.
+"""Where attention and recurrence meet: in layers, heads, parallel or a loop, at equal bytes of cache, on MQAR.
 
     python -m launch.sweep --sweep=sweeps/axis --workdir=runs/axis --executor=stacked --parallel=4
     python -m launch.sweep --sweep=sweeps/axis:h100 --workdir=runs/axis --executor=stacked --parallel=4
 
 Arguments: size, tiny or h100 (one GPU). Four layers of width 64, of which a token keeps keys and values of 64 channels
 each in all and 12 states of 16 x 16; the loop runs two layers twice. Tests assert that caches are equal; parameters are
-not, and the loop has half of them; in parallel, three query heads share one of keys. Expected, by arXiv 2411.13676: heads and parallel at least as good as layers.
+not: the loop has fewer, and in parallel three query heads share keys. Expected, by arXiv 2411.13676: heads and parallel
+at least as good as layers.
 """
 
 from configs import common

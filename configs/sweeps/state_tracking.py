@@ -1,4 +1,4 @@
-"""What tracks a state: words of groups, with eigenvalues of the transition in [0, 1] or [-1, 1], pure and with attention.
+"""What tracks a state: words of groups, eigenvalues in [0, 1] or [-1, 1], pure and with attention.
 
     python -m launch.sweep --sweep=sweeps/state_tracking --workdir=runs/state_tracking --executor=stacked --parallel=4
     python -m launch.sweep --sweep=sweeps/state_tracking:h100 --workdir=runs/state_tracking --executor=stacked \\

@@ -30,14 +30,14 @@ def test_there_is_a_test_of_every_sweep():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_arm_is_a_group_that_can_be_built(name, tmp_path):
-    for size, arms in zip(("tiny", "h100"), ARMS[name], strict=True):
-        found = groups(expand(f"sweeps/{name}:size={size}", tmp_path), 16)
-        assert len(found) == arms
-        for group in found:
-            cfg = group[0].cfg
-            assert len({(run.cfg.optim.lr, run.cfg.train.seed) for run in group}) == len(group) >= 2
-            blueprint(dataclasses.replace(cfg.model, vocab_size=vocabulary_of(cfg.data)))  # shapes alone
+@pytest.mark.parametrize("size", ["tiny", pytest.param("h100", marks=pytest.mark.slow)])
+def test_every_arm_is_a_group_that_can_be_built(name, size, tmp_path):
+    found = groups(expand(f"sweeps/{name}:size={size}", tmp_path), 16)
+    assert len(found) == ARMS[name][size == "h100"]
+    for group in found:
+        cfg = group[0].cfg
+        assert len({(run.cfg.optim.lr, run.cfg.train.seed) for run in group}) == len(group) >= 2
+        blueprint(dataclasses.replace(cfg.model, vocab_size=vocabulary_of(cfg.data)))  # shapes alone
 
 
 def test_axes_have_equal_caches(tmp_path):

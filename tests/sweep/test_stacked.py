@@ -102,5 +102,5 @@ def test_kernels_are_left_out_on_gpus():
 
 def test_what_needs_a_run_of_its_own_is_refused(swept):
     cfg = swept[2][0].cfg
-    with pytest.raises(ConfigError, match="train.init_from"):
+    with pytest.raises(ConfigError, match=r"train\.init_from"):
         Stack([dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from="runs/other"))])
