@@ -11,7 +11,7 @@ TESTS := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 PYTEST := $(TESTS) $(BIN)/python -m pytest -n $(CORES) --dist=worksteal -q
 EVERYWHERE := not gpu and not oracle
 
-.PHONY: .venv quickstart test test-fast test-all lint types oracles fuzz lock clean
+.PHONY: .venv quickstart study-tiny test test-fast test-all lint types oracles fuzz lock clean
 
 .venv: $(STAMP)
 
@@ -34,6 +34,11 @@ test-fast: .venv
 
 test-all: .venv
 	$(PYTEST) -m "$(EVERYWHERE)"
+
+# How much attention recall needs, in minutes on CPU cores; it ends in runs/study_tiny/report/report.html.
+study-tiny: .venv
+	$(BIN)/python -m launch.sweep --sweep=sweeps/mqar_ratio --workdir=runs/study_tiny --executor=stacked
+	$(BIN)/python -m launch.report --runs=runs/study_tiny --out=runs/study_tiny/report
 
 N ?= 50
 START ?= 0

@@ -1,6 +1,7 @@
 """What configs share: all defaults in one place, and the argument after the colon of `file.py:variant,key=value`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,3 +36,14 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
             raise ConfigError(key, value, f"unknown argument of the config; allowed: {', '.join(defaults) or 'none'}")
         values[key] = convert(type(defaults[key]), Raw(value), key)
     return values
+
+
+def one_of(key: str, value: str, table: Mapping[str, Any]) -> Any:
+    """The row of a table of variants.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if value not in table:
+        raise ConfigError(key, value, f"expected one of {', '.join(table)}")
+    return table[value]

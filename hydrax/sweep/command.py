@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from hydrax.core.build import ConfigError
-from hydrax.sweep import local, slurm, table
+from hydrax.sweep import local, slurm, stacked, table
 from hydrax.sweep.runs import expand
 from hydrax.sweep.slots import make_slots
 from hydrax.sweep.status import RECORD, only_one
@@ -21,8 +21,9 @@ def sweep(
     workdir: str | pathlib.Path,
     overrides: Mapping[str, Any] | None = None,
     *,
-    executor: Literal["local", "slurm"] = "local",
+    executor: Literal["local", "slurm", "stacked"] = "local",
     parallel: int = 0,
+    stack: int = 16,
     retries: int = 2,
     parameters: Sequence[str] = (),
     dry_run: bool = False,
@@ -52,6 +53,8 @@ def sweep(
         with watch:
             if executor == "local":
                 reasons, stopped = local.run_all(runs, slots, retries=retries, watch=watch)
+            elif executor == "stacked":
+                reasons, stopped = stacked.run_all(runs, stack=stack, ahead=parallel or 1, watch=watch)
             else:
                 reasons, stopped = slurm.run_all(
                     runs, workdir, parameters, parallel=parallel, retries=retries, watch=watch

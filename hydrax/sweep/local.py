@@ -34,7 +34,7 @@ def run_all(
     # What still runs, left by a sweep that died, is waited for in a slot: it uses the machine, too.
     for run in sorted(runs, key=lambda run: status(run.folder).state != "running"):
         waiting.put(run)
-    with _passing_on_signals() as (stop, received):
+    with passing_on_signals() as (stop, received):
         work = functools.partial(_work, waiting=waiting, retries=retries, stop=stop, reasons=reasons)
         threads = [threading.Thread(target=work, args=(slot,)) for slot in slots[: len(runs)]]
         for thread in threads:
@@ -71,7 +71,7 @@ def _work(
 
 
 @contextlib.contextmanager
-def _passing_on_signals() -> Iterator[tuple[Stop, list[signal.Signals]]]:
+def passing_on_signals() -> Iterator[tuple[Stop, list[signal.Signals]]]:
     stop, received = Stop(), []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -153,15 +153,24 @@ class Run:
 
 def _resolved(cfg: RunConfig, data: Source, mesh: Mesh) -> RunConfig:
     """The config with the vocabulary of the data, checked against data and devices."""
-    needed, given = data.vocabulary, cfg.model.vocab_size
-    if given is not None and given < needed:
-        owner = "tokenizer" if cfg.data.task is None else "task"
-        raise ConfigError("model.vocab_size", given, f"expected at least {needed}, the {owner}'s, or None")
     parts = cfg.train.accumulate * batch_shards(mesh)
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
     check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
+    return with_vocabulary(cfg, data)
+
+
+def with_vocabulary(cfg: RunConfig, data: Source) -> RunConfig:
+    """The config with the vocabulary of the data where it has none.
+
+    Raises:
+      ConfigError: the one it has is too small.
+    """
+    needed, given = data.vocabulary, cfg.model.vocab_size
+    if given is not None and given < needed:
+        owner = "tokenizer" if cfg.data.task is None else "task"
+        raise ConfigError("model.vocab_size", given, f"expected at least {needed}, the {owner}'s, or None")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
 
 
@@ -265,7 +274,7 @@ def _finish_alone(run: Run, state: State, baselines: Mapping[str, Baseline], fin
     records = metrics.read(run.workdir / "metrics.jsonl")
     measured = {name: f(run.data, run.val_batches()) for name, f in baselines.items()}
     compared = {name: float(bits) for name, bits in measured.items() if bits is not None}
-    summary = _summary(run, int(state["step"]), int(state["skipped"]), records, compared)
+    summary = summarise(run, int(state["step"]), int(state["skipped"]), records, compared)
     model = run.plan.merge(state["params"])
     if finish is not None:
         finish(model, run.data, run.cfg, run.workdir)
@@ -274,12 +283,24 @@ def _finish_alone(run: Run, state: State, baselines: Mapping[str, Baseline], fin
     return summary
 
 
-def _summary(run: Run, steps: int, skipped: int, records: list[metrics.Record], baselines: dict[str, float]) -> Summary:
+class Told(Protocol):
+    """What a summary says of a run besides its records."""
+
+    cfg: RunConfig
+    data: Source
+    plan: lm.Blueprint
+    compile_seconds: float
+
+
+def summarise(
+    run: Told, steps: int, skipped: int, records: list[metrics.Record], baselines: Mapping[str, float]
+) -> Summary:
+    """The contents of summary.json."""
     last = next((r for r in reversed(records) if "val_loss" in r), {})
     speeds = [r["timing"]["tokens_per_second"] for r in records if "tokens_per_second" in r["timing"]]
     return {
         **validation.summary(last),
-        "baselines": baselines,
+        "baselines": dict(baselines),
         "steps": steps,
         "skipped": skipped,
         "tokens": steps * run.cfg.train.batch_size * run.cfg.data.seq_len,

@@ -1,0 +1,66 @@
+"""Where attention and recurrence meet: in layers, heads, parallel or a loop, at equal bytes of cache, on MQAR.
+
+    python -m launch.sweep --sweep=sweeps/axis --workdir=runs/axis --executor=stacked --parallel=4
+    python -m launch.sweep --sweep=sweeps/axis:h100 --workdir=runs/axis --executor=stacked --parallel=4
+
+Arguments: size, tiny or h100 (one GPU). Four layers of width 64, of which a token keeps keys and values of 64 channels
+each in all and 12 states of 16 x 16; the loop runs two layers twice. Tests assert that caches are equal; parameters are
+not: the loop has fewer, and in parallel three query heads share keys. Expected, by arXiv 2411.13676: heads and parallel
+at least as good as layers.
+"""
+
+from configs import common
+from hydrax.sweep import grid
+
+GDN = {"key_dim": 16, "value_dim": 16, "conv_width": 4}
+ATTENTION = {"key_dim": 16, "value_dim": 16}
+SIZES = {
+    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "h100": {
+        "steps": 2000,
+        "rows": 128,
+        "rates": (1e-3, 3e-3, 1e-2),
+        "seeds": 3,
+        "length": 128,
+        "pairs": (8, 16, 32),
+        "tokens": 512,
+    },
+}
+ARMS = {
+    "layer": {
+        "model.pattern": "3*gdn,attn",
+        "model.mixers": {"gdn": {**GDN, "heads": 4}, "attn": {**ATTENTION, "heads": 4}},
+    },
+    "head": {
+        "model.pattern": "4*heads(1*attn, 3*gdn)",
+        "model.mixers": {"gdn": GDN, "attn": ATTENTION},
+    },
+    "parallel": {
+        "model.pattern": "4*parallel(attn, gdn)",
+        "model.mixers": {"gdn": {**GDN, "heads": 3}, "attn": {**ATTENTION, "heads": 3, "kv_heads": 1}},
+    },
+    "loop": {
+        "model.pattern": "loop(2, gdn, attn)",
+        "model.mixers": {"gdn": {**GDN, "heads": 6}, "attn": {**ATTENTION, "heads": 2}},
+    },
+}
+
+
+def get_sweep(arg: str = "") -> grid.Grid:
+    """Arguments: size."""
+    args = common.parse_arg(arg, size="tiny")
+    size = common.one_of("size", args.size, SIZES)
+    base = {
+        "config": "tasks:mqar",
+        "model.d_model": 64,
+        "data.seq_len": size["length"],
+        "data.task_options": {"pairs": size["pairs"], "vocabulary": size["tokens"]},
+        "train.steps": size["steps"],
+        "train.batch_size": size["rows"],
+        "train.eval_every": size["steps"] // 4,
+        "train.eval_rows": 512,
+        "train.log_every": 20,
+        "optim.warmup": size["steps"] // 20,
+    }
+    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
+    return grid.product([base], list(ARMS.values()), rates, seeds)

@@ -1,0 +1,61 @@
+"""Recall beyond the length of training: attention in a hybrid with rotary positions or without, against pure models.
+
+    python -m launch.sweep --sweep=sweeps/extrapolation --workdir=runs/extrapolation --executor=stacked --parallel=4
+    python -m launch.sweep --sweep=sweeps/extrapolation:h100,times=4 --workdir=runs/extrapolation4 --executor=stacked \\
+        --parallel=5
+
+Arguments: size, tiny or h100, and times, the length of evaluation rows over that of training rows (4). The pairs are
+those of training. Expected, by arXiv 2501.18795: rotary positions fail beyond the length of training, and a hybrid
+whose attention has none, its order coming from the recurrent layers, does not.
+"""
+
+from configs import common
+from hydrax.sweep import grid
+
+SIZES = {
+    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "h100": {
+        "steps": 2000,
+        "rows": 64,
+        "rates": (1e-3, 3e-3),
+        "seeds": 3,
+        "length": 128,
+        "pairs": (8, 16),
+        "tokens": 512,
+    },
+}
+PATTERNS = ("attn,attn,attn,attn", "gdn,gdn,gdn,gdn", "3*gdn,attn")
+
+
+def get_sweep(arg: str = "") -> grid.Grid:
+    """Arguments: size, times."""
+    args = common.parse_arg(arg, size="tiny", times=4)
+    size = common.one_of("size", args.size, SIZES)
+    base = {
+        "config": "tasks:mqar",
+        "model.d_model": 64,
+        "data.seq_len": size["length"],
+        "data.task_options": {
+            "pairs": size["pairs"],
+            "vocabulary": size["tokens"],
+            "eval_length": args.times * size["length"],
+        },
+        "train.steps": size["steps"],
+        "train.batch_size": size["rows"],
+        "train.eval_every": size["steps"] // 4,
+        "train.eval_rows": 256,
+        "train.log_every": 20,
+        "optim.warmup": size["steps"] // 20,
+    }
+    arms = [arm(pattern, rotary) for pattern in PATTERNS for rotary in (True, False) if rotary or "attn" in pattern]
+    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
+    return grid.product([base], arms, rates, seeds)
+
+
+def arm(pattern: str, rotary: bool) -> grid.Entry:
+    """That pattern, attention with rotary positions or without."""
+    attention = {"heads": 2} if rotary else {"heads": 2, "rope": {"fraction": 0.0}}
+    return {
+        "model.pattern": pattern,
+        "model.mixers": {"attn": attention, "gdn": {"heads": 2, "key_dim": 16, "value_dim": 32}},
+    }
