@@ -22,6 +22,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hydrax.core.build import build
 from launch import cli
 
 FLAGS = flags.FlagValues()
@@ -44,12 +45,14 @@ def main(overrides: cli.Overrides) -> None:
     from hydrax.train.folder import environment
 
     suites = evaluate.parse(FLAGS.suite)
-    settings = evaluate.Settings(**{f.name: FLAGS[f.name].value for f in dataclasses.fields(evaluate.Settings)})
+    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(evaluate.Settings)}
+    settings = build(evaluate.Settings, values)
     file = pathlib.Path(FLAGS.out, "evaluation.json")
     facts = {"command": shlex.join(sys.argv), "environment": environment(), "settings": dataclasses.asdict(settings)}
     results: dict[str, dict] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed} done"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         watch = lambda text: functools.partial(bar.advance, bar.add_task(text, total=None))  # noqa: E731
         for name, item, found in evaluate.evaluate(FLAGS.workdir, suites, settings, watch):
             results.setdefault(name, {})[item] = found

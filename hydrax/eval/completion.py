@@ -28,8 +28,7 @@ def complete(
     rows have stopped.
     """
     texts = [""] * len(prompts)
-    for width, chosen in batches([len(p) for p in prompts], tokens_at_once):
-        rows = max(tokens_at_once // width, 1)
+    for rows, width, chosen in batches([len(p) for p in prompts], tokens_at_once):
         lengths = np.ones(rows, np.int64)
         lengths[: len(chosen)] = [len(prompts[i]) for i in chosen]
         made: list[list[int]] = [[] for _ in chosen]

@@ -44,10 +44,14 @@ class Subject:
     """A trained run, its parameters in the dtype of its training."""
 
     name: str
-    model: LM
+    scorer: Scorer
     cfg: RunConfig
     tokenizer: Tokenizer
-    step: int
+    step: int  # of the checkpoint
+
+    @property
+    def model(self) -> LM:
+        return self.scorer.model
 
     @property
     def trained(self) -> int:
@@ -69,7 +73,7 @@ Asked = Sequence[tuple[str, Suite, str]]
 """Suites by the name of their results, each with its argument."""
 
 
-def open_run(workdir: str, name: str) -> Subject:
+def open_run(workdir: str, name: str, tokens_at_once: int) -> Subject:
     """The newest intact checkpoint of a run.
 
     Raises:
@@ -79,7 +83,7 @@ def open_run(workdir: str, name: str) -> Subject:
     plan = blueprint(cfg.model)
     arrays = {key: jnp.asarray(value) for key, value in params.items()}
     model = plan.merge(plan.cast(arrays, compute_dtype(cfg.train.dtype)))
-    return Subject(name, model, cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
+    return Subject(name, Scorer(model, tokens_at_once), cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
 
 
 def evaluate(
@@ -87,7 +91,7 @@ def evaluate(
 ) -> Iterator[tuple[str, str, Result]]:
     """Name of the run, suite and result, one after the other."""
     for workdir, name in zip(workdirs, names(workdirs), strict=True):
-        subject = open_run(workdir, name)
+        subject = open_run(workdir, name, settings.tokens_at_once)
         for item, suite, argument in suites:
             yield name, item, suite.run(subject, argument, settings, watch(f"{name}: {item}"))
 
@@ -128,7 +132,7 @@ def spelling(name: str) -> str:
 def _perplexity(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
     texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
     sequences = texts.cut(subject.trained, settings.sequences)
-    scores = Scorer(subject.model, settings.tokens_at_once).texts(sequences, advance)
+    scores = subject.scorer.texts(sequences, advance)
     return perplexity(sequences, scores, subject.tokenizer)
 
 
@@ -136,19 +140,18 @@ def _recall_slices(subject: Subject, argument: str, settings: Settings, advance:
     order = int(argument) if argument.isdecimal() else 0 if argument else 2
     if order < 2:
         raise ConfigError("suite", f"recall_slices:{argument}", "expected recall_slices:<n of the n-grams, from 2>")
-    sequences = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data).cut(
-        subject.trained, settings.sequences
-    )
+    texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
     training = open_texts(subject.cfg.data, subject.tokenizer, "train")
-    scores = Scorer(subject.model, settings.tokens_at_once).texts(sequences, advance)
+    sequences = texts.cut(subject.trained, settings.sequences)
+    scores = subject.scorer.texts(sequences, advance)
     return recall_slices(sequences, scores, training, order)
 
 
 def _extrapolation(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
     texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
     sequences = length.long_sequences(texts, subject.trained, settings.factor, max(settings.sequences // 16, 1))
-    scorer = Scorer(subject.model, settings.tokens_at_once)
-    return length.extrapolation(*length.losses(scorer, sequences, subject.trained, advance), subject.trained)
+    losses = length.losses(subject.scorer, sequences, subject.trained, advance)
+    return length.extrapolation(*losses, subject.trained)
 
 
 def _recall(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:

@@ -8,6 +8,7 @@ torch. The harness's own spreading over processes needs torch, so there is one p
 """
 
 import difflib
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -168,7 +169,9 @@ def run(
     """
     if include is not None and not pathlib.Path(include).is_dir():
         raise ConfigError("include", include, "expected a folder of tasks")
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if tasks not in manager.all_subtasks:
+        manager = _with_defaults(include)
     if not manager.match_tasks([tasks]):
         near = difflib.get_close_matches(tasks, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "expected a task of lm_eval 0.4.13 or of --include"
@@ -189,3 +192,9 @@ def run(
         }
         results[task] = numbers
     return results
+
+
+@functools.cache
+def _with_defaults(include: str | None) -> TaskManager:
+    """The harness's own tasks, whose thousands of files take many seconds to read, and those of a folder."""
+    return TaskManager(include_path=include)

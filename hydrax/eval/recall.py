@@ -87,7 +87,7 @@ def read(kind: str, path: str, limit: int | None = None) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(key, path, f"expected a file of JSON Lines ({reason})") from None
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and (limit is None or len(examples) < limit):
             try:

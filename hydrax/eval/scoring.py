@@ -51,8 +51,7 @@ class Scorer:
     ) -> list[Score]:
         """Scores of targets[i][t] after inputs[i][: t + 1], in the order given; a negative target's mean nothing."""
         scores: list[Score | None] = [None] * len(inputs)
-        for width, chosen in batches([len(x) for x in inputs], self.tokens_at_once):
-            rows = max(self.tokens_at_once // width, 1)
+        for rows, width, chosen in batches([len(x) for x in inputs], self.tokens_at_once):
             lengths = np.ones(rows, np.int32)  # rows without a sequence: one token, since some ops need any
             lengths[: len(chosen)] = [len(inputs[i]) for i in chosen]
             x, y = (padded([some[i] for i in chosen], rows, width) for some in (inputs, targets))
@@ -69,18 +68,18 @@ def bucket(length: int) -> int:
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-def batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[tuple[int, list[int]]]:
-    """A width and the sequences, by number, of one batch after the other, the longest first.
+def batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Rows and width of one batch after the other, and its sequences by number, at most as many as rows.
 
-    The longest first, since what does not fit into memory should fail at the start.
+    The longest come first, since what does not fit into memory should fail at the start.
     """
     by_width: dict[int, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         by_width.setdefault(bucket(lengths[i]), []).append(i)
     for width, members in by_width.items():
-        rows = max(tokens_at_once // width, 1)
+        rows = min(max(tokens_at_once // width, 1), 1 << (len(members) - 1).bit_length())
         for first in range(0, len(members), rows):
-            yield width, members[first : first + rows]
+            yield rows, width, members[first : first + rows]
 
 
 def padded(sequences: Sequence[Tokens], rows: int, width: int) -> Int[np.ndarray, "rows width"]:

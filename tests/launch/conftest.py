@@ -14,6 +14,7 @@ import launch.bench_train
 import launch.compile_time
 import launch.cost
 import launch.doctor
+import launch.evaluate
 import launch.prepare
 import launch.sample
 import launch.sweep
@@ -30,6 +31,7 @@ MAINS = {
     "doctor": launch.doctor.main,
     "prepare": launch.prepare.main,
     "sweep": launch.sweep.main,
+    "evaluate": launch.evaluate.main,
 }
 CONFIG = """
 from configs import common
@@ -102,6 +104,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "train": {"config": config, "workdir": workdir},
         "cost": {"config": config},
         "sample": {"workdir": workdir},
+        "evaluate": {"workdir": workdir, "out": workdir.parent / "evaluation"},
         "bench": {},
         "bench_kernels": {},
         "bench_train": {"config": config},
