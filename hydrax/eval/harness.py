@@ -9,6 +9,7 @@ torch. The harness's own spreading over processes needs torch, so there is one p
 
 import difflib
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,9 @@ from hydrax.train.checkpoint import load_run
 Ids = list[int]
 Request = tuple[Any, Ids, Ids]
 """What was asked, in words; the tokens of the context, and of the continuation."""
+
+DRAWS = 1000
+"""Of the bootstrap, for standard errors of metrics that are no means."""
 
 
 @register_model("hydrax")
@@ -158,7 +162,7 @@ class HydraxLM(TemplateLM):
 def run(
     model: HydraxLM, tasks: str, *, include: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """The metrics of a task, or of all tasks of a group, by task; zero-shot unless a task says otherwise.
+    """Metrics and their standard errors of a task, or of all of a group, by task; zero-shot unless a task says more.
 
     Args:
       include: a folder of further tasks (YAML), which may read local files.
@@ -176,9 +180,10 @@ def run(
         near = difflib.get_close_matches(tasks, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "expected a task of lm_eval 0.4.13 or of --include"
         raise ConfigError("suite", f"lm_eval:{tasks}", hint)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork for the bootstrap, which JAX does not survive
     try:
         found = simple_evaluate(
-            model=model, tasks=[tasks], limit=limit, bootstrap_iters=0, task_manager=manager, log_samples=False
+            model=model, tasks=[tasks], limit=limit, bootstrap_iters=DRAWS, task_manager=manager, log_samples=False
         )
     except OSError as error:  # offline, or a file is missing
         raise ConfigError("suite", f"lm_eval:{tasks}", f"its data cannot be read ({error})") from None

@@ -100,7 +100,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
             y = np.array(result[kind]["loss"])
             error = np.array([e or 0.0 for e in result[kind]["stderr"]])
             label = name if kind == "one_pass" else None
-            marks: dict[str, Any] = {"marker": style.marker, "markersize": 4.5} if label else {}
+            marks: dict[str, Any] = {"marker": style.marker, "markersize": 4.5 if label else 3.5}
+            marks["markerfacecolor"] = style.color if label else "white"
             axes.plot(x, y, color=style.color, linestyle=line, linewidth=1.6, label=label, **marks)
             axes.fill_between(x, y - error, y + error, color=style.color, alpha=0.15, linewidth=0)
     axes.plot([], [], color=INK, linestyle=(0, (2, 2)), linewidth=1.6, label="in windows of the training length")

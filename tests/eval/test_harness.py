@@ -197,8 +197,9 @@ def test_local_tasks_run_offline(model, log_p, tasks, prompts):
             scores.append(log[np.arange(len(rest)), rest].sum())
         right.append(np.argmax(scores) == i % 2)
     assert chosen["acc"] == np.mean(right)
+    np.testing.assert_allclose(chosen["acc_stderr"], np.std(right, ddof=1) / 2)
 
-    assert harness.run(lm, "local_say", include=tasks) == {"local_say": {"exact_match": 1.0}}
+    assert harness.run(lm, "local_say", include=tasks) == {"local_say": {"exact_match": 1.0, "exact_match_stderr": 0.0}}
 
     rolled = harness.run(lm, "local_roll", include=tasks, limit=1)["local_roll"]["bits_per_byte"]
     (nats,) = lm.loglikelihood_rolling([asked("question 0")])
