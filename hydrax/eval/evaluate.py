@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from hydrax.core.build import ConfigError, NonNegative, Positive
-from hydrax.data.tokenizer import Tokenizer, open_tokenizer
+from hydrax.core.build import ConfigError, NonNegative, Positive, Raw
+from hydrax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from hydrax.eval import length, recall
 from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
 from hydrax.eval.scoring import Advance, Scorer
+from hydrax.eval.tasks import accuracy, as_text, eval_rows
 from hydrax.eval.texts import open_texts
 from hydrax.models.lm import LM, blueprint
+from hydrax.tasks import make
+from hydrax.tasks.text import TextTask
 from hydrax.train.checkpoint import read_params
 from hydrax.train.config import RunConfig
 from hydrax.train.figure import INK, blank, quiet, save, series
@@ -67,6 +70,7 @@ class Suite:
     shown: Callable[[Result], dict[str, float | str | None]]
     argument: str = ""  # what stands behind the colon; empty: nothing does
     optional: bool = False
+    file: bool = False  # the argument ends in =<file>, which is no part of its name
 
 
 Asked = Sequence[tuple[str, Suite, str]]
@@ -119,7 +123,7 @@ def parse(items: Sequence[str]) -> Asked:
             raise ConfigError("suite", item, f"expected some of {allowed}")
         if suite.argument and not suite.optional and not argument:
             raise ConfigError("suite", item, f"expected {spelling(name)}")
-        found.append((item.partition("=")[0], suite, argument))
+        found.append((item.partition("=")[0] if suite.file else item, suite, argument))
     return found
 
 
@@ -167,6 +171,21 @@ def _recall(subject: Subject, argument: str, settings: Settings, advance: Advanc
     )
 
 
+def _task(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    key = f"task:{argument}"
+    if not isinstance(subject.tokenizer, ByteTokenizer):
+        raise ConfigError("suite", key, "expected a run whose tokens are bytes (data.tokenizer = byte)")
+    name, *changes = (part.strip() for part in argument.split(";"))
+    pairs = [change.partition("=") for change in changes]
+    options = {"length": subject.trained, **{option.strip(): Raw(value.strip()) for option, _, value in pairs}}
+    task = make(name, options, key)
+    if not isinstance(task, TextTask):
+        raise ConfigError("suite", key, "expected a task in bytes; others need a model trained on them")
+    rows = settings.examples or settings.sequences
+    samples = [as_text(sample) for sample in eval_rows(task, name, rows, subject.cfg.train.seed)]
+    return accuracy(subject.scorer, samples, rows, task.slices, advance)
+
+
 def _lm_eval(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
     try:
         from hydrax.eval import harness
@@ -205,7 +224,15 @@ SUITES: Mapping[str, Suite] = {
         optional=True,
     ),
     "recall": Suite(
-        _recall, lambda r: {k: r[k] for k in ("contains", "stderr", "examples", "truncated")}, argument="kind>=<file"
+        _recall,
+        lambda r: {k: r[k] for k in ("contains", "stderr", "examples", "truncated")},
+        argument="kind>=<file",
+        file=True,
+    ),
+    "task": Suite(
+        _task,
+        lambda r: {k: r[k] for k in ("accuracy", "stderr", "sequence_accuracy", "rows")} | r.get("slices", {}),
+        argument="name[;option=value]",
     ),
     "lm_eval": Suite(_lm_eval, _shown_harness, argument="task"),
 }
@@ -256,6 +283,8 @@ def _shares(results: Mapping[str, Result]) -> dict[str, tuple[float | None, floa
 def _of_suite(item: str, result: Result) -> Iterator[tuple[str, tuple[float | None, float | None]]]:
     if item.startswith("recall:"):
         yield item.removeprefix("recall:"), (result["contains"], result["stderr"])
+    if item.startswith("task:"):
+        yield item.removeprefix("task:"), (result["accuracy"], result["stderr"])
     if item.startswith("lm_eval:"):
         for task, values in result.items():
             for metric, value in values.items():
