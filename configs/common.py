@@ -10,11 +10,12 @@ from hydrax.train.config import RunConfig
 
 
 def base() -> ConfigDict:
-    """Every key of a run at its default. Locked; only the options of mixers and blocks, and sources, are free-form."""
+    """Every key of a run at its default. Locked; only the options of mixers, blocks and tasks, and sources, are free-form."""
     config = ConfigDict(dataclasses.asdict(RunConfig())).lock()
     config.model.mixers.unlock()
     config.model.blocks.unlock()
     config.data.sources.unlock()
+    config.data.task_options.unlock()
     return config
 
 

@@ -34,9 +34,9 @@ flags.DEFINE_string("json", "", "a file for all figures; empty: print them only"
 
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
-    from hydrax.data.tokenizer import open_tokenizer
     from hydrax.eval import costs, dry_run
     from hydrax.models.budget import arms
+    from hydrax.train.source import vocabulary_of
 
     console = Console(width=max(150, Console().width))
     runs = [cli.run_config(FLAGS.config, overrides)]
@@ -47,7 +47,7 @@ def main(overrides: cli.Overrides) -> None:
         dry_run.show(dry_run.dry_run(dataclasses.replace(runs[0], mesh=mesh)), console, FLAGS.json)
         return
     runs += [cli.arm_config(text, FLAGS.config, overrides) for text in FLAGS.compare]
-    sizes = [run.model.vocab_size or open_tokenizer(run.data.tokenizer).vocab_size for run in runs]
+    sizes = [run.model.vocab_size or vocabulary_of(run.data) for run in runs]
     models = [dataclasses.replace(run.model, vocab_size=n) for run, n in zip(runs, sizes, strict=True)]
     matched = arms(models, FLAGS.match, FLAGS.knob or None, seq_len=FLAGS.seq_len, batch=FLAGS.batch)
     named = list(zip([models[0].pattern, *FLAGS.compare], matched, strict=True))

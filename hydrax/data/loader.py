@@ -43,8 +43,16 @@ class DataConfig:
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
+    task: str | None = None  # a synthetic task, in place of text: its rows have seq_len tokens, seed is of validation
+    task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the task
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            for name in ("path", "sources"):
+                if value := getattr(self, name):
+                    raise ConfigError(name, value, f"expected none with data.task = {self.task}")
+        elif self.task_options:
+            raise ConfigError("task_options", dict(self.task_options), "expected none without data.task")
         if self.sources and self.path is not None:
             raise ConfigError("path", self.path, "expected None with data.sources")
         for name, values in self.sources.items():
@@ -73,6 +81,14 @@ class Data:
     threads: int
     modes: ModesConfig
     documents: bool = True  # of the config
+
+    slices = ()
+    """Parts of the validation data with names."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
 
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)

@@ -12,6 +12,7 @@ import numpy as np
 from hydrax.data.loader import Data
 from hydrax.data.pack import Batch, Rows
 from hydrax.data.tokenizer import ByteTokenizer
+from hydrax.train.source import Source
 
 MAX_TOKENS = 2**26  # counted at most, spread evenly over the split; a byte trigram has long converged by then
 CHUNK = 2**20  # tokens counted at a time
@@ -49,9 +50,9 @@ class Trigram:
         return before[counted].astype(np.int64), batch["tokens"][counted], batch["targets"][counted]
 
 
-def bits_per_byte(data: Data, batches: Iterable[Batch]) -> float | None:
+def bits_per_byte(data: Source, batches: Iterable[Batch]) -> float | None:
     """Bits per byte of `batches` under a trigram of the training split; None unless tokens are bytes."""
-    if not isinstance(data.tokenizer, ByteTokenizer):
+    if not isinstance(data, Data) or not isinstance(data.tokenizer, ByteTokenizer):
         return None
     model, bits, size = Trigram(data.train.rows, data.tokenizer), 0.0, 0.0
     for batch in batches:

@@ -13,13 +13,14 @@ from flax import nnx
 
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
+from hydrax.data.loader import Data
 from hydrax.data.tokenizer import TextStream, Tokenizer
 from hydrax.models.cache import Cache
 from hydrax.models.lm import LM
 
 if TYPE_CHECKING:
-    from hydrax.data.loader import Data
     from hydrax.train.config import RunConfig
+    from hydrax.train.source import Source
 
 Settings = tuple[ArrayLike | float, ArrayLike | float]
 """Temperature and top_p."""
@@ -132,10 +133,10 @@ def check_settings(temperature: float, top_p: float, path: str = "") -> None:
         raise ConfigError("top_p", top_p, "expected a number above 0 and at most 1").under(path)
 
 
-def write_sample(model: LM, data: "Data", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
-    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder."""
+def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
+    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder; nothing for tasks."""
     s = cfg.sample
-    if not s.tokens:
+    if not s.tokens or not isinstance(data, Data):
         return
     pieces = stream_text(
         model,

@@ -11,11 +11,11 @@ from typing import Any
 
 from hydrax.core.build import ConfigError, Raw, build, plain
 from hydrax.core.config import evaluate, load_config
-from hydrax.data.tokenizer import open_tokenizer
 from hydrax.infer.sample import check_settings
 from hydrax.sweep.grid import Entry
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
+from hydrax.train.source import vocabulary_of
 
 MAIN = "launch.train"
 CONFIG = "config"
@@ -95,7 +95,7 @@ def _run(entry: Entry, workdir: pathlib.Path) -> Run:
     base = str(entry[CONFIG])
     cfg = build(RunConfig, load_config(base, **{key: Raw(text) for key, text in texts.items()}).to_dict())
     check_settings(cfg.sample.temperature, cfg.sample.top_p, "sample")
-    vocabulary = open_tokenizer(cfg.data.tokenizer).vocab_size
+    vocabulary = vocabulary_of(cfg.data)
     resolved = {CONFIG: base, **{key: _value(folder.as_dict(cfg), key) for key in texts}}
     identity = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
     place = next(workdir.glob(f"*-{identity}"), None)

@@ -1,5 +1,6 @@
 """Synthetic tasks in numpy: a table of generators, each a pure function of a random generator."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +16,25 @@ TABLE: Mapping[str, type[Task]] = MappingProxyType(
 )
 
 
-def make(name: str, options: Mapping[str, Any], path: str = "") -> Task:
-    """The task of that name with these options, whose keys lie below `path` in errors.
+def make(name: str, options: Mapping[str, Any]) -> Task:
+    """The task of that name with these options.
 
     Raises:
       ConfigError: there is no such task, or an option is unknown or out of range.
     """
+    return build(_row(name), options)
+
+
+def fields(name: str) -> tuple[str, ...]:
+    """The options of a task.
+
+    Raises:
+      ConfigError: there is no such task.
+    """
+    return tuple(field.name for field in dataclasses.fields(_row(name)))
+
+
+def _row(name: str) -> type[Task]:
     if name not in TABLE:
         raise ConfigError("task", name, f"expected one of {', '.join(TABLE)}")
-    return build(TABLE[name], options, path)
+    return TABLE[name]

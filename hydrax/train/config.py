@@ -26,7 +26,7 @@ class TrainConfig:
     init_from: str | None = (
         None  # a run whose weights to start from: its folder, folder@step, or a mean: folder@400,500
     )
-    seed: NonNegative = 0  # parameters and data order
+    seed: NonNegative = 0  # parameters and data order, or the rows of a task
     eval_every: NonNegative = 250  # steps between validations; 0: only at the end
     eval_rows: Positive = 256  # validation rows
     save_every: NonNegative = 250  # steps between checkpoints; 0: only at the end

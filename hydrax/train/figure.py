@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, TRAIN, VALIDATION, BASELINE, GRID = "#1f2430", "#9db4d6", "#c8442f", "#8a8f99", "#e6e8ec"
+BITS = "bits_per_byte", "bits per byte"
 
 
 class Series(NamedTuple):
@@ -62,11 +63,12 @@ def save(figure: "Figure", path: pathlib.Path) -> None:
 
 
 def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: pathlib.Path) -> None:
-    """Training (line), validation (points) and baselines (dashed) in bits per byte, as a PNG."""
+    """Training (line), validation (points) and baselines (dashed), as a PNG; in bits per byte, or nats per answer."""
+    name, unit = ("loss", "nats per answer") if any("val_accuracy" in r for r in records) else BITS
     figure = blank(7.2, 4.0)
     axes = figure.add_subplot()
-    train = [(r["step"], r["bits_per_byte"]) for r in records if r.get("bits_per_byte") is not None]
-    validation = [(r["step"], r["val_bits_per_byte"]) for r in records if r.get("val_bits_per_byte") is not None]
+    train = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    validation = [(r["step"], r[f"val_{name}"]) for r in records if r.get(f"val_{name}") is not None]
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.4, label="training")
     if validation:
@@ -75,14 +77,14 @@ def draw_loss(records: Sequence[Record], baselines: Mapping[str, float], path: p
         step, value = validation[-1]
         at: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{value:.3f}", (step, value), color=VALIDATION, annotation_clip=False, **at)
-    for name, value in baselines.items():
+    for baseline, value in baselines.items():
         axes.axhline(value, color=BASELINE, linewidth=1.1, linestyle=(0, (5, 3)))
         # Written over the line at the right edge, where the curves have long fallen below the baselines.
         place: dict[str, Any] = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-        text = f"{name}  {value:.3f}"
+        text = f"{baseline}  {value:.3f}"
         axes.annotate(text, (1, value), xycoords=("axes fraction", "data"), color=BASELINE, fontsize=9, **place)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("bits per byte", color=INK)
+    axes.set_ylabel(unit, color=INK)
     axes.set_xlim(left=0)
     quiet(axes)
     if train or validation:

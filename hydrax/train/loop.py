@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 
 from hydrax.core import tree
 from hydrax.core.build import ConfigError
-from hydrax.data.loader import Data, open_data
 from hydrax.data.pack import Batch
 from hydrax.models import cost, lm
 from hydrax.models.divided import check_divided
 from hydrax.parallel.mesh import AXES, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
-from hydrax.train import folder, metrics
+from hydrax.train import folder, metrics, validation
 from hydrax.train.checkpoint import Checkpoints
 from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
@@ -33,6 +32,7 @@ from hydrax.train.optim import frozen, make_optimizer, make_schedule
 from hydrax.train.processes import first, leave, together
 from hydrax.train.profile import Compilations, Tracer
 from hydrax.train.progress import Clock, Progress, mfu, say
+from hydrax.train.source import Source, open_source
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
 from hydrax.train.warm_start import warm_start
@@ -45,8 +45,8 @@ SKIPPED = "skipped.jsonl"
 """A record of every step that was skipped, in the run folder."""
 
 Batches = Iterable[Batch]
-Baseline = Callable[[Data, Batches], float | None]
-Finish = Callable[[lm.LM, Data, RunConfig, pathlib.Path], None]
+Baseline = Callable[[Source, Batches], float | None]
+Finish = Callable[[lm.LM, Source, RunConfig, pathlib.Path], None]
 Summary = dict[str, Any]
 
 
@@ -71,7 +71,7 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(cfg.mesh)
-    data = open_data(cfg.data, cfg.model.prefix.meta_tokens)
+    data = open_source(cfg)
     cfg = _resolved(cfg, data, mesh)
     # What an existing folder means:
     #   1. absent or empty                        a fresh run
@@ -101,7 +101,7 @@ def train(
 class Run:
     """What stays the same throughout a run: its parts, and the compiled steps."""
 
-    def __init__(self, cfg: RunConfig, data: Data, mesh: Mesh, workdir: pathlib.Path):
+    def __init__(self, cfg: RunConfig, data: Source, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
         self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
@@ -149,13 +149,12 @@ class Run:
         return self.data.val_batches(self.eval_size, self.cfg.train.eval_rows, part)
 
     def evaluate(self, params: dict[str, jax.Array]) -> dict[str, float]:
-        """Nats per target and bits per byte over the validation rows."""
-        totals = {"nll": 0.0, "tokens": 0.0, "bytes": 0.0}
+        """What `validation.measures` makes of the validation rows."""
+        totals: dict[str, np.ndarray] = {}
         for batch in self.val_batches(local_rows(self.mesh, self.eval_size)):
-            sums = jax.device_get(self.evaluate_batch(params, self.put(batch)))
-            totals = {name: totals[name] + float(sums[name]) for name in totals}
-        bits = totals["nll"] / math.log(2)
-        return {"val_loss": totals["nll"] / totals["tokens"], "val_bits_per_byte": bits / totals["bytes"]}
+            for name, x in jax.device_get(self.evaluate_batch(params, self.put(batch))).items():
+                totals[name] = totals.get(name, 0.0) + x.astype(np.float64)
+        return validation.measures(totals, self.data.slices)
 
 
 class Recorder:
@@ -246,11 +245,12 @@ def failures(workdir: pathlib.Path) -> Iterator[None]:
         leave(f"stopped: another process of the run is lost ({error}); the same command continues")
 
 
-def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
-    """The config with the tokenizer's vocabulary, checked against data and devices."""
-    needed, given = data.tokenizer.vocab_size, cfg.model.vocab_size
+def _resolved(cfg: RunConfig, data: Source, mesh: Mesh) -> RunConfig:
+    """The config with the vocabulary of the data, checked against data and devices."""
+    needed, given = data.vocabulary, cfg.model.vocab_size
     if given is not None and given < needed:
-        raise ConfigError("model.vocab_size", given, f"expected at least {needed}, the tokenizer's, or None")
+        owner = "tokenizer" if cfg.data.task is None else "task"
+        raise ConfigError("model.vocab_size", given, f"expected at least {needed}, the {owner}'s, or None")
     parts = cfg.train.accumulate * batch_shards(mesh)
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
@@ -272,8 +272,9 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     if saved is None:
         return _fresh(run), 0
     if saved.data != _position(run, saved.step):
-        allowed = f"the files changed since the run began (step {saved.step}); expected the same data or a new folder"
-        raise ConfigError("data.path", run.cfg.data.path, allowed)
+        key, what = ("path", "files") if run.cfg.data.task is None else ("task", "task's rows")
+        allowed = f"the {what} changed since the run began (step {saved.step}); expected the same data or a new folder"
+        raise ConfigError(f"data.{key}", getattr(run.cfg.data, key), allowed)
     say(f"continuing {run.workdir} after step {saved.step}")
     return saved.state, saved.step
 
@@ -315,17 +316,17 @@ def _steps(
             state, values = compiled(state, batch)
         recorder.add(step, values)
         checkpoints.check()
-        signal, validation = interrupt.received(step), {}
+        signal, measured = interrupt.received(step), {}
         if _due(step, cfg.eval_every, last):
             recorder.flush()
             with recorder.clock.pause(), recorder.watchdog.pause():
-                validation = run.evaluate(state["params"])
-                recorder.write(step, validation)
-            recorder.progress.say(f"step {step}/{last}  validation {validation['val_bits_per_byte']:.4f} bits/byte")
+                measured = run.evaluate(state["params"])
+                recorder.write(step, measured)
+            recorder.progress.say(f"step {step}/{last}  validation {validation.line(measured)}")
         if signal or _due(step, cfg.save_every, last):
             recorder.flush()
             with recorder.clock.pause():
-                val_loss = validation.get("val_loss", math.nan)
+                val_loss = measured.get("val_loss", math.nan)
                 checkpoints.save(step, state, _position(run, step), run.spec, val_loss)
         if signal and step < last:
             recorder.progress.say(f"{signal.name}: saved at step {step}; the same command continues")
@@ -368,11 +369,10 @@ def _finish_alone(run: Run, state: State, baselines: Mapping[str, Baseline], fin
 
 
 def _summary(run: Run, steps: int, skipped: int, records: list[metrics.Record], baselines: dict[str, float]) -> Summary:
-    validation = next((r for r in reversed(records) if "val_loss" in r), {})
+    last = next((r for r in reversed(records) if "val_loss" in r), {})
     speeds = [r["timing"]["tokens_per_second"] for r in records if "tokens_per_second" in r["timing"]]
     return {
-        "val_bits_per_byte": validation.get("val_bits_per_byte"),
-        "val_loss": validation.get("val_loss"),
+        **validation.summary(last),
         "baselines": baselines,
         "steps": steps,
         "skipped": skipped,

@@ -45,20 +45,36 @@ def chunked_cross_entropy(
     Raises:
       TypeError: something else is differentiated (the parts, or with respect to the weights).
     """
-    B, T = targets.shape
+    n = _chunks(hidden, logits_fn, chunk)
+    x = _split(hidden, n)
+    logits_of, closed_over = jax.closure_convert(logits_fn, x[0])
+    # What is added to fill the last chunk has weight 0.
+    return _objective(logits_of, z_loss, (x, closed_over), _split(targets, n), _split(fp32(weights), n))
+
+
+def chunked_argmax(
+    hidden: Float[Array, "B T D"], logits_fn: Callable[[Array], Array], *, chunk: int | None = None
+) -> Int[Array, "B T"]:
+    """The likeliest tokens, from logits that exist a chunk at a time, as above."""
+    B, T, _ = hidden.shape
+    parts = _split(hidden, _chunks(hidden, logits_fn, chunk))
+    said = jax.lax.map(lambda x: jnp.argmax(logits_fn(x), axis=-1), parts)  # [N,B,C]
+    return jnp.moveaxis(said, 0, 2).reshape(B, -1)[:, :T]
+
+
+def _chunks(hidden: Array, logits_fn: Callable[[Array], Array], chunk: int | None) -> int:
+    """N, the number of chunks."""
+    B, T, _ = hidden.shape
     if chunk is None:
         vocabulary = jax.eval_shape(logits_fn, hidden[:, :1]).shape[-1]
         chunk = min(max(MOST_LOGITS // (B * vocabulary), 256), 1024)
-    n = -(-T // chunk)
+    return -(-T // chunk)
 
-    def split(x: Array) -> Array:
-        """[B,T,...] -> [N,B,C,...]; what is added to fill the last chunk has weight 0."""
-        x = jnp.pad(x, ((0, 0), (0, -T % n)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, n, *x.shape[2:]), 2, 0)
 
-    x = split(hidden)
-    logits_of, closed_over = jax.closure_convert(logits_fn, x[0])
-    return _objective(logits_of, z_loss, (x, closed_over), split(targets), split(fp32(weights)))
+def _split(x: Array, n: int) -> Array:
+    """[B,T,...] -> [N,B,C,...], with zeros to fill the last chunk."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % n)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, n, *x.shape[2:]), 2, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -116,7 +116,9 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, float], speed: float | None, utilisation: float | None) -> None:
         """Shows a record; `speed` in steps/s, None where it is not known yet."""
-        parts = [f"loss {values['loss']:.4f}", f"{values['bits_per_byte']:.4f} bits/byte"]
+        parts = [f"loss {values['loss']:.4f}"]
+        if "bits_per_byte" in values:
+            parts.append(f"{values['bits_per_byte']:.4f} bits/byte")
         if "tokens_per_second" in values:
             parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
         if utilisation is not None:

@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions of plain pytrees."""
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 
@@ -9,9 +10,9 @@ import optax
 
 from hydrax.core import tree
 from hydrax.core.typing import Array
-from hydrax.models.lm import Blueprint
+from hydrax.models.lm import LM, Blueprint
 from hydrax.parallel.rules import constrain
-from hydrax.train.loss import Sums, chunked_cross_entropy
+from hydrax.train.loss import Sums, chunked_argmax, chunked_cross_entropy
 from hydrax.train.state import State
 
 Batch = Mapping[str, Array]
@@ -45,7 +46,7 @@ def make_train_step(
     rules = {name: meta.rule for name, meta in plan.meta.items()}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, (sums, losses), bytes_ = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
+        grads, (sums, losses) = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
         count = jnp.maximum(sums.tokens, 1.0)
         grads = {name: jnp.zeros_like(g) if name in frozen else g / count for name, g in grads.items()}
         norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
@@ -63,7 +64,7 @@ def make_train_step(
         counters = {"step": state["step"] + 1, "skipped": skipped, "norm_mean": jnp.where(finite, moved, mean)}
         metrics = {
             "loss": loss,
-            "bits_per_byte": sums.nll / (math.log(2) * jnp.maximum(bytes_, 1.0)),
+            **_bits_per_byte(sums, batch),
             "grad_norm": norm,
             "lr": schedule(state["step"] - state["skipped"]),  # updates made so far
             "tokens": sums.tokens,
@@ -78,19 +79,54 @@ def make_train_step(
 
 
 def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callable[[dict[str, Array], Batch], Metrics]:
-    """(params, batch) -> sums {nll, tokens, bytes}; z-loss is not part of it."""
+    """(params, batch) -> sums {nll, tokens}, without z-loss, and {bytes} of text or the counts of `_counts`."""
 
     def evaluate(params: dict[str, Array], batch: Batch) -> Metrics:
-        sums, _ = _objective(plan, plan.cast(params, dtype), batch, 0.0)[1]
-        return {"nll": sums.nll, "tokens": sums.tokens, "bytes": jnp.sum(batch["bytes"])}
+        model = plan.merge(plan.cast(params, dtype))
+        x, _ = _forward(model, batch)
+        _, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"])
+        known = {"nll": sums.nll, "tokens": sums.tokens}
+        if "slices" in batch:
+            return {**known, **_counts(chunked_argmax(x, model.logits), batch, plan)}
+        return {**known, "bytes": jnp.sum(batch["bytes"])}
 
     return evaluate
 
 
+def _counts(said: Array, batch: Batch, plan: Blueprint) -> Metrics:
+    """How often the tokens `said` [B,Q] are the targets.
+
+    Sums over rows: of those with targets (rows), of the share of right ones (right) and of rows with all right
+    (sequences). By slice [S] (`slices` fp32 [B,S], 1 where a row belongs to a slice): slice_rows and slice_right. By
+    target token [V]: class_tokens and class_right.
+    """
+    weights, targets = batch["weights"], batch["targets"]
+    right, asked = weights * (said == targets), jnp.sum(weights, axis=1)
+    share = jnp.sum(right, axis=1) / jnp.maximum(asked, 1)
+    real = (asked > 0).astype(jnp.float32)
+    by_token = functools.partial(jax.ops.segment_sum, num_segments=plan.cfg.vocab_size)
+    return {
+        "rows": jnp.sum(real),
+        "right": jnp.sum(share),
+        "sequences": jnp.sum(real * (jnp.sum(right, axis=1) == asked)),
+        "slice_rows": real @ batch["slices"],
+        "slice_right": share @ batch["slices"],
+        "class_tokens": by_token(weights.ravel(), targets.ravel()),
+        "class_right": by_token(right.ravel(), targets.ravel()),
+    }
+
+
+def _bits_per_byte(sums: Sums, batch: Batch) -> Metrics:
+    """Of text; answers of tasks are not text."""
+    if "bytes" not in batch:
+        return {}
+    return {"bits_per_byte": sums.nll / (math.log(2) * jnp.maximum(jnp.sum(batch["bytes"]), 1.0))}
+
+
 def _accumulated(
     plan: Blueprint, params: dict[str, Array], batch: Batch, accumulate: int, z_loss: float
-) -> tuple[dict[str, Array], Totals, Array]:
-    """Gradients of the summed loss with respect to the cast parameters, in fp32; its sums; counted bytes."""
+) -> tuple[dict[str, Array], Totals]:
+    """Gradients of the summed loss with respect to the cast parameters, in fp32, and its sums."""
 
     axes = {name: meta.axes for name, meta in plan.meta.items()}
 
@@ -107,7 +143,7 @@ def _accumulated(
     shapes = jax.eval_shape(lambda: objective(params, jax.tree.map(lambda x: x[0], parts))[1])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, sums), _ = jax.lax.scan(add, (zeros, nothing), parts, unroll=accumulate == 1)
-    return grads, sums, jnp.sum(batch["bytes"])
+    return grads, sums
 
 
 def _microbatches(x: Array, n: int) -> Array:
@@ -115,13 +151,25 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
+def _forward(model: LM, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    """The hidden states that predict the targets of a batch, and the layers' own losses.
+
+    Where the batch says which places are asked for (`asked` int32 [B,Q], targets and weights [B,Q]), those of these
+    places alone: with a small model and few answers the logits of all others would be most of the work.
+    """
+    x, losses = model.forward(
+        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes")
+    )
+    if "asked" in batch:
+        x = jnp.take_along_axis(x, batch["asked"][..., None], axis=1)
+    return x, losses
+
+
 def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> tuple[Array, Totals]:
     """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
     together."""
     model = plan.merge(params)
-    x, losses = model.forward(
-        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes")
-    )
+    x, losses = _forward(model, batch)
     total, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}

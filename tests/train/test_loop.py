@@ -72,9 +72,9 @@ def test_the_trained_model_is_handed_on_and_can_be_loaded(run):
 
 
 def test_rows_of_one_document_train_as_if_the_model_were_told_so(run, tmp_path, monkeypatch):
-    cfg, opened = dataclasses.replace(run[0], data=dataclasses.replace(run[0].data, documents=False)), loop.open_data
+    cfg, opened = dataclasses.replace(run[0], data=dataclasses.replace(run[0].data, documents=False)), loop.open_source
     bare = loop.train(cfg, tmp_path / "bare")
-    monkeypatch.setattr(loop, "open_data", lambda *args: dataclasses.replace(opened(*args), documents=True))
+    monkeypatch.setattr(loop, "open_source", lambda *args: dataclasses.replace(opened(*args), documents=True))
     told = loop.train(cfg, tmp_path / "told")
     assert bare["tokens"] == run[2]["tokens"] == told["tokens"]
     assert bare["val_loss"] == pytest.approx(told["val_loss"], rel=1e-6)
