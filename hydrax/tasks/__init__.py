@@ -6,12 +6,31 @@ from types import MappingProxyType
 from typing import Any
 
 from hydrax.core.build import ConfigError, build
+from hydrax.tasks.babilong import BabiLong
 from hydrax.tasks.base import Task
+from hydrax.tasks.copying import Copying
+from hydrax.tasks.induction import Induction
+from hydrax.tasks.listops import ListOps
 from hydrax.tasks.mqar import MQAR
+from hydrax.tasks.passkey import Passkey
+from hydrax.tasks.phonebook import Phonebook
+from hydrax.tasks.ruler import CommonWords, FrequentWords, Needle, Variables
+from hydrax.tasks.state_recall import StateRecall
 
 TABLE: Mapping[str, type[Task]] = MappingProxyType(
     {
+        "babilong": BabiLong,
+        "copying": Copying,
+        "induction": Induction,
+        "listops": ListOps,
         "mqar": MQAR,
+        "passkey": Passkey,
+        "phonebook": Phonebook,
+        "ruler_common_words": CommonWords,
+        "ruler_frequent_words": FrequentWords,
+        "ruler_needle": Needle,
+        "ruler_variables": Variables,
+        "state_recall": StateRecall,
     }
 )
 

@@ -44,6 +44,10 @@ class Induction(Task):
         if self.form == "repeat" and self.symbols < least:
             raise ConfigError("symbols", self.symbols, f"expected at least {least}, half of the longest row")
 
+    def labels(self, split: str) -> int:
+        longest = self.length * (1 if split == "train" else max(self.eval_factors))
+        return 1 if self.form == "trigger" else longest // 2 - 1
+
     @property
     def vocabulary(self) -> int:
         return FIRST + self.symbols

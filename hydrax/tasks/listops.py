@@ -53,6 +53,9 @@ class ListOps(Task):
         if self.min_length > self.length - 1:
             raise ConfigError("min_length", self.min_length, f"expected at most length - 1 = {self.length - 1}")
 
+    def labels(self, split: str) -> int:
+        return 1
+
     @property
     def vocabulary(self) -> int:
         return EQUALS + 1

@@ -19,6 +19,9 @@ class Passkey(TextTask):
     def budget(self) -> int:
         return 5
 
+    def labels(self, split: str) -> int:
+        return self.budget
+
     @property
     def least(self) -> int:
         return 1 + len(NEEDLE.format(key=10_000)) + len(QUESTION) + 5

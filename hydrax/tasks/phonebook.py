@@ -38,6 +38,9 @@ class Phonebook(Task):
         if self.length < _tokens(max(self.entries)):
             raise ConfigError("length", self.length, f"expected at least {_tokens(max(self.entries))} for the entries")
 
+    def labels(self, split: str) -> int:
+        return self.budget
+
     @property
     def vocabulary(self) -> int:
         return VOCABULARY

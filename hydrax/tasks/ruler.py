@@ -97,11 +97,14 @@ class Needle(TextTask):
     def has_depth(self) -> bool:
         return self._variant.values == self._variant.queries == 1
 
+    def labels(self, split: str) -> int:
+        return self._variant.values * self._variant.queries * (WIDTH[self._variant.value] + 1) - 1
+
     @property
     def _question(self) -> int:
         """Bytes of the longest question and answer."""
         v = self._variant
-        return v.queries * (WIDTH[v.key] + 2) + 2 + v.values * v.queries * (WIDTH[v.value] + 1) - 1
+        return v.queries * (WIDTH[v.key] + 2) + 2 + self.labels("train")
 
     @property
     def least(self) -> int:
@@ -155,6 +158,9 @@ class Variables(TextTask):
     def budget(self) -> int:
         return 6 * (self.hops + 1)
 
+    def labels(self, split: str) -> int:
+        return self.budget - 1
+
     @property
     def has_depth(self) -> bool:
         return False
@@ -162,7 +168,7 @@ class Variables(TextTask):
     @property
     def least(self) -> int:
         statements = self.chains * (self.hops + 1) * len("VAR ABCDE = VAR FGHIJ. ")
-        return 1 + statements + len("Variables with the value 12345: ") + 6 * (self.hops + 1) - 1
+        return 1 + statements + len("Variables with the value 12345: ") + self.labels("train")
 
     def example(self, rng: np.random.Generator, room: int) -> Example:
         names = _names(rng, self.chains * (self.hops + 1)).reshape(self.chains, -1)
@@ -189,8 +195,8 @@ def _names(rng: np.random.Generator, count: int) -> np.ndarray:
 class CommonWords(TextTask):
     """Common words: a numbered list in which some words come up often and all others seldom; which are the former?
 
-    Often and seldom are 30 and 3 times, in rows below 4096 6 times and once. The answer has the common words in the
-    order of their first appearance.
+    Often and seldom are 30 and 3 times; 6 times and once in rows below 4096, or too short for so many. The answer has
+    the common words in the order of their first appearance.
     """
 
     length: Positive = 1024
@@ -199,6 +205,9 @@ class CommonWords(TextTask):
     @property
     def budget(self) -> int:
         return 12 * self.common
+
+    def labels(self, split: str) -> int:
+        return 7 * self.common - 1
 
     @property
     def has_depth(self) -> bool:
@@ -211,7 +220,7 @@ class CommonWords(TextTask):
 
     @property
     def _question(self) -> int:
-        return len(self._ask) + 7 * self.common - 1
+        return len(self._ask) + self.labels("train")
 
     @property
     def _ask(self) -> bytes:
@@ -253,6 +262,9 @@ class FrequentWords(TextTask):
     def budget(self) -> int:
         return 50
 
+    def labels(self, split: str) -> int:
+        return 20  # three words of six letters
+
     @property
     def has_depth(self) -> bool:
         return False
@@ -274,6 +286,6 @@ class FrequentWords(TextTask):
         rank = np.arange(1, max(5, room // 50) + 1)
         share = 6 / (np.pi * rank) ** 2
         size = np.where(rank == 1, 4, 7)
-        left = room - 1 - len(self.ask) - 20 + 1
+        left = room - 1 - len(self.ask) - self.labels("train") + 1
         most = bisect.bisect_right(range(room), left, key=lambda n: int((n * share).astype(int) @ size)) - 1
         return (most * share).astype(int)

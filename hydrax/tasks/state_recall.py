@@ -42,6 +42,9 @@ class StateRecall(Task):
         if self.length < self._tokens:
             raise ConfigError("length", self.length, f"expected at least {self._tokens} for these bits and swaps")
 
+    def labels(self, split: str) -> int:
+        return 1
+
     @property
     def vocabulary(self) -> int:
         return ADDRESS + self.bits

@@ -14,6 +14,8 @@ def draw(task, rows=64, split="train", seed=0):
     assert inputs.min() >= 0 and inputs.max() < task.vocabulary and targets.max() < task.vocabulary
     assert (targets >= 0).any(1).all() and targets.min() == IGNORE
     assert all(isinstance(value, np.ndarray) and len(value) == rows for value in meta.values())
+    most = task.labels(split)
+    assert most is None or (targets >= 0).sum(1).max() <= most
     if split == "train":
         assert inputs.shape[1] == task.length
     if "slice" in meta:
