@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +14,16 @@ from hydrax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from hydrax.eval import length, recall
 from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
 from hydrax.eval.scoring import Advance, Scorer
-from hydrax.eval.tasks import accuracy, as_text, eval_rows
-from hydrax.eval.texts import open_texts
+from hydrax.eval.tasks import accuracy, eval_rows
+from hydrax.eval.texts import Texts, open_texts
 from hydrax.models.lm import LM, blueprint
-from hydrax.tasks import make
-from hydrax.tasks.text import TextTask
+from hydrax.tasks.base import Task
 from hydrax.train.checkpoint import read_params
 from hydrax.train.config import RunConfig
 from hydrax.train.figure import INK, blank, quiet, save, series
 from hydrax.train.loop import compute_dtype
+from hydrax.train.probes import make_probe
+from hydrax.train.source import make_task
 
 Result = dict[str, Any]
 Watch = Callable[[str], Advance]
@@ -134,7 +135,7 @@ def spelling(name: str) -> str:
 
 
 def _perplexity(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
-    texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
+    texts = _texts(subject, settings)
     sequences = texts.cut(subject.trained, settings.sequences)
     scores = subject.scorer.texts(sequences, advance)
     return perplexity(sequences, scores, subject.tokenizer)
@@ -144,15 +145,15 @@ def _recall_slices(subject: Subject, argument: str, settings: Settings, advance:
     order = int(argument) if argument.isdecimal() else 0 if argument else 2
     if order < 2:
         raise ConfigError("suite", f"recall_slices:{argument}", "expected recall_slices:<n of the n-grams, from 2>")
-    texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
-    training = open_texts(subject.cfg.data, subject.tokenizer, "train")
+    texts = _texts(subject, settings)
+    training = _texts(subject, settings, "train")
     sequences = texts.cut(subject.trained, settings.sequences)
     scores = subject.scorer.texts(sequences, advance)
     return recall_slices(sequences, scores, training, order)
 
 
 def _extrapolation(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
-    texts = open_texts(subject.cfg.data, subject.tokenizer, path=settings.data)
+    texts = _texts(subject, settings)
     sequences = length.long_sequences(texts, subject.trained, settings.factor, max(settings.sequences // 16, 1))
     losses = length.losses(subject.scorer, sequences, subject.trained, advance)
     return length.extrapolation(*losses, subject.trained)
@@ -172,18 +173,27 @@ def _recall(subject: Subject, argument: str, settings: Settings, advance: Advanc
 
 
 def _task(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
-    key = f"task:{argument}"
-    if not isinstance(subject.tokenizer, ByteTokenizer):
-        raise ConfigError("suite", key, "expected a run whose tokens are bytes (data.tokenizer = byte)")
-    name, *changes = (part.strip() for part in argument.split(";"))
-    pairs = [change.partition("=") for change in changes]
-    options = {"length": subject.trained, **{option.strip(): Raw(value.strip()) for option, _, value in pairs}}
-    task = make(name, options, key)
-    if not isinstance(task, TextTask):
-        raise ConfigError("suite", key, "expected a task in bytes; others need a model trained on them")
-    rows = settings.examples or settings.sequences
-    samples = [as_text(sample) for sample in eval_rows(task, name, rows, subject.cfg.train.seed)]
-    return accuracy(subject.scorer, samples, rows, task.slices, advance)
+    data, rows = subject.cfg.data, settings.examples or settings.sequences
+    name, *changes = (part.strip() for part in (argument or data.task or "").split(";"))
+    if argument and (data.task is not None or data.tokenizer != ByteTokenizer.name):
+        raise ConfigError("suite", f"task:{argument}", "expected a run of text in bytes; task alone: a run's own task")
+    if not name:
+        raise ConfigError("suite", "task", "expected a run that was trained on a task, or task:<name>")
+    task: Task
+    if argument:
+        pairs = (change.partition("=") for change in changes)
+        options = {option.strip(): Raw(value.strip()) for option, _, value in pairs}
+        task = make_probe(name, options, subject.trained, f"task:{name}")
+    else:
+        task = make_task(data)
+    return accuracy(subject.scorer, eval_rows(task, name, rows, data.seed), rows, task.slices, advance)
+
+
+def _texts(subject: Subject, settings: Settings, split: Literal["train", "val"] = "val") -> Texts:
+    """What the settings say, or a split of the run's own text."""
+    if subject.cfg.data.task is not None:
+        raise ConfigError("workdir", subject.name, f"expected a run of text; it was trained on {subject.cfg.data.task}")
+    return open_texts(subject.cfg.data, subject.tokenizer, split, settings.data if split == "val" else None)
 
 
 def _lm_eval(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
@@ -233,6 +243,7 @@ SUITES: Mapping[str, Suite] = {
         _task,
         lambda r: {k: r[k] for k in ("accuracy", "stderr", "sequence_accuracy", "rows")} | r.get("slices", {}),
         argument="name[;option=value]",
+        optional=True,
     ),
     "lm_eval": Suite(_lm_eval, _shown_harness, argument="task"),
 }
@@ -283,7 +294,7 @@ def _shares(results: Mapping[str, Result]) -> dict[str, tuple[float | None, floa
 def _of_suite(item: str, result: Result) -> Iterator[tuple[str, tuple[float | None, float | None]]]:
     if item.startswith("recall:"):
         yield item.removeprefix("recall:"), (result["contains"], result["stderr"])
-    if item.startswith("task:"):
+    if item.startswith("task"):
         yield item.removeprefix("task:"), (result["accuracy"], result["stderr"])
     if item.startswith("lm_eval:"):
         for task, values in result.items():

@@ -5,27 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from hydrax.data.tokenizer import ByteTokenizer
 from hydrax.eval.scoring import Advance, Score, Scorer
-from hydrax.tasks import text
 from hydrax.tasks.base import BLOCK, IGNORE, Sample, Task, block
-
-LINE_BREAK = 10
 
 
 def eval_rows(task: Task, name: str, rows: int, seed: int) -> list[Sample]:
     """At least that many rows of the evaluation split, in blocks."""
     return [block(task, name, seed=seed, split="eval", number=n) for n in range(-(-rows // BLOCK))]
-
-
-def as_text(sample: Sample) -> Sample:
-    """A sample in bytes with the special tokens of `ByteTokenizer`; what separates context and question: a new line."""
-    ids = np.arange(text.VOCABULARY)
-    special = {text.PAD: ByteTokenizer.pad, text.BOS: ByteTokenizer.bos, text.EOS: ByteTokenizer.eos}
-    for old, new in {**special, text.SEP: LINE_BREAK}.items():
-        ids[old] = new
-    targets = np.where(sample["targets"] == IGNORE, IGNORE, ids[sample["targets"]])
-    return {**sample, "inputs": ids[sample["inputs"]].astype(np.int32), "targets": targets.astype(np.int32)}
 
 
 def accuracy(

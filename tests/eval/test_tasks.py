@@ -4,10 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from hydrax.data.tokenizer import ByteTokenizer
 from hydrax.eval import tasks
 from hydrax.eval.scoring import Score, Scorer
-from hydrax.tasks import text
 from hydrax.tasks.base import IGNORE
 from hydrax.tasks.passkey import Passkey
 from tests.eval import small
@@ -45,17 +43,6 @@ def test_a_model_is_asked_what_the_task_asks():
     assert found["accuracy"] == pytest.approx(np.mean(right))
     knowing = {**sample, "targets": np.where(TARGETS == IGNORE, IGNORE, said).astype(np.int32)}
     assert tasks.accuracy(Scorer(model), [knowing], 3)["sequence_accuracy"] == 1.0
-
-
-def test_rows_in_bytes_are_documents():
-    task = Passkey(length=256, eval_factors=(1,))
-    sample = task.sample(np.random.default_rng(0), 4, "eval")
-    rows, tokenizer = tasks.as_text(sample), ByteTokenizer()
-    assert (rows["inputs"][:, 0] == tokenizer.bos).all() and rows["inputs"].max() < tokenizer.vocab_size
-    for before, row, targets in zip(sample["inputs"], rows["inputs"], rows["targets"], strict=True):
-        assert tokenizer.decode(row) == text.decode(before)
-        answer = tokenizer.decode(targets[targets != IGNORE])
-        assert answer.isdigit() and len(answer) == 5 and answer in tokenizer.decode(row)
 
 
 def test_blocks_hold_the_rows_asked_for():
