@@ -154,7 +154,8 @@ def _recall_slices(subject: Subject, argument: str, settings: Settings, advance:
 
 def _extrapolation(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
     texts = _texts(subject, settings)
-    sequences = length.long_sequences(texts, subject.trained, settings.factor, max(settings.sequences // 16, 1))
+    count = max(settings.sequences // 16, 1)
+    sequences = length.long_sequences(texts, subject.tokenizer.bos, subject.trained, settings.factor, count)
     losses = length.losses(subject.scorer, sequences, subject.trained, advance)
     return length.extrapolation(*losses, subject.trained)
 

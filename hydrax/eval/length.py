@@ -27,21 +27,21 @@ FIRST = 16
 Losses = Float[np.ndarray, "sequences positions"]
 
 
-def long_sequences(texts: Texts, trained: int, factor: int, count: int) -> list[Tokens]:
-    """At most `count` sequences of factor·T0 + 1 tokens from documents at least twice as long.
+def long_sequences(texts: Texts, bos: int, trained: int, factor: int, count: int) -> list[Tokens]:
+    """At most `count` sequences of factor·T0 + 1 tokens inside of documents at least twice as long.
 
-    From shorter ones, late positions would all be the ends of documents.
+    In shorter ones, late positions would all be the ends of documents; beginnings, unlike the rest, are left out.
 
     Raises:
       ConfigError: no such document.
     """
-    length, needed = factor * trained, 2 * factor * trained
-    found = [s for s in texts.cut(length, count, shortest=needed) if len(s) == length + 1]
+    length, needed = factor * trained, 2 * factor * trained + 1
+    found = [s for s in texts.cut(length, 2 * count, shortest=needed) if len(s) == length + 1 and s[0] != bos]
     if not found:
         longest = int(texts.lengths.max(initial=0))
         allowed = f"expected --data with a document of {needed} tokens (the longest has {longest}), or a smaller factor"
         raise ConfigError("factor", factor, allowed)
-    return found
+    return found[:: -(-len(found) // count)]
 
 
 def losses(

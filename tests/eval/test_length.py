@@ -32,12 +32,13 @@ def test_a_window_is_read_alone(tmp_path):
 
 
 def test_long_sequences_come_from_documents_twice_as_long(tmp_path):
-    path = small.write(tmp_path, ["a" * 300, "b" * 120])
+    path = small.write(tmp_path, ["c" * 127 + "a" * 300, "b" * 200])
     texts = open_texts(DataConfig(), ByteTokenizer(), path=str(path))
-    found = length.long_sequences(texts, 16, 8, 100)
+    found = length.long_sequences(texts, 256, 16, 8, 100)
     assert [len(s) for s in found] == [129, 129] and all((s[1:] == ord("a")).all() for s in found)
-    with pytest.raises(ConfigError, match=r"factor = 16: expected --data with a document of 512 tokens .* 302\)"):
-        length.long_sequences(texts, 16, 16, 100)
+    with pytest.raises(ConfigError, match=r"factor = 16: expected --data with a document of 513 tokens .* 429\)"):
+        length.long_sequences(texts, 256, 16, 16, 100)
+    assert len(length.long_sequences(texts, 256, 16, 8, 1)) == 1
 
 
 def test_bins_double_from_the_training_length_both_ways():

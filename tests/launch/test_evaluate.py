@@ -83,7 +83,7 @@ def test_documents_that_are_too_short_are_named(finished, text, tmp_path):
         f"--out={tmp_path}",
     )
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
-    assert outcome.err.startswith("error: factor = 32: expected --data with a document of 1024 tokens (the longest has")
+    assert outcome.err.startswith("error: factor = 32: expected --data with a document of 1025 tokens (the longest has")
 
 
 def test_the_order_of_ngrams_is_a_number(finished, tmp_path):
