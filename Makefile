@@ -67,8 +67,8 @@ oracles: .venv-oracles/.complete
 	@touch $@
 
 lock:
-	uv pip compile pyproject.toml --extra data --extra dev --extra hf --extra slurm --extra tensorboard --universal --python-version 3.11 \
-		--no-header --no-annotate --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml --extra data --extra dev --extra eval --extra hf --extra notebooks --extra slurm --extra tensorboard \
+		--universal --python-version 3.11 --no-header --no-annotate --quiet --output-file requirements.lock
 
 clean:
 	rm -rf .venv .venv-oracles .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -17,6 +17,7 @@ def base() -> ConfigDict:
     config.model.blocks.unlock()
     config.data.sources.unlock()
     config.data.task_options.unlock()
+    config.train.probes.unlock()
     return config
 
 

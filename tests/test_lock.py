@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.strip()]
-LOCKED_EXTRAS = ("data", "dev", "hf", "slurm", "tensorboard")
+LOCKED_EXTRAS = ("data", "dev", "eval", "hf", "notebooks", "slurm", "tensorboard")
 WANTED = PROJECT["dependencies"] + [r for extra in LOCKED_EXTRAS for r in PROJECT["optional-dependencies"][extra]]
 
 

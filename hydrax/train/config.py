@@ -1,7 +1,8 @@
 """The root of every run's configuration, and the sections that belong to training."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from hydrax.core.build import ConfigError, Fraction, NonNegative, NonNegativeFloat, Positive
 from hydrax.data.loader import DataConfig
@@ -29,6 +30,9 @@ class TrainConfig:
     seed: NonNegative = 0  # parameters and data order, or the rows of a task
     eval_every: NonNegative = 250  # steps between validations; 0: only at the end
     eval_rows: Positive = 256  # validation rows
+    probes: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # tasks in bytes -> their options, whose accuracy every validation of a model of bytes reports too
     save_every: NonNegative = 250  # steps between checkpoints; 0: only at the end
     keep: Positive = 3  # newest checkpoints kept
     keep_every: NonNegative = 0  # checkpoints of multiples of this step are kept too; 0: none

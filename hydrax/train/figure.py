@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydrax.train.metrics import Record
 
@@ -12,6 +12,31 @@ if TYPE_CHECKING:
 
 INK, TRAIN, VALIDATION, BASELINE, GRID = "#1f2430", "#9db4d6", "#c8442f", "#8a8f99", "#e6e8ec"
 BITS = "bits_per_byte", "bits per byte"
+
+
+class Series(NamedTuple):
+    """How one of several things is drawn; each differs from the others in colour, marker and hatch."""
+
+    color: str
+    marker: str
+    hatch: str
+
+
+SERIES = (
+    Series("#0072b2", "o", ""),
+    Series("#d55e00", "s", "//"),
+    Series("#009e73", "^", ".."),
+    Series("#cc79a7", "D", "\\\\"),
+    Series("#56b4e9", "v", "xx"),
+    Series("#e69f00", "P", "--"),
+    Series("#1f2430", "X", "oo"),
+)
+"""Colours that the colour-blind tell apart (Okabe & Ito 2008); markers and hatches for those who print in grey."""
+
+
+def series(i: int) -> Series:
+    """The i-th, from the beginning again after the last."""
+    return SERIES[i % len(SERIES)]
 
 
 def blank(width: float, height: float) -> "Figure":

@@ -29,6 +29,7 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
+from hydrax.train.probes import open_probes
 from hydrax.train.processes import failures, first, together
 from hydrax.train.profile import Compilations
 from hydrax.train.progress import say
@@ -97,6 +98,7 @@ class Run:
 
     def __init__(self, cfg: RunConfig, data: Source, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
+        self.probes = open_probes(cfg)
         self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
@@ -143,12 +145,20 @@ class Run:
         return self.data.val_batches(self.eval_size, self.cfg.train.eval_rows, part)
 
     def evaluate(self, params: dict[str, jax.Array]) -> dict[str, float]:
-        """What `validation.measures` makes of the validation rows."""
+        """What `validation.measures` makes of the validation rows, and the accuracy of every probe."""
+        part = local_rows(self.mesh, self.eval_size)
+        measured = self._measured(params, self.val_batches(part), self.data.slices)
+        for name, probe in self.probes.items():
+            batches = probe.val_batches(self.eval_size, self.cfg.train.eval_rows, part)
+            measured |= validation.probed(name, self._measured(params, batches, probe.slices))
+        return measured
+
+    def _measured(self, params: dict[str, jax.Array], batches: Batches, slices: tuple[str, ...]) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
-        for batch in self.val_batches(local_rows(self.mesh, self.eval_size)):
+        for batch in batches:
             for name, x in jax.device_get(self.evaluate_batch(params, self.put(batch))).items():
                 totals[name] = totals.get(name, 0.0) + x.astype(np.float64)
-        return validation.measures(totals, self.data.slices)
+        return validation.measures(totals, slices)
 
 
 def _resolved(cfg: RunConfig, data: Source, mesh: Mesh) -> RunConfig:

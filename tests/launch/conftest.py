@@ -14,6 +14,7 @@ import launch.bench_train
 import launch.compile_time
 import launch.cost
 import launch.doctor
+import launch.evaluate
 import launch.prepare
 import launch.report
 import launch.sample
@@ -32,6 +33,7 @@ MAINS = {
     "prepare": launch.prepare.main,
     "report": launch.report.main,
     "sweep": launch.sweep.main,
+    "evaluate": launch.evaluate.main,
 }
 CONFIG = """
 from configs import common
@@ -104,6 +106,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "train": {"config": config, "workdir": workdir},
         "cost": {"config": config},
         "sample": {"workdir": workdir},
+        "evaluate": {"workdir": workdir, "out": workdir.parent / "evaluation"},
         "bench": {},
         "bench_kernels": {},
         "bench_train": {"config": config},

@@ -1,0 +1,334 @@
+"""Suites of evaluations of trained runs, by name: what `launch.evaluate` offers, and what it leaves in its folder."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from hydrax.core.build import ConfigError, NonNegative, Positive, Raw
+from hydrax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from hydrax.eval import length, recall
+from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
+from hydrax.eval.scoring import Advance, Scorer
+from hydrax.eval.tasks import accuracy, eval_rows
+from hydrax.eval.texts import Texts, open_texts
+from hydrax.models.lm import LM, blueprint
+from hydrax.tasks.base import Task
+from hydrax.train.checkpoint import read_params
+from hydrax.train.config import RunConfig
+from hydrax.train.figure import INK, blank, quiet, save, series
+from hydrax.train.loop import compute_dtype
+from hydrax.train.probes import make_probe
+from hydrax.train.source import make_task
+
+Result = dict[str, Any]
+Watch = Callable[[str], Advance]
+"""Shows that something begins, and returns what is told of its progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds for all suites and runs."""
+
+    data: str | None = None  # text in place of the runs' own validation split
+    include: str | None = None  # a folder of tasks of lm-evaluation-harness
+    sequences: Positive = 512  # of text at most, spread evenly over it; a sixteenth of them for extrapolation
+    examples: NonNegative = 0  # of a recall set or a task of the harness at most; 0: all
+    factor: Positive = 8  # of the training length that extrapolation goes to
+    context: NonNegative = 0  # tokens that a prompt and its answer have; 0: the training length
+    tokens_at_once: Positive = 2**14  # places of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A trained run, its parameters in the dtype of its training."""
+
+    name: str
+    scorer: Scorer
+    cfg: RunConfig
+    tokenizer: Tokenizer
+    step: int  # of the checkpoint
+
+    @property
+    def model(self) -> LM:
+        return self.scorer.model
+
+    @property
+    def trained(self) -> int:
+        """Tokens of a training row."""
+        return self.cfg.data.seq_len - self.cfg.model.prefix.meta_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """An evaluation: `run(subject, argument, settings, advance)`, and what of its result a table shows."""
+
+    run: Callable[[Subject, str, Settings, Advance], Result]
+    shown: Callable[[Result], dict[str, float | str | None]]
+    argument: str = ""  # what stands behind the colon; empty: nothing does
+    optional: bool = False
+    file: bool = False  # the argument ends in =<file>, which is no part of its name
+
+
+Asked = Sequence[tuple[str, Suite, str]]
+"""Suites by the name of their results, each with its argument."""
+
+
+def open_run(workdir: str, name: str, tokens_at_once: int) -> Subject:
+    """The newest intact checkpoint of a run.
+
+    Raises:
+      ConfigError: not a run of language modelling, or no checkpoint.
+    """
+    params, cfg, steps = read_params(workdir)
+    plan = blueprint(cfg.model)
+    arrays = {key: jnp.asarray(value) for key, value in params.items()}
+    model = plan.merge(plan.cast(arrays, compute_dtype(cfg.train.dtype)))
+    return Subject(name, Scorer(model, tokens_at_once), cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
+
+
+def evaluate(
+    workdirs: Sequence[str], suites: Asked, settings: Settings, watch: Watch
+) -> Iterator[tuple[str, str, Result]]:
+    """Name of the run, suite and result, one after the other."""
+    for workdir, name in zip(workdirs, names(workdirs), strict=True):
+        subject = open_run(workdir, name, settings.tokens_at_once)
+        for item, suite, argument in suites:
+            yield name, item, suite.run(subject, argument, settings, watch(f"{name}: {item}"))
+
+
+def names(workdirs: Sequence[str]) -> list[str]:
+    """A name per run: the last part of its folder, or all of it where that is no name of its own."""
+    last = [pathlib.Path(w).resolve().name for w in workdirs]
+    return [short if last.count(short) == 1 else w for short, w in zip(last, workdirs, strict=True)]
+
+
+def parse(items: Sequence[str]) -> Asked:
+    """The suites `name` or `name:argument`, each with the text it was asked for by.
+
+    Raises:
+      ConfigError: an unknown suite, or an argument too many or missing.
+    """
+    allowed = ", ".join(spelling(name) for name in SUITES)
+    if not items:
+        raise ConfigError("suite", "", f"expected some of {allowed}")
+    found = []
+    for item in dict.fromkeys(items):
+        name, colon, argument = item.partition(":")
+        suite = SUITES.get(name)
+        if suite is None or bool(argument) > bool(suite.argument) or (colon and not argument):
+            raise ConfigError("suite", item, f"expected some of {allowed}")
+        if suite.argument and not suite.optional and not argument:
+            raise ConfigError("suite", item, f"expected {spelling(name)}")
+        found.append((item.partition("=")[0] if suite.file else item, suite, argument))
+    return found
+
+
+def spelling(name: str) -> str:
+    suite = SUITES[name]
+    behind = f":<{suite.argument}>" if suite.argument else ""
+    return f"{name}[{behind}]" if suite.optional else name + behind
+
+
+def _perplexity(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    texts = _texts(subject, settings)
+    sequences = texts.cut(subject.trained, settings.sequences)
+    scores = subject.scorer.texts(sequences, advance)
+    return perplexity(sequences, scores, subject.tokenizer)
+
+
+def _recall_slices(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    order = int(argument) if argument.isdecimal() else 0 if argument else 2
+    if order < 2:
+        raise ConfigError("suite", f"recall_slices:{argument}", "expected recall_slices:<n of the n-grams, from 2>")
+    texts = _texts(subject, settings)
+    training = _texts(subject, settings, "train")
+    sequences = texts.cut(subject.trained, settings.sequences)
+    scores = subject.scorer.texts(sequences, advance)
+    return recall_slices(sequences, scores, training, order)
+
+
+def _extrapolation(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    texts = _texts(subject, settings)
+    count = max(settings.sequences // 16, 1)
+    sequences = length.long_sequences(texts, subject.tokenizer.bos, subject.trained, settings.factor, count)
+    losses = length.losses(subject.scorer, sequences, subject.trained, advance)
+    return length.extrapolation(*losses, subject.trained)
+
+
+def _recall(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    kind, _, path = argument.partition("=")
+    examples = recall.read(kind, path, settings.examples or None)
+    return recall.evaluate(
+        subject.model,
+        subject.tokenizer,
+        examples,
+        settings.context or subject.trained,
+        tokens_at_once=settings.tokens_at_once,
+        advance=advance,
+    )
+
+
+def _task(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    data, rows = subject.cfg.data, settings.examples or settings.sequences
+    name, *changes = (part.strip() for part in (argument or data.task or "").split(";"))
+    if argument and (data.task is not None or data.tokenizer != ByteTokenizer.name):
+        raise ConfigError("suite", f"task:{argument}", "expected a run of text in bytes; task alone: a run's own task")
+    if not name:
+        raise ConfigError("suite", "task", "expected a run that was trained on a task, or task:<name>")
+    task: Task
+    if argument:
+        pairs = (change.partition("=") for change in changes)
+        options = {option.strip(): Raw(value.strip()) for option, _, value in pairs}
+        task = make_probe(name, options, subject.trained, f"task:{name}")
+    else:
+        task = make_task(data)
+    return accuracy(subject.scorer, eval_rows(task, name, rows, data.seed), rows, task.slices, advance)
+
+
+def _texts(subject: Subject, settings: Settings, split: Literal["train", "val"] = "val") -> Texts:
+    """What the settings say, or a split of the run's own text."""
+    if subject.cfg.data.task is not None:
+        raise ConfigError("workdir", subject.name, f"expected a run of text; it was trained on {subject.cfg.data.task}")
+    return open_texts(subject.cfg.data, subject.tokenizer, split, settings.data if split == "val" else None)
+
+
+def _lm_eval(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    try:
+        from hydrax.eval import harness
+    except ImportError as error:
+        allowed = f"{error.name} is not installed; expected `pip install 'hydrax[eval]'`"
+        raise ConfigError("suite", f"lm_eval:{argument}", allowed) from None
+    model = harness.HydraxLM(
+        subject.model,
+        subject.tokenizer,
+        max_length=settings.context or subject.trained,
+        tokens_at_once=settings.tokens_at_once,
+        advance=advance,
+    )
+    return harness.run(model, argument, include=settings.include, limit=settings.examples or None)
+
+
+def _shown_harness(result: Result) -> dict[str, float | str | None]:
+    return {f"{task} {metric}".strip(): value for task, values in result.items() for metric, value in values.items()}
+
+
+SUITES: Mapping[str, Suite] = {
+    "perplexity": Suite(_perplexity, lambda r: {k: r[k] for k in ("loss", "stderr", "perplexity", "bits_per_byte")}),
+    "extrapolation": Suite(
+        _extrapolation,
+        lambda r: {
+            "nats to the training length": r["inside"],
+            "nats beyond": r["beyond"],
+            "nats beyond, in windows": r["beyond_in_windows"],
+            "extrapolates": "yes" if r["extrapolates"] else "no",
+        },
+    ),
+    "recall_slices": Suite(
+        _recall_slices,
+        lambda r: {f"{name}, {what}": r[name][what] for name in SLICES for what in ("loss", "accuracy", "share")},
+        argument="n",
+        optional=True,
+    ),
+    "recall": Suite(
+        _recall,
+        lambda r: {k: r[k] for k in ("contains", "stderr", "examples", "truncated")},
+        argument="kind>=<file",
+        file=True,
+    ),
+    "task": Suite(
+        _task,
+        lambda r: {k: r[k] for k in ("accuracy", "stderr", "sequence_accuracy", "rows")} | r.get("slices", {}),
+        argument="name[;option=value]",
+        optional=True,
+    ),
+    "lm_eval": Suite(_lm_eval, _shown_harness, argument="task"),
+}
+
+
+def table(results: Mapping[str, Mapping[str, Result]], suites: Asked) -> Table:
+    """A line per figure, a column per run."""
+    shown = Table("suite", "", *results)
+    for column in shown.columns[2:]:
+        column.justify = "right"
+    for item, suite, _ in suites:
+        columns = [suite.shown(of[item]) for of in results.values()]
+        rows = list(dict.fromkeys(name for column in columns for name in column))
+        for i, name in enumerate(rows):
+            cells = [_cell(column.get(name)) for column in columns]
+            shown.add_row(item if i == 0 else "", name, *cells, end_section=i == len(rows) - 1)
+    return shown
+
+
+def draw(results: Mapping[str, Mapping[str, Result]], suites: Asked, out: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures of all suites that have one, below `out`."""
+    made = []
+    if "extrapolation" in {item for item, _, _ in suites}:
+        made.append(out / "extrapolation.png")
+        length.draw({name: of["extrapolation"] for name, of in results.items()}, made[-1])
+    slices = {
+        f"{item}: {name}": [(of[item][name]["loss"], None) for of in results.values()]
+        for item, suite, _ in suites
+        if suite is SUITES["recall_slices"]
+        for name in SLICES
+    }
+    shares = {
+        label: [of[label] for of in map(_shares, results.values())]
+        for label in (_shares(next(iter(results.values()))) if results else {})
+    }
+    for groups, what, name in ((slices, "nats per token", "recall_slices"), (shares, "share right", "accuracy")):
+        if groups:
+            made.append(out / f"{name}.png")
+            _bars(groups, list(results), what, made[-1])
+    return made
+
+
+def _shares(results: Mapping[str, Result]) -> dict[str, tuple[float | None, float | None]]:
+    """Of a run: shares right and their standard errors, by what was asked."""
+    return {label: pair for item, result in results.items() for label, pair in _of_suite(item, result)}
+
+
+def _of_suite(item: str, result: Result) -> Iterator[tuple[str, tuple[float | None, float | None]]]:
+    if item.startswith("recall:"):
+        yield item.removeprefix("recall:"), (result["contains"], result["stderr"])
+    if item.startswith("task"):
+        yield item.removeprefix("task:"), (result["accuracy"], result["stderr"])
+    if item.startswith("lm_eval:"):
+        for task, values in result.items():
+            for metric, value in values.items():
+                if metric.startswith("acc") and not metric.endswith("stderr"):
+                    yield f"{task}\n{metric}", (value, values.get(f"{metric}_stderr"))
+
+
+def _bars(
+    groups: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    runs: Sequence[str],
+    what: str,
+    path: pathlib.Path,
+) -> None:
+    """A group of bars per question, a bar per run, ± 1 standard error, as a PNG."""
+    figure = blank(max(4.5, 1.6 + 0.5 * len(groups) * (len(runs) + 1)), 4.0)
+    axes = figure.add_subplot()
+    width = 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        x = np.arange(len(groups)) + (i - (len(runs) - 1) / 2) * width
+        values, errors = zip(*((pair[i][0] or 0.0, pair[i][1] or 0.0) for pair in groups.values()), strict=True)
+        style: dict[str, Any] = {"color": series(i).color, "hatch": series(i).hatch, "edgecolor": "white"}
+        axes.bar(x, values, width * 0.92, yerr=errors if any(errors) else None, label=run, ecolor=INK, **style)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
+    axes.set_ylabel(what, color=INK)
+    quiet(axes)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
