@@ -1,0 +1,158 @@
+"""From run folders to a report: what `launch.report` does."""
+
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydrax.core.build import ConfigError
+from hydrax.report import page as pages
+from hydrax.report.draw import bytes_text, draw, png, svg
+from hydrax.report.page import Page, Picture, Table
+from hydrax.report.plots import plots
+from hydrax.report.read import LeftOut, Run, read
+from hydrax.report.study import RATE, Arm, Study, comparable, study
+from hydrax.train.metrics import write_text
+
+
+def report(
+    folders: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, x: str | None = None, command: str = ""
+) -> Page:
+    """Writes report.html, report.md, figures/ and tables/ into `out`; returns what they say.
+
+    Args:
+      folders: run folders, or folders with such anywhere below.
+      out: made if it is not there.
+      x: a config key in which arms differ: one more plot.
+      command: the one that makes this report, to be quoted in it.
+
+    Raises:
+      ConfigError: there are no runs, none is finished, arms do not differ in `x`, or `out` cannot be written.
+    """
+    out = pathlib.Path(out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError("out", str(out), "expected a folder, or the path of a new one")
+    runs, left = read(folders)
+    finished = comparable(runs)
+    left = left + [LeftOut(run.name, "finished", "no finite result") for run in runs if run not in finished]
+    if not finished:
+        states = Counter(run.state for run in left)
+        counted = ", ".join(f"{n} {state}" for state, n in states.items())
+        raise ConfigError("runs", ",".join(map(str, folders)), f"no finished run ({counted}); expected one at least")
+    found = study(finished)
+    pictures = []
+    try:
+        for folder in (out / "figures", out / "tables"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for plot in plots(found, x):
+            figure, table = draw(plot), Table(plot.name, *plot.table())
+            picture = Picture(plot.title, plot.caption, svg(figure, plot.name), table)
+            png(figure, out / "figures" / f"{plot.name}.png")
+            (out / "figures" / f"{plot.name}.svg").write_bytes(picture.svg)
+            pictures.append(picture)
+        page = _page(found, folders, finished, left, pictures, command)
+        for table in [page.results, *(picture.table for picture in pictures)]:
+            write_text(out / "tables" / f"{table.name}.csv", table.csv())
+        write_text(out / "report.html", pages.as_html(page))
+        write_text(out / "report.md", pages.as_markdown(page))
+    except OSError as error:
+        raise ConfigError("out", str(out), f"cannot be written ({error.strerror})") from None
+    return page
+
+
+def _page(
+    found: Study,
+    folders: Sequence[str | pathlib.Path],
+    runs: Sequence[Run],
+    left: Sequence[LeftOut],
+    pictures: Sequence[Picture],
+    command: str,
+) -> Page:
+    names = ", ".join(pathlib.Path(folder).resolve().name for folder in folders)
+    return Page(
+        title=f"{names}: {_counted(len(runs), 'run')} of {_counted(len(found.arms), 'arm')}",
+        summary=_summary(found, runs, left),
+        results=_results(found),
+        pictures=pictures,
+        left_out=Table("left_out", ["run", "state", "why"], [[run.name, run.state, run.why] for run in left]),
+        settings=Table("settings", ["key", "value"], [[key, repr(v)] for key, v in found.common.items()]),
+        commands=_commands(runs, command),
+        environment=_environment(runs),
+    )
+
+
+def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list[str]:
+    better = "higher" if found.quality.higher else "lower"
+    rates = sorted({run.get(RATE) for run in runs})
+    seeds = sorted({len(arm.best) for arm in found.arms})
+    differ = f"Arms differ in {', '.join(found.told)}. " if found.told else ""
+    tried = f"{_counted(len(rates), 'learning rate')} ({', '.join(f'{r:g}' for r in rates)})"
+    repeats = "1 seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds"
+    return [
+        f"{differ}Tried: {tried}; {repeats} per arm and rate. All figures of an arm are those of the learning rate whose "
+        f"mean {found.quality.title} over seeds is best ({better} is better), chosen on the same validation data.",
+        "Bands and bars reach from the lowest to the highest seed; they are no confidence intervals of a distribution.",
+    ] + ([f"{_counted(len(left), 'run')} left out; see the end of the page."] if left else [])
+
+
+def _results(found: Study) -> Table:
+    rows = sorted(found.arms, key=lambda arm: _rank(found, arm))
+    columns = ["arm", found.quality.title, "lowest", "highest", *(m.title for m in found.measures[1:])]
+    columns += ["seeds", "learning rate", "parameters", "FLOPs/token", "recurrent state", "KV cache", "tokens/s"]
+    return Table("results", columns, [_result(found, arm) for arm in rows])
+
+
+def _rank(found: Study, arm: Arm) -> float:
+    y = arm.band(found.quality.of)
+    assert y is not None
+    return -y.mean if found.quality.higher else y.mean
+
+
+def _result(found: Study, arm: Arm) -> list[Any]:
+    bands = [y for m in found.measures if (y := arm.band(m.of))]
+    cells: list[Any] = [arm.label, bands[0].mean, bands[0].low, bands[0].high, *(y.mean for y in bands[1:])]
+    speed = arm.band(lambda run: run.summary.get("tokens_per_second"))
+    cost = arm.cost
+    costs = (
+        [cost.train_flops_per_token, bytes_text(cost.state_bytes), bytes_text(cost.kv_bytes)] if cost else 3 * [None]
+    )
+    return [
+        *cells,
+        len(arm.best),
+        arm.rate,
+        arm.best[0].summary.get("parameters"),
+        *costs,
+        speed.mean if speed else None,
+    ]
+
+
+def _commands(runs: Sequence[Run], command: str) -> dict[str, Sequence[str]]:
+    known = list(dict.fromkeys(run.command for run in runs if run.command))
+    unknown = [run.name for run in runs if not run.command]
+    made: dict[str, Sequence[str]] = {"this report": [command]} if command else {}
+    if known:
+        made["the runs"] = known
+    if unknown:
+        made["not recorded"] = [f"# {name}: its config.json says all" for name in unknown]
+    return made
+
+
+def _environment(runs: Sequence[Run]) -> Table:
+    """Every fact, with how many runs it holds for where they differ."""
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in _facts(run.environment)):
+        values = Counter(_facts(run.environment).get(key, "not recorded") for run in runs)
+        shown = [value if len(values) == 1 else f"{value} ({_counted(n, 'run')})" for value, n in values.items()]
+        rows.append([key, "; ".join(shown)])
+    return Table("environment", ["what", "value"], rows)
+
+
+def _facts(environment: Mapping[str, Any]) -> dict[str, str]:
+    plain = {k: str(v) for k, v in environment.items() if not isinstance(v, Mapping) and k != "command"}
+    devices = ", ".join(f"{n} x {kind}" for kind, n in (environment.get("devices") or {}).items())
+    packages = ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items())
+    return plain | ({"devices": devices} if devices else {}) | ({"packages": packages} if packages else {})
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
