@@ -110,6 +110,8 @@ def _checked(hint: Any, origin: Any, args: tuple, value: Any, key: str) -> Any:
         value = float(value)
     if hint is float and isinstance(value, float) and value != value:
         raise ConfigError(key, value, "expected a number")
+    if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
+        value = (value,)  # 4 as well as (4,): what a shell passes on most easily
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ConfigError(key, value, f"expected {len(args)} values")
