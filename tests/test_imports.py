@@ -21,6 +21,7 @@ FLOOR = [
     {"train"},
     {"infer"},
     {"interp", "eval", "convert", "sweep"},
+    {"report"},
 ]
 SIDE = {"data", "tasks"}  # import only core; used from train on
 RANK = {room: i for i, rooms in enumerate(FLOOR) for room in rooms}

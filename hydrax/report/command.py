@@ -89,8 +89,8 @@ def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list
     tried = f"{_counted(len(rates), 'learning rate')} ({', '.join(f'{r:g}' for r in rates)})"
     repeats = "1 seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds"
     return [
-        f"{differ}Tried: {tried}; {repeats} per arm and rate. All figures of an arm are those of the learning rate whose "
-        f"mean {found.quality.title} over seeds is best ({better} is better), chosen on the same validation data.",
+        f"{differ}Tried: {tried}; {repeats} per arm and rate. All figures of an arm are those of the learning rate "
+        f"whose mean {found.quality.title} over seeds is best ({better} is better), by the same validation data.",
         "Bands and bars reach from the lowest to the highest seed; they are no confidence intervals of a distribution.",
     ] + ([f"{_counted(len(left), 'run')} left out; see the end of the page."] if left else [])
 
@@ -130,8 +130,10 @@ def _commands(runs: Sequence[Run], command: str) -> dict[str, Sequence[str]]:
     known = list(dict.fromkeys(run.command for run in runs if run.command))
     unknown = [run.name for run in runs if not run.command]
     made: dict[str, Sequence[str]] = {"this report": [command]} if command else {}
+    if sweeps := list(dict.fromkeys(run.sweep for run in runs if run.sweep)):
+        made["the sweep" if len(sweeps) == 1 else "the sweeps"] = sweeps
     if known:
-        made["the runs"] = known
+        made["every run by itself" if sweeps else "the runs"] = known
     if unknown:
         made["not recorded"] = [f"# {name}: its config.json says all" for name in unknown]
     return made

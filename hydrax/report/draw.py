@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hydrax.report.plot import Heat, Plot, Point, Series
+from hydrax.report.plot import Heat, Plot, Series
 from hydrax.train.figure import INK, blank, quiet
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _x_axis(axes: "Axes", plot: Plot) -> None:
     axis, x = plot.x, sorted({p.x for s in plot.series for p in s.points})
     if axis.scale == "ordinal":
         turned = sum(len(t) for t in axis.ticks) > 50
-        style = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+        style: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
         axes.set_xticks(range(len(axis.ticks)), axis.ticks, **style)
         axes.set_xlim(-0.25, len(axis.ticks) - 0.75)
     elif axis.scale in ("bytes", "values"):
@@ -199,6 +199,7 @@ def _y_axis(axes: "Axes", plot: Plot) -> None:
     elif plot.y.top is not None:
         low = min(p.y.low for s in plot.series for p in s.points)
         axes.set_ylim(low - 0.05 * (plot.y.top - low), plot.y.top + 0.03 * (plot.y.top - low))
+        axes.set_xlim(left=0.9 * min(p.x for s in plot.series for p in s.points if p.y.low <= plot.y.top))
     elif "accuracy" in plot.y.name:
         low = min(p.y.low for s in (*plot.series, *plot.levels) for p in s.points)
         axes.set_ylim(-0.03 if low < 0.5 else max(0.0, low - 0.08), 1.03)
@@ -227,19 +228,28 @@ def _names_at_the_right(figure: "Figure", axes: "Axes", lines: Sequence[Series],
         return
     figure.canvas.draw()  # only now are places known
     to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [to_axes.transform((s.points[-1].x, s.points[-1].y.mean)) for s in lines]
-    ends += [(1.0, to_axes.transform((axes.get_xlim()[0], s.points[-1].y.mean))[1]) for s in levels]
+    ends = [tuple(map(float, to_axes.transform((s.points[-1].x, s.points[-1].y.mean)))) for s in lines]
+    ends += [(1.0, float(to_axes.transform((axes.get_xlim()[0], s.points[-1].y.mean))[1])) for s in levels]
     gap = LINE * figure.dpi / axes.get_window_extent().height
-    places = spread([float(y) for _, y in ends], gap)
+    places = spread([y for _, y in ends], gap)
     shift = max(0.0, -min(places)) - max(0.0, max(places) - 1)
     for s, (x, y), place in zip([*lines, *levels], ends, places, strict=True):
         # A thin line in the colour of the series leads from its end to marker and name.
-        style, beside = _style(s), {"transform": axes.transAxes, "clip_on": False}
+        style: dict[str, Any] = _style(s)
+        beside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
         way = [(x, y), (1.0, y), (1.045, place + shift)]
         axes.add_line(Line2D(*zip(*way, strict=True), color=style["color"], linewidth=0.7, zorder=1.2, **beside))
         if s in lines:
             axes.add_line(Line2D([1.06], [place + shift], **style, **beside))
-        axes.text(1.085, place + shift, s.label, va="center", fontsize=SIZE - 1, color=INK, transform=axes.transAxes)
+        axes.text(
+            1.085 if s in lines else 1.055,
+            place + shift,
+            s.label,
+            va="center",
+            fontsize=SIZE - 1,
+            color=INK,
+            transform=axes.transAxes,
+        )
 
 
 def _names_of_points(figure: "Figure", axes: "Axes", plot: Plot, front: Sequence[tuple[float, float]]) -> None:
@@ -314,7 +324,7 @@ def _covered(box: Box, taken: Iterable[Box], inside: Any) -> float:
     height = max(0.0, min(top, inside.y1) - max(bottom, inside.y0))
     out = (right - left) * (top - bottom) - width * height
     return 2 * out + sum(
-        max(0.0, min(right, r) - max(left, l)) * max(0.0, min(top, t) - max(bottom, b)) for l, b, r, t in taken
+        max(0.0, min(right, r) - max(left, left_)) * max(0.0, min(top, t) - max(bottom, b)) for left_, b, r, t in taken
     )
 
 
@@ -325,7 +335,7 @@ def _draw_heat(plot: Heat) -> "Figure":
     down = -(-n // across)
     figure = blank(WIDTH, 0.9 + down * (0.45 + max(0.24 * len(plot.rows.ticks), 0.8)))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    image = None
+    image: Any = None
     for axes, panel in itertools.zip_longest(grid.flat, plot.panels):
         if panel is None:
             axes.set_visible(False)

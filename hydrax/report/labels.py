@@ -99,6 +99,6 @@ def _is_full(single: Single) -> bool:
 def _layer_share(layer: LayerSpec) -> Fraction | None:
     found = _memories(layer)
     heads = [getattr(s.options, mixers.row(s.mixer).head_option, None) for s in found]
-    weights = [1] * len(found) if None in heads else heads
-    full = sum(w for s, w in zip(found, weights, strict=True) if _is_full(s))
-    return Fraction(full, sum(weights)) if found else None
+    weights: list[int] = [1] * len(found) if None in heads else [h for h in heads if h]
+    full = [w for s, w in zip(found, weights, strict=True) if _is_full(s)]
+    return Fraction(sum(full), sum(weights)) if found else None

@@ -88,16 +88,18 @@ def as_markdown(page: Page) -> str:
 
 
 def brief(table: Table) -> list[list[str]]:
-    """The rows for reading: numbers with four significant digits, those of a column with equally many decimals."""
+    """The rows for reading: numbers of a column with equally many decimals, four digits of the largest at least."""
     columns = [_column([row[i] for row in table.rows]) for i in range(len(table.columns))]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _column(cells: Sequence[Any]) -> list[str]:
     sizes = [abs(x) for x in cells if isinstance(x, float) and x and math.isfinite(x)]
-    decimals = max((min(_decimals(x), 3 - math.floor(math.log10(x))) for x in sizes), default=0)
-    wide = bool(sizes) and (max(sizes) >= 1e13 or decimals > 8)
-    return [_text(cell, None if wide else max(decimals, 0)) for cell in cells]
+    if not sizes:
+        return [_text(cell, 0) for cell in cells]
+    wanted = max(3 - math.floor(math.log10(max(sizes))), -math.floor(math.log10(min(sizes))), 0)
+    wide = max(sizes) >= 1e13 or wanted > 7
+    return [_text(cell, None if wide else min(wanted, max(map(_decimals, sizes)))) for cell in cells]
 
 
 def _decimals(x: float) -> int:
@@ -185,7 +187,7 @@ summary { cursor: pointer; padding: 0.25rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
-th { border-bottom: 1.5px solid #1f2430; }
+th { border-bottom: 1.5px solid #1f2430; white-space: normal; vertical-align: bottom; }
 td { border-bottom: 1px solid #e6e8ec; }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 .csv { margin: 0; font-size: 0.85rem; }

@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydrax.core.build import ConfigError
 from hydrax.report import labels
@@ -44,13 +44,16 @@ def by_ratio(found: Study) -> list[Plot]:
     alone = [arm for arm in found.arms if arm.share == 1]
     ticks = [labels.ratio(share) if share else "no attention" for share in shares]
     made = []
+
+    def style(arms: Sequence[Arm]) -> tuple[int, int]:
+        return found.style(arms[0])
+
     other = [m for m in found.measures if m.higher != found.quality.higher]
     for measure in (found.quality, *other[:1]):
         series = [
-            Series(name, [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)], (i, i))
-            for i, (name, group) in enumerate(groups.items())
+            Series(name, [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)], style(group))
+            for name, group in groups.items()
         ]
-        n = len(series)
         made.append(
             Plot(
                 f"ratio_{measure.key}",
@@ -59,7 +62,7 @@ def by_ratio(found: Study) -> list[Plot]:
                 Axis("recurrent : full attention", "recurrent:full", "ordinal", ticks),
                 Axis(measure.title, measure.key),
                 series,
-                levels=[Series(a.label, [_point(0, a, measure)], (n + i, n + i)) for i, a in enumerate(alone)],
+                levels=[Series(a.label, [_point(0, a, measure)], found.style(a)) for a in alone],
             )
         )
     return made
@@ -100,8 +103,8 @@ def by_state(found: Study) -> list[Plot]:
         Plot(
             "state",
             "Accuracy against the size of the state",
-            "State: what one sequence keeps in layers whose memory does not grow with it, recurrent states (fp32), full "
-            f"windows and tails of short convolutions (bf16). Dashed: full attention alone. {BARS}",
+            "State: what one sequence keeps in layers whose memory does not grow with it: recurrent states (fp32), "
+            f"full windows and tails of short convolutions (bf16). Dashed: full attention alone. {BARS}",
             Axis("state of one sequence", "state_bytes", "bytes"),
             Axis(measure.title, measure.key),
             _families(found, having, lambda arm: _point(sizes[arm.label], arm, measure)),
@@ -135,9 +138,8 @@ def by_tokens(found: Study) -> list[Plot]:
     """Loss and accuracy while training, against tokens and against FLOPs."""
     best = [run for arm in found.arms for run in arm.best]
     validated = all(sum("val_loss" in record for record in run.records) >= 4 for run in best)
-    curves = (
-        {"val_loss": "validation loss, nats per target"} if validated else {"loss": "training loss, nats per target"}
-    )
+    of, key = ("validation", "val_loss") if validated else ("training", "loss")
+    curves = {key: f"{of} loss, nats per target"}
     if validated and found.measure("val_accuracy"):
         curves["val_accuracy"] = "accuracy"
     return [plot for key, title in curves.items() for plot in _curves(found, key, title)]
@@ -147,7 +149,7 @@ def by_length(found: Study) -> list[Plot]:
     """Training speed against the length of rows, where it varies."""
     groups = _grouped(found.arms, lambda arm: (arm.label_without(SEQ_LEN), _devices(arm.best[0])))
     several = len({devices for _, devices in groups}) > 1
-    series = []
+    series: list[Series] = []
     for (name, devices), arms in groups.items():
         points = [_speed(arm) for arm in sorted(arms, key=lambda a: a.best[0].seq_len) if _speeds(arm)]
         if len({p.x for p in points}) > 1:
@@ -155,8 +157,8 @@ def by_length(found: Study) -> list[Plot]:
     if not series:
         return []
     caption = "Training, on all devices together: median over all runs of an arm; band: slowest to fastest run."
-    x, y = Axis("tokens of a row, T", "seq_len", "values"), Axis("tokens/s", "tokens_per_second", "log")
-    return [Plot("speed", "Training speed against length", caption, x, y, series)]
+    axes = Axis("tokens of a row, T", "seq_len", "values"), Axis("tokens/s", "tokens_per_second", "log")
+    return [Plot("speed", "Training speed against length", caption, *axes, series)]
 
 
 def by_rate(found: Study) -> list[Plot]:
@@ -174,8 +176,8 @@ def by_rate(found: Study) -> list[Plot]:
     if not series:
         return []
     caption = f"{BANDS} All other plots show the best rate of every arm, by the mean over its seeds."
-    x, y = Axis("peak learning rate", "lr", "values"), Axis(q.title, q.key)
-    return [Plot("learning_rate", f"{_capital(q.title)} against the learning rate", caption, x, y, series)]
+    axes = Axis("peak learning rate", "lr", "values"), Axis(q.title, q.key)
+    return [Plot("learning_rate", f"{_capital(q.title)} against the learning rate", caption, *axes, series)]
 
 
 def against(found: Study, key: str) -> Plot:
@@ -280,15 +282,13 @@ def _by_value(
     )
 
 
-def _trained(found: Study, key: str, ticks: Sequence[str]) -> dict[str, float]:
+def _trained(of: Study, key: str, ticks: Sequence[str]) -> dict[str, float]:
     """Where the lengths end that were trained on, if all arms agree."""
-    lengths = {arm.best[0].seq_len for arm in found.arms}
-    ends = [
-        float(re.split(r"(?<=\d)-", tick)[-1]) if re.fullmatch(r"[\d.]+(-[\d.]+)?", tick) else None for tick in ticks
-    ]
-    if key != "length" or len(lengths) > 1 or None in ends:
+    lengths = {arm.best[0].seq_len for arm in of.arms}
+    ends = [float(found[1]) for tick in ticks if (found := re.fullmatch(r"(?:\d+-)?(\d+)", tick))]
+    if key != "length" or len(lengths) > 1 or len(ends) < len(ticks):
         return {}
-    within = sum(end <= min(lengths) for end in ends if end is not None)
+    within = sum(end <= min(lengths) for end in ends)
     return {"trained up to here": within - 0.5} if 0 < within < len(ticks) else {}
 
 
@@ -319,9 +319,8 @@ def _curves(found: Study, key: str, title: str) -> list[Plot]:
     arms = [arm for arm in found.arms if len(points[arm.label]) > 1]
     top = None
     if "loss" in key:  # that of the first steps says little and would flatten the rest
-        top = max(
-            (y.high for arm in arms for n, y in points[arm.label] if n > 0.1 * points[arm.label][-1][0]), default=None
-        )
+        late = [y.high for arm in arms for n, y in points[arm.label] if n > 0.1 * points[arm.label][-1][0]]
+        top = max(late, default=None)
     parts = "" if key.startswith("val") else f" Mean over each of {BINS} parts of a run, or fewer."
     x = {
         "tokens": (Axis("training tokens", "tokens", "log"), {arm.label: 1.0 for arm in arms}),

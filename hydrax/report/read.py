@@ -13,7 +13,7 @@ from hydrax.core.build import ConfigError
 from hydrax.models.cost import Cost, cost
 from hydrax.models.layers import LayerSpec
 from hydrax.models.spec import model_config, resolve
-from hydrax.sweep.status import ATTEMPTS, LOG, status
+from hydrax.sweep.status import ATTEMPTS, LOG, RECORD, status
 from hydrax.train import metrics
 
 MARKS = ("config.json", "summary.json", "metrics.jsonl", ATTEMPTS)
@@ -22,7 +22,7 @@ MARKS = ("config.json", "summary.json", "metrics.jsonl", ATTEMPTS)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run. `command` is the one that made it, if its folder tells."""
+    """A finished run. `command` is the one that made it, and `sweep` that of its sweep, if they are recorded."""
 
     name: str
     config: Mapping[str, Any]
@@ -30,6 +30,7 @@ class Run:
     records: Sequence[metrics.Record]
     environment: Mapping[str, Any]
     command: str | None
+    sweep: str | None = None
 
     def get(self, key: str) -> Any:
         """The value of a dotted key of the config; None: absent."""
@@ -121,7 +122,9 @@ def _read(name: str, folder: pathlib.Path) -> Run | LeftOut:
     if not isinstance(config["data"].get("seq_len"), int):
         return LeftOut(name, "broken", "its config.json has no data.seq_len")
     records, environment = metrics.read(folder / "metrics.jsonl"), _object(folder / "environment.json")
-    return Run(name, config, now.summary, records, environment, _command(folder, environment))
+    sweep = _object(folder.absolute().parent / RECORD).get("command")
+    command = _command(folder, environment)
+    return Run(name, config, now.summary, records, environment, command, _portable(sweep) if sweep else None)
 
 
 def _command(folder: pathlib.Path, environment: Mapping[str, Any]) -> str | None:

@@ -41,8 +41,7 @@ class Measure:
 
     def of(self, run: Run) -> float | None:
         value = run.summary.get(self.key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if number else None
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 MEASURES = (

@@ -1,6 +1,7 @@
 """A sweep from its file to its results: what `launch.sweep` does."""
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +12,8 @@ from hydrax.core.build import ConfigError
 from hydrax.sweep import local, slurm, table
 from hydrax.sweep.runs import expand
 from hydrax.sweep.slots import make_slots
-from hydrax.sweep.status import only_one
+from hydrax.sweep.status import RECORD, only_one
+from hydrax.train.metrics import write_json
 
 
 def sweep(
@@ -46,6 +48,7 @@ def sweep(
     with only_one(workdir / "lock") as alone:
         if not alone:
             raise ConfigError("workdir", str(workdir), "another launch.sweep is at work in it")
+        write_json(workdir / RECORD, {"command": shlex.join(sys.orig_argv)})
         with watch:
             if executor == "local":
                 reasons, stopped = local.run_all(runs, slots, retries=retries, watch=watch)
@@ -55,6 +58,9 @@ def sweep(
                 )
         table.save_results(workdir, runs, watch.statuses)
     wide.print(table.results(runs, watch.statuses))
+    if any(now.summary for now in watch.statuses.values()):
+        flags = (f"--runs={workdir}", f"--out={workdir / 'report'}")
+        print(f"plots and tables of these: {shlex.join(('python', '-m', 'launch.report', *flags))}", flush=True)
     if stopped is not None:
         print(f"{stopped.name}: {table.counts(watch.statuses.values())}; the same command continues", flush=True)
         return 128 + stopped

@@ -16,6 +16,7 @@ State = Literal["waiting", "running", "finished", "broken", "failed"]
 
 LOG = "log.txt"
 ATTEMPTS = "attempts.json"
+RECORD = "sweep.json"  # beside the folders of the runs: the command of the sweep
 TAIL = 1 << 14  # bytes at the end of metrics.jsonl, enough for the newest record
 
 

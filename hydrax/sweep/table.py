@@ -23,7 +23,14 @@ STYLES: dict[State, str] = {
     "broken": "yellow",
     "failed": "red",
 }
-RESULTS = ("val_loss", "val_bits_per_byte", "tokens_per_second", "parameters")
+RESULTS = {
+    "val_accuracy": ("accuracy", ".4f"),
+    "val_loss": ("validation loss", ".4f"),
+    "val_bits_per_byte": ("bits/byte", ".4f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "parameters": ("parameters", ","),
+}
+"""Final figures: what to call them, and how to write them. Runs of text have no accuracy."""
 
 Statuses = dict[str, Status]
 
@@ -103,15 +110,14 @@ def save_results(workdir: pathlib.Path, runs: Sequence[Run], statuses: Mapping[s
 def results(runs: Sequence[Run], statuses: Mapping[str, Status]) -> Table:
     """The finished runs with their final figures."""
     keys = varied(list(runs))
-    table = Table("run", *keys, "validation loss", "bits/byte", "tokens/s", "parameters", title="results")
+    shown = {name for now in statuses.values() for name, value in (now.summary or {}).items() if value is not None}
+    named = {name: about for name, about in RESULTS.items() if name in shown}
+    table = Table("run", *keys, *(title for title, _ in named.values()), title="results")
     for run in runs:
         if summary := statuses[run.name].summary:
-            figures = [_figure(summary.get(name), form) for name, form in zip(RESULTS, _FORMS, strict=True)]
+            figures = [_figure(summary.get(name), form) for name, (_, form) in named.items()]
             table.add_row(run.name, *(str(run.overrides.get(key, "")) for key in keys), *figures)
     return table
-
-
-_FORMS = (".4f", ".4f", ",.0f", ",")
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -125,7 +131,9 @@ def _row(run: Run, now: Status) -> dict[str, Any]:
 
 def _said(now: Status) -> str:
     if now.summary:
-        return f"finished, {_figure(now.summary.get('val_bits_per_byte'), '.4f')} bits/byte"
+        name = "val_accuracy" if now.summary.get("val_accuracy") is not None else "val_bits_per_byte"
+        title, form = RESULTS[name]
+        return f"finished, {_figure(now.summary.get(name), form)} {title}"
     if now.state == "running":
         return f"running, attempt {now.attempts}"
     return f"{now.state}{', ' + now.why if now.why else ''}"

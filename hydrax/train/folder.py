@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, Literal
@@ -106,11 +108,14 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def describe(workdir: pathlib.Path, cfg: RunConfig) -> None:
-    """Writes config.json first (it marks the folder as a run's), then layers.json and environment.json."""
+    """Writes config.json first (it marks the folder as a run's), then layers.json and environment.json.
+
+    The latter has the command line of this process, too.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", as_dict(cfg))
     write_json(workdir / "layers.json", layers(cfg))
-    write_json(workdir / "environment.json", environment())
+    write_json(workdir / "environment.json", {**environment(), "command": shlex.join(sys.orig_argv)})
 
 
 def describe_program(workdir: pathlib.Path, compiled: jax.stages.Compiled) -> None:
