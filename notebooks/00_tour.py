@@ -19,9 +19,10 @@
 #
 # $$ S_t = \alpha_t\,(I - \beta_t k_t k_t^\top)\,S_{t-1} + \beta_t k_t v_t^\top, \qquad o_t = S_t^\top q_t , $$
 #
-# it forgets by $\alpha_t$, replaces what was stored under the key $k_t$, and never grows. Which kind of layer sits where
-# is one line of config. This notebook trains three such lines for a moment each, on the source of Python's standard
-# library, and compares what they learn and what they cost. It takes about a minute and a half on four CPU cores.
+# it forgets by $\alpha_t$, replaces what was stored under the key $k_t$, and never grows. Which kind of layer sits
+# where is one line of config. This notebook trains three such lines for a moment each, on the source of Python's
+# standard library, and compares what they learn and what they cost. It takes about a minute and a half on four CPU
+# cores.
 
 # %%
 import json
@@ -41,8 +42,9 @@ RUNS = pathlib.Path(tempfile.mkdtemp(prefix="hydrax_tour_"))  # run this cell ag
 # %% [markdown]
 # ## A config, and its pattern
 #
-# `quickstart` is one of the configs in `configs/`. We make it small. Every key can be overridden, here as on the command
-# line (`python -m launch.train --config=quickstart --config.model.pattern=...`), and a misspelt one is an error.
+# `quickstart` is one of the configs in `configs/`. We make it small. Every key can be overridden, here as on the
+# command line (`python -m launch.train --config=quickstart --config.model.pattern=...`), and a misspelt one is an
+# error.
 
 # %%
 PATTERNS = {"hybrid": "3*gdn,attn", "attention only": "4*attn", "recurrent only": "4*gdn"}
@@ -99,8 +101,8 @@ plt.show()
 #
 # ## Train them
 #
-# `hydrax.train_run` does in this process what `launch.train` does in a terminal. The folder gets the resolved config, the
-# metrics, checkpoints and a summary; called again, it continues what was interrupted.
+# `hydrax.train_run` does in this process what `launch.train` does in a terminal. The folder gets the resolved config,
+# the metrics, checkpoints and a summary; called again, it continues what was interrupted.
 
 # %%
 summaries = {}
@@ -109,8 +111,8 @@ for name, pattern in PATTERNS.items():
     print(f"{name:15s} {summaries[name]['val_bits_per_byte']:.3f} bits per byte on files it has not seen")
 
 # %% [markdown]
-# Bits per byte say how many bits the model needs per byte of text, $-\frac{1}{n}\log_2 p(\text{text})$ over $n$ bytes: 8
-# for a model that knows nothing.
+# Bits per byte say how many bits the model needs per byte of text, $-\frac{1}{n}\log_2 p(\text{text})$ over $n$ bytes:
+# 8 for a model that knows nothing.
 
 # %%
 fig, ax = plt.subplots()
@@ -123,9 +125,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# **Notice** that all three saw the same rows in the same order: their bumps coincide. The differences between the curves
-# at the end of so short a training are differences in how fast the first statistics of text are learned, not a verdict.
-# One seed and one learning rate never are: notebook `05_read_a_sweep` shows what it takes.
+# **Notice** that all three saw the same rows in the same order: their bumps coincide. The differences between the
+# curves at the end of so short a training are differences in how fast the first statistics of text are learned, not a
+# verdict. One seed and one learning rate never are: notebook `05_read_a_sweep` shows what it takes.
 #
 # ## Use one
 #

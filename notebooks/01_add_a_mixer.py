@@ -16,7 +16,8 @@
 # A mixer lets tokens see those before them. We write one that hydrax does not have, the minimal gated recurrence of
 # [arXiv 2410.01201](https://arxiv.org/abs/2410.01201), in about forty lines:
 #
-# $$ h_t = a_t \odot h_{t-1} + (1 - a_t) \odot v_t, \qquad a_t = \sigma(W_a x_t),\quad v_t = W_v x_t,\qquad y_t = W_o\,h_t . $$
+# $$ h_t = a_t \odot h_{t-1} + (1 - a_t) \odot v_t, \qquad
+# a_t = \sigma(W_a x_t),\quad v_t = W_v x_t,\qquad y_t = W_o\,h_t . $$
 #
 # Every channel keeps a running average, and the input decides how fast it moves. Then we prove that it is right, with
 # the tests all mixers of hydrax pass, and train it beside `gdn`. Takes a minute and a half on four CPU cores.
@@ -48,8 +49,8 @@ RUNS = pathlib.Path(tempfile.mkdtemp(prefix="hydrax_mixer_"))
 # %% [markdown]
 # ## The definition
 #
-# First the recurrence as it stands in the equation, slow and obviously right. It is the definition: everything faster is
-# tested against it.
+# First the recurrence as it stands in the equation, slow and obviously right. It is the definition: everything faster
+# is tested against it.
 
 
 # %%
@@ -67,9 +68,9 @@ def recurrent(a, b, h):
 # %% [markdown]
 # ## The form for training
 #
-# T steps, one after another, leave a machine idle. But $h \mapsto a h + b$ is an affine map, and two of them in a row are
-# another one: $(a_2, b_2) \circ (a_1, b_1) = (a_2 a_1,\; a_2 b_1 + b_2)$. So chunks of tokens can be composed in parallel
-# (`associative_scan`), and only the state at the end of each chunk goes from one chunk to the next.
+# T steps, one after another, leave a machine idle. But $h \mapsto a h + b$ is an affine map, and two of them in a row
+# are another one: $(a_2, b_2) \circ (a_1, b_1) = (a_2 a_1,\; a_2 b_1 + b_2)$. So chunks of tokens can be composed in
+# parallel (`associative_scan`), and only the state at the end of each chunk goes from one chunk to the next.
 
 
 # %%
@@ -212,8 +213,8 @@ for question in QUESTIONS:
     print("passed", question.__name__)
 
 # %% [markdown]
-# A test that cannot fail proves nothing. So we break the mixer: without the line that forgets at the start of a document,
-# one document reads the other, and the contract says so.
+# A test that cannot fail proves nothing. So we break the mixer: without the line that forgets at the start of a
+# document, one document reads the other, and the contract says so.
 
 
 # %%
@@ -273,9 +274,8 @@ plt.show()
 # %% [markdown]
 # ## What a gate learned
 #
-# The half-life of a channel, $\ln\frac12 / \ln a_t$ tokens, says how long it remembers. A channel whose gate is
-# always 0.88, as initialised ($\sigma(2)$), forgets half in 5.4 tokens. Here are the gates of both layers on a line of
-# code.
+# The half-life of a channel, $\ln\frac12 / \ln a_t$ tokens, says how long it remembers. A channel whose gate is always
+# 0.88, as initialised ($\sigma(2)$), forgets half in 5.4 tokens. Here are the gates of both layers on a line of code.
 
 # %%
 lm, _ = hydrax.load_run(RUNS / "2_mingru")

@@ -14,8 +14,8 @@
 # # Hybrids on every axis
 #
 # "Three recurrent layers to one of attention" is the best known hybrid, and only one of several directions in which two
-# kinds of memory can be mixed. This notebook takes five, one line of config each, draws them, counts their cost and trains
-# them for a moment. The two kinds are gated linear attention (`gla`), with a state of fixed size,
+# kinds of memory can be mixed. This notebook takes five, one line of config each, draws them, counts their cost and
+# trains them for a moment. The two kinds are gated linear attention (`gla`), with a state of fixed size,
 #
 # $$ S_t = \mathrm{diag}(\alpha_t)\,S_{t-1} + k_t v_t^\top,\qquad o_t = S_t^\top q_t , $$
 #
@@ -28,7 +28,6 @@ import pathlib
 import tempfile
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
 import hydrax
@@ -45,7 +44,7 @@ RUNS = pathlib.Path(tempfile.mkdtemp(prefix="hydrax_axes_"))
 # | layers | `3*gla,attn` | one layer of four |
 # | heads | `4*heads(3*gla,attn)` | one head of four, in every layer; one output projection for all heads |
 # | branches | `4*parallel(gla,attn)` | every layer computes both from the same input, and adds them |
-# | tokens | `4*modes(gla)` | every layer; each chunk of tokens is read by attention or by the recurrence, over the same keys and values |
+# | tokens | `4*modes(gla)` | every layer reads a chunk of tokens by one of both, over the same keys and values |
 # | depth | `loop(2,(gla,attn))` | two layers with one set of weights, run twice |
 
 # %%
@@ -85,8 +84,8 @@ def config(axis):
 # %% [markdown]
 # ## What they look like
 #
-# Width is depth: layers from left to right, as a token passes them. Height is what a layer consists of: its heads, or, in
-# the fourth picture, the tokens it reads.
+# Width is depth: layers from left to right, as a token passes them. Height is what a layer consists of: its heads, or,
+# in the fourth picture, the tokens it reads.
 
 # %%
 RECURRENT, ATTENTION = {"facecolor": "#56B4E9"}, {"facecolor": "#E69F00", "hatch": "///"}
@@ -159,11 +158,12 @@ for axis, cost in costs.items():
 # %% [markdown]
 # **Notice**
 #
-# - `heads` keeps about as many bytes of keys and values as `layers`, spread over all depths: one head of four instead of one
-#   layer of four.
-# - `branches` and `tokens` pay for attention in every layer; `tokens` has hardly more parameters than a pure `gla`, since
-#   both ways of reading use the same keys and values.
-# - `depth` has half of the parameters, but not half of the FLOPs: each pass computes, and each pass has memory of its own.
+# - `heads` keeps about as many bytes of keys and values as `layers`, spread over all depths: one head of four instead
+#   of one layer of four.
+# - `branches` and `tokens` pay for attention in every layer; `tokens` has hardly more parameters than a pure `gla`,
+#   since both ways of reading use the same keys and values.
+# - `depth` has half of the parameters, but not half of the FLOPs: each pass computes, and each pass has memory of its
+#   own.
 #
 # ## Train them
 
@@ -203,6 +203,6 @@ plt.show()
 # **Try next**
 #
 # - Compose: `"2*(heads(3*gla,attn),gla)"`, `"loop(2, 3*gla)"`, `"3*parallel(gla,swa),attn"`.
-# - Make the comparison fair: `python -m launch.cost --match=parameters --compare=...` turns one integer of each model until
-#   all have the same number of parameters (or FLOPs, or bytes of cache).
+# - Make the comparison fair: `python -m launch.cost --match=parameters --compare=...` turns one integer of each model
+#   until all have the same number of parameters (or FLOPs, or bytes of cache).
 # - `cfg.data.modes.schedule = "linear"` for the fourth: the same weights, read by the recurrence alone.

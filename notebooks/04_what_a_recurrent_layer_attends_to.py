@@ -13,8 +13,8 @@
 # %% [markdown]
 # # What a recurrent layer attends to
 #
-# A recurrent layer has no attention weights to look at. But for fixed queries, keys and gates it is linear in its values,
-# so what it reads at token $i$ is a weighted sum over the tokens before, exactly as in attention:
+# A recurrent layer has no attention weights to look at. But for fixed queries, keys and gates it is linear in its
+# values, so what it reads at token $i$ is a weighted sum over the tokens before, exactly as in attention:
 #
 # $$ o_i = \sum_{j \le i} A_{ij}\, v_j . $$
 #
@@ -24,9 +24,9 @@
 # $$ A_{ij} = \beta_j\; q_i^\top \Big(\prod_{t=j+1}^{i} \alpha_t (I - \beta_t k_t k_t^\top)\Big) k_j
 # \qquad\text{and}\qquad A_{ij} = \mathrm{dt}_j\; q_i^\top k_j\, \prod_{t=j+1}^{i} \alpha_t . $$
 #
-# `hydrax.interp.effective_attention` gets this matrix from the layer itself, by running it on values that are columns of
-# the identity ([arXiv 2403.01590](https://arxiv.org/abs/2403.01590)). We train a hybrid of all three on a text in which
-# words come back, and look at who looks back. Takes about a minute and a half on four CPU cores.
+# `hydrax.interp.effective_attention` gets this matrix from the layer itself, by running it on values that are columns
+# of the identity ([arXiv 2403.01590](https://arxiv.org/abs/2403.01590)). We train a hybrid of all three on a text in
+# which words come back, and look at who looks back. Takes about a minute and a half on four CPU cores.
 
 # %%
 import json
@@ -103,7 +103,7 @@ records = [r for r in records if "bits_per_byte" in r]
 fig, ax = plt.subplots(figsize=(7, 2.8))
 ax.plot([r["step"] for r in records], [r["bits_per_byte"] for r in records])
 ax.axhline(4, color="#8a8f99", linestyle=":")
-ax.text(0, 3.95, "the letters alone, without looking back: about 4 bits", va="top", fontsize=8)
+ax.text(STEPS, 3.9, "letters without looking back: about 4 bits", ha="right", va="top", fontsize=8)
 ax.set(xlabel="training step of 16 x 64 bytes", ylabel="bits per byte", ylim=(0, None))
 plt.show()
 print(f"{summary['val_bits_per_byte']:.2f} bits per byte on lines it has not seen")
@@ -134,14 +134,14 @@ ax.set(xlabel="byte that is predicted", ylabel="surprise (bits)")
 plt.show()
 
 # %% [markdown]
-# **Notice** the first copy: nothing helps there. In the next copies surprise falls behind the first letters of the word,
-# as soon as these say where in the word we are.
+# **Notice** the first copy: nothing helps there, each letter costs the four bits of one out of sixteen. From the second
+# copy on the word is known. (With few steps of training, the surprise is still everywhere.)
 #
 # ## Who looks where
 #
 # Now the matrices. Row $i$ is what the layer reads at byte $i$; bright columns are the bytes it reads from. Shown is
-# $|A|$ with rows that sum to one, averaged over heads. The dotted diagonals mark what an *induction* head would read: the
-# byte that followed the last time.
+# $|A|$ with rows that sum to one, averaged over heads. The dotted diagonals mark what an *induction* head would read:
+# the byte that followed the last time.
 
 # %%
 maps = ea.matrices(lm, tokens)  # one [1,heads,T,T] per layer
@@ -160,6 +160,11 @@ fig.colorbar(picture, ax=panels, label=r"$\sqrt{\mathrm{weight}}$", shrink=0.8)
 plt.show()
 
 # %% [markdown]
+# **Notice** the division of labour that training has found. The attention layer has the diagonal: it reads the byte
+# that followed the last time. It could not know which that is from letters alone, so somebody has to say where a word
+# begins and what came before a letter: the recurrent layers look at the last bytes, and hold on to the beginnings of
+# words (the columns) over the whole word.
+#
 # The same as numbers: the mean weight by distance $i - j$, in the copies after the first. A peak one less than the
 # period is the byte that came next the last time.
 
@@ -198,8 +203,8 @@ plt.show()
 # ## Through all layers
 #
 # A layer reads what earlier layers wrote, so its map is not about the input. *Rollout* multiplies the maps, with the
-# identity for the residual stream, $R = \hat A_3 \hat A_2 \hat A_1$
-# ([arXiv 2005.00928](https://arxiv.org/abs/2005.00928)): how much of each input byte reaches each output.
+# identity for the residual stream, $R = \hat A_3 \hat A_2 \hat A_1$ ([arXiv
+# 2005.00928](https://arxiv.org/abs/2005.00928)): how much of each input byte reaches each output.
 
 # %%
 R = np.asarray(ea.rollout([ea.head_mean(A) for A in maps])[0])

@@ -77,8 +77,8 @@ def get_sweep(arg=""):
 print(run("launch.sweep", f"--sweep={SWEEP}", f"--workdir={WORK / 'runs'}", "--parallel=4"))
 
 # %% [markdown]
-# Several runs went on at a time, each in a process and a folder of its own. If this cell is interrupted, the same command
-# skips what is finished and continues the rest. The results are also in one file, a line per run:
+# Several runs went on at a time, each in a process and a folder of its own. If this cell is interrupted, the same
+# command skips what is finished and continues the rest. The results are also in one file, a line per run:
 
 # %%
 with open(WORK / "runs" / "results.csv", newline="") as file:
@@ -104,8 +104,8 @@ best = {arm: min(rates, key=lambda r, rates=rates: statistics.fmean(rates[r])) f
 fig, ax = plt.subplots()
 for marker, (arm, rates) in zip("osD", loss.items(), strict=True):
     means = [statistics.fmean(values) for values in rates.values()]
-    (drawn,) = ax.plot(rates, means, marker=marker, label=arm)
-    ax.fill_between(rates, *zip(*((min(v), max(v)) for v in rates.values()), strict=True), alpha=0.2, linewidth=0)
+    (drawn,) = ax.plot(list(rates), means, marker=marker, label=arm)
+    ax.fill_between(list(rates), *zip(*((min(v), max(v)) for v in rates.values()), strict=True), alpha=0.2, linewidth=0)
     at = list(rates).index(best[arm])
     ax.plot(best[arm], means[at], "o", markersize=15, fillstyle="none", color=drawn.get_color())
 ax.set(xscale="log", xlabel="learning rate", ylabel="bits per byte (unseen files)", title="Rings: the best rate")
@@ -116,8 +116,8 @@ plt.show()
 
 # %% [markdown]
 # The band runs from the lowest to the highest seed: it shows every value there is. (An interval of confidence from two
-# seeds would look more scientific and say less.) **Notice** the distance between rates beside the distance between seeds:
-# which of them would a comparison at one fixed rate have measured?
+# seeds would look more scientific and say less.) **Notice** the distance between rates beside the distance between
+# seeds: which of them would a comparison at one fixed rate have measured?
 #
 # ## Quality by the share of attention
 
@@ -174,7 +174,7 @@ plt.show()
 # **Try next**
 #
 # - Open `report.html` in a browser: `print(WORK / "report" / "report.html")`.
-# - Is the best rate of an arm at the edge of the grid? Then it is not known yet: add rates, and run the cells again; what
-#   is finished is not trained twice.
+# - Is the best rate of an arm at the edge of the grid? Then it is not known yet: add rates, and run the cells again;
+#   what is finished is not trained twice.
 # - More seeds make a band wider, not narrower: it shows the range. What becomes surer is the mean.
 # - `configs/sweeps` has the sweeps of the studies; `--executor=slurm` runs them on a cluster.
