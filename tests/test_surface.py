@@ -28,7 +28,16 @@ def test_a_loaded_config_builds_a_model():
 
 
 def test_a_run_trains_in_this_process_as_the_command_does(tmp_path, capsys):
-    values = {"model.d_model": 16, "model.pattern": "gla", "model.mixers": {"gla": {"heads": 2}}, "data.seq_len": 16}
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text("the same again. " * 50 * (i + 1))
+    values = {
+        "data.path": str(tmp_path / "*.txt"),
+        "data.val_fraction": 0.3,
+        "model.d_model": 16,
+        "model.pattern": "gla",
+        "model.mixers": {"gla": {"heads": 2}},
+        "data.seq_len": 16,
+    }
     steps = {"train.steps": 2, "train.batch_size": 8, "train.eval_rows": 8, "optim.warmup": 0}
     cfg = hydrax.load_config("quickstart", **values, **steps)
     summary = hydrax.train_run(cfg, tmp_path / "run", quiet=True)
