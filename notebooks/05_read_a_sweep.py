@@ -70,7 +70,7 @@ def get_sweep(arg=""):
         "sample.tokens": 0,
     }}
     patterns = grid.sweep("model.pattern", ["2*gla", "gla,attn", "2*attn"])
-    rates = grid.sweep("optim.lr", [0.003, 0.01, 0.03])
+    rates = grid.sweep("optim.lr", [0.01, 0.03, 0.1])
     seeds = grid.sweep("train.seed", range(2))
     return grid.product([base], patterns, rates, seeds)
 """)
@@ -155,7 +155,7 @@ for path in sorted((WORK / "report").rglob("*")):
 # %%
 with open(WORK / "report" / "tables" / "results.csv", newline="") as file:
     for row in csv.DictReader(file):
-        print(row)
+        print({key: row[key] for key in ("arm", "validation bits per byte", "lowest", "highest", "learning rate")})
 print("ours:", best)
 
 # %% [markdown]
