@@ -1,6 +1,7 @@
 """hydrax: train hybrid language models from scratch in JAX.
 
-What notebooks use, and what may be relied on: `load_config`, `build`, `cost`, `generate`, `load_run`, `mixers.names`.
+What notebooks use, and what may be relied on: `load_config`, `build`, `cost`, `train_run`, `load_run`,
+`generate`, `mixers.names`.
 Importing this package loads none of it yet, and touches no device.
 """
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from hydrax.models.cost import cost as cost
     from hydrax.models.lm import build as build
     from hydrax.train.checkpoint import load_run as load_run
+    from hydrax.train.run import train_run as train_run
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ _HOMES = {
     "cost": "hydrax.models.cost",
     "generate": "hydrax.infer.sample",
     "load_run": "hydrax.train.checkpoint",
+    "train_run": "hydrax.train.run",
 }
 
 __all__ = ["mixers", *_HOMES]

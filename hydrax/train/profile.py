@@ -75,7 +75,8 @@ class Compilations(logging.Handler):
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._logger.removeHandler(self)
-        self._logger.level, self._logger.propagate = self._before
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)  # not by the attribute: loggers remember which levels they show
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:

@@ -61,4 +61,5 @@ def test_a_second_compilation_names_what_changed(caplog):
         logging.getLogger(COMPILER).warning("passed on")
     assert lines == ["compiled evaluate again (for the 1. time): float32[2,3] -> float32[2,4]"]
     assert logging.getLogger(COMPILER).level == level
+    assert not logging.getLogger(COMPILER).isEnabledFor(logging.DEBUG)
     assert "passed on" in caplog.text
