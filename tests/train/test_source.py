@@ -154,13 +154,14 @@ def test_a_run_writes_accuracies_and_no_bits_per_byte(run):
     assert (workdir / "figures" / "loss.png").exists()
 
 
-def test_a_resumed_run_ends_bit_equal(run, tmp_path):
+def test_a_resumed_run_ends_bit_equal(run, tmp_path, capsys):
     cfg, workdir, _ = run
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints" / "4")
     loop.train(cfg, copy)
+    assert f"continuing {copy} after step 2" in capsys.readouterr().out
 
     def records(folder):
         return [{k: x for k, x in r.items() if k != "timing"} for r in metrics.read(folder / "metrics.jsonl")]
