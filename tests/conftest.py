@@ -13,6 +13,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     safe = "--xla_cpu_experimental_ynn_fusion_type="
     os.environ["XLA_FLAGS"] = f"{fast} {safe} {os.environ.get('XLA_FLAGS', '')}"
 
+# Matrices of numpy and scipy are small here, and threads of as many workers as there are cores wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 from jaxtyping import install_import_hook
 
