@@ -4,10 +4,10 @@
     python -m launch.train --config=recipes/gdn_hybrid_340m --workdir=runs/gdn_hybrid_340m --config.data.path=<text> \\
         --config.data.tokenizer=<tokenizer.json of 32000 tokens>
 
-Hardware: one GPU of 80 GB. Expected: 393M parameters; 40 % of the peak of an H100
-(docs/results/train_gdn_hybrid_340m_h100.json; not trained by us). It is flash-linear-attention's GatedDeltaNetConfig with
-head_dim 128, num_heads 8, expand_v 1, intermediate_size 2816 and attention of 16 heads in every fourth of 24 layers. Rows of 4096 tokens, 8 of them at a time, each one document to the
-model, as that library trains by default.
+Hardware: one GPU of 80 GB. Expected: 393M parameters, 40 % of the peak of an H100 in training steps
+(docs/results/train_gdn_hybrid_340m_h100.json); not trained by us. It is flash-linear-attention's GatedDeltaNetConfig
+with head_dim 128, num_heads 8, expand_v 1, intermediate_size 2816 and attention of 16 heads in every fourth of 24
+layers. Rows of 4096 tokens, 8 of them at a time, each one document to the model, as that library trains by default.
 """
 
 from ml_collections import ConfigDict

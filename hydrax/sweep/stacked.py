@@ -38,7 +38,7 @@ def groups(runs: Sequence[Run], stack: int) -> list[list[Run]]:
             del values[section][key]
         found.setdefault(json.dumps(values, sort_keys=True), []).append(run)
     return [
-        [members[i] for i in part]
+        [members[int(i)] for i in part]
         for members in found.values()
         for part in np.array_split(np.arange(len(members)), -(-len(members) // stack))
     ]
@@ -56,7 +56,8 @@ def run_all(
       Why runs are not finished, by name, and the signal that stopped them, if one did.
     """
     left = [run for run in runs if status(run.folder).state != "finished"]
-    reasons, waiting = {}, groups(left, stack)
+    reasons: Reasons = {}
+    waiting = groups(left, stack)
     with passing_on_signals() as (stop, received), concurrent.futures.ThreadPoolExecutor(ahead) as pool:
         made: list[concurrent.futures.Future[Stack]] = []
         try:

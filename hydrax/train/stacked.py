@@ -80,7 +80,7 @@ class Stack:
         def begin(rate: jax.Array, seed: jax.Array) -> State:
             return init_state(self.plan, self._optimizer(rate), jax.random.key(seed))
 
-        def step(rate: jax.Array, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        def step(rate: Any, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
             optim = dataclasses.replace(cfg.optim, lr=rate)
             one = make_train_step(
                 self.plan,
@@ -118,7 +118,7 @@ class Stack:
             self._begin, self._advance, self._examine = pool.map(lambda program: program.compile(), lowered)
         self.compile_seconds = time.perf_counter() - began
 
-    def _optimizer(self, rate: jax.Array) -> Any:
+    def _optimizer(self, rate: Any) -> Any:
         cfg = self.cfgs[0]
         return make_optimizer(dataclasses.replace(cfg.optim, lr=rate), cfg.train.steps, self.plan.meta)
 
