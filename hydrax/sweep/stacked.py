@@ -157,7 +157,7 @@ class _Recorder:
         self._skipped = values["skipped"].astype(int)
         for i in np.flatnonzero(self._bad == cfg.train.max_skipped):
             why = f"no finite loss or gradient in {cfg.train.max_skipped} steps in a row, up to step {step}"
-            self._lost.setdefault(self._group[i].name, why)
+            self._lost.setdefault(self._group[int(i)].name, why)
         if step % cfg.train.log_every == 0 or step == cfg.train.steps:
             self._write(step, values)
         if (now := time.perf_counter()) - self._shown > REFRESH:
