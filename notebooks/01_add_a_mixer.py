@@ -303,12 +303,13 @@ fig.colorbar(picture, ax=axes, label="half-life of the memory (tokens)")
 plt.show()
 
 # %% [markdown]
-# **Notice** the columns: at some bytes many channels let go at once. The model decides from the content what to forget,
-# which a constant decay could not. The contrast grows with training.
+# **Notice** that the picture has a pattern per byte: over the run of spaces every channel holds still, and each letter
+# opens other gates. In the first layer a byte always looks the same, in the second it depends on what came before.
+# The model decides from the content what to forget, which a constant decay could not.
 #
 # **Try next**
 #
-# - `STEPS = 600`: the gates spread, from channels that follow the last byte to some that span the line.
+# - `STEPS = 600`: do the gates spread further, from channels that follow the last byte to some that span the line?
 # - Let the mixer look at the previous byte as well: a short convolution in front (`hydrax.nn.conv`, as `gdn` has).
 # - Bring it home: CONTRIBUTING.md lists the five steps from here to a mixer of the package. `ops.scan.linear_scan` is
 #   this recurrence with documents, kernels and parallel forms done; the mixer then shrinks to twenty lines.

@@ -192,8 +192,8 @@ for marker, axis in zip("osD^v", AXES, strict=True):
     kept, loss = costs[axis].cache_bytes / 1e6, results[axis]["val_bits_per_byte"]
     ax.plot(kept, loss, marker, markersize=9)
     ax.annotate(axis, (kept, loss), xytext=(9, 0), textcoords="offset points", va="center")
-ax.set(xlabel="MB kept for decoding at 8192 tokens", ylabel="bits per byte (unseen files)", xlim=(0, None))
-ax.margins(x=0.2, y=0.2)
+ax.set(xlabel="MB kept for decoding at 8192 tokens", ylabel="bits per byte (unseen files)", xlim=(0, 10.5))
+ax.margins(y=0.2)
 plt.show()
 
 # %% [markdown]
