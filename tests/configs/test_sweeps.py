@@ -17,7 +17,7 @@ TASKS = ("axis", "extrapolation", "mqar_ratio", "mqar_state_size", "placement", 
 ARMS = {  # of every size
     "axis": (4, 4),
     "extrapolation": (5, 5),
-    "mqar_ratio": (5, 9),
+    "mqar_ratio": (7, 9),
     "mqar_state_size": (4, 17),
     "placement": (5, 5),
     "state_tracking": (4, 18),
