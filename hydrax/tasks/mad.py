@@ -65,7 +65,7 @@ class Recall(Task):
 
 @dataclasses.dataclass(frozen=True)
 class FuzzyRecall(Task):
-    """Pairs of motifs, of different tokens each, behind padding; the last key is one that was there before.
+    """Pairs of motifs, of different tokens each, behind padding; the last key was there before.
 
     Padding is the last token; of the U others, keys are made of the first half, values of the second. A motif has 1 to
     `motif` tokens. Asked for are the values of keys of `motif` tokens (no other key says where it ends) that were there

@@ -142,7 +142,7 @@ class Needle(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Variables(TextTask):
-    """Variable tracking: `VAR A = 12345.`, then `VAR B = VAR A.` and so on, in noise; which variables have the value?
+    """Chains `VAR A = 12345.`, `VAR B = VAR A.` and so on, in noise: which variables have the value?
 
     The answer is the names of that chain in its order, which is the order of the text.
 
@@ -193,7 +193,7 @@ def _names(rng: np.random.Generator, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CommonWords(TextTask):
-    """Common words: a numbered list in which some words come up often and all others seldom; which are the former?
+    """A numbered list in which some words come up often and all others seldom: which are the former?
 
     Often and seldom are 30 and 3 times; 6 times and once in rows below 4096, or too short for so many. The answer has
     the common words in the order of their first appearance.
@@ -250,7 +250,7 @@ def _ends(count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords(TextTask):
-    """Frequent words: coined words in random order, the k-th of them floor(N k^-2 / ζ(2)) times of N; which lead?
+    """Coined words in random order, the k-th of them floor(N k^-2 / ζ(2)) times of N: which lead?
 
     The first is written `...` and does not count; the answer is the second, third and fourth. The vocabulary has a
     word per 50 tokens of the row.

@@ -118,7 +118,7 @@ def word_problem(name: str) -> WordProblem:
 
 @dataclasses.dataclass(frozen=True)
 class GroupWords(Task):
-    """A word problem with its answer asked for at every letter. Evaluation words are longer, each length a slice."""
+    """A word problem, its answer asked for at every letter. Evaluation words are longer, each length a slice."""
 
     length: Positive = 32  # T of training rows
     group: str = "s5"  # a name in the table above

@@ -172,10 +172,23 @@ def test_a_folder_of_another_config_is_refused(write, tmp_path):
     assert runs.expand(sweep, tmp_path) == [found]
 
 
+SHIPPED = {
+    "sweeps/axis": 8,
+    "sweeps/extrapolation": 10,
+    "sweeps/mqar_ratio": 28,
+    "sweeps/mqar_state_size": 8,
+    "sweeps/placement": 10,
+    "sweeps/ratio": 21,
+    "sweeps/state_tracking": 8,
+    "sweeps/tiny": 24,
+}
+"""Runs without arguments."""
+
+
 @pytest.mark.parametrize("name", known("sweep"))
 def test_every_shipped_sweep_expands(name, tmp_path):
     found = runs.expand(name, tmp_path)
-    assert len(found) == {"sweeps/tiny": 24, "sweeps/ratio": 21}[name]
+    assert len(found) == SHIPPED[name]
     assert not any(pathlib.Path(tmp_path).iterdir())
 
 

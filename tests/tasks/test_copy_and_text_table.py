@@ -40,5 +40,5 @@ def test_a_length_is_a_row_of_training(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_options_are_one_line(name):
     allowed = ", ".join(field.name for field in dataclasses.fields(make(name, {})))
-    with pytest.raises(ConfigError, match=f"^data.task_options.lenght = 3: unknown key; .*allowed: {allowed}$"):
-        make(name, {"lenght": 3}, "data.task_options")
+    with pytest.raises(ConfigError, match=f"^lenght = 3: unknown key; .*allowed: {allowed}$"):
+        make(name, {"lenght": 3})

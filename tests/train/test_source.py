@@ -103,7 +103,7 @@ def test_the_digest_tells_options_and_seeds_apart():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"task": "mqra"}, r"data\.task = 'mqra': expected one of mqar"),
+        ({"task": "mqra"}, r"data\.task = 'mqra': expected one of arithmetic"),
         ({"task_options": {"pair": 3}}, r"data\.task_options\.pair = 3: unknown key; did you mean 'pairs'"),
         ({"task_options": {"length": 64}}, r"data\.task_options\.length = 64: expected none; data\.seq_len"),
         ({"seq_len": 8}, r"data\.seq_len = 8: expected at least 16"),
