@@ -103,7 +103,8 @@ class Run:
 
     def __init__(self, cfg: RunConfig, data: Data, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
-        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
+        shared_rows = {"strategy": cfg.mesh.strategy, "layout": cfg.mesh.layout}
+        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, **shared_rows)
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
@@ -255,7 +256,7 @@ def _resolved(cfg: RunConfig, data: Data, mesh: Mesh) -> RunConfig:
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
-    check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
+    check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=given or needed))
 
 

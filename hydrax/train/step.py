@@ -120,9 +120,10 @@ def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: 
     together."""
     model = plan.merge(params)
     x, losses = model.forward(
-        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes")
+        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes"), placed=True
     )
-    total, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
+    targets, weights = model.place(batch["targets"]), model.place(batch["weights"])
+    total, sums = chunked_cross_entropy(x, model.logits, targets, weights, z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}
     return total + sum(losses.values()), (sums, losses)
