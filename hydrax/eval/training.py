@@ -85,8 +85,9 @@ class Row:
 
 def training_step(cfg: RunConfig, dtype: jnp.dtype) -> tuple[Blueprint, Callable, Callable[[], State]]:
     """The model, its training step, and what makes its first state."""
-    shared_rows = {"strategy": cfg.mesh.strategy, "layout": cfg.mesh.layout}
-    plan = blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, **shared_rows)
+    plan = blueprint(
+        cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy, layout=cfg.mesh.layout
+    )
     tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     how: dict[str, Any] = {"dtype": dtype, "accumulate": cfg.train.accumulate, "z_loss": cfg.optim.z_loss}

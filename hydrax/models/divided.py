@@ -74,4 +74,4 @@ def _check_heads(mixer: str, options: Any, sizes: Mapping[str, int], able: tuple
         if n // tensor % sizes["context"]:
             others = [other for other in able if not NEEDS[other].heads]
             allowed = f"{mixer} has {name} = {n}; expected a multiple of context = {sizes['context']} per tensor shard"
-            raise ConfigError("mesh.strategy", "ulysses", allowed + "".join(f", or {other}" for other in others))
+            raise ConfigError("mesh.strategy", "ulysses", " or ".join([allowed, *others]))

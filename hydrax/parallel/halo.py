@@ -17,7 +17,7 @@ def halo_left(
     layout: str = "contiguous",
     first: Float[Array, "B n *C"] | None = None,
 ) -> Float[Array, "R n *C"]:
-    """The last n tokens before each slot of this shard, slots as rows (see `layout.cut`); their gradients go back there.
+    """The last n tokens before each slot of this shard, slots as rows (see `layout.cut`); gradients go back there.
 
     Tokens of another document than the slot's token 0 are zeros. The first slot of the row gets `first`, or zeros.
 

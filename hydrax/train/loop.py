@@ -103,8 +103,13 @@ class Run:
 
     def __init__(self, cfg: RunConfig, data: Data, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
-        shared_rows = {"strategy": cfg.mesh.strategy, "layout": cfg.mesh.layout}
-        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, **shared_rows)
+        self.plan = lm.blueprint(
+            cfg.model,
+            remat=cfg.train.remat,
+            unroll=cfg.train.unroll,
+            strategy=cfg.mesh.strategy,
+            layout=cfg.mesh.layout,
+        )
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
