@@ -113,7 +113,7 @@ def _dry_run(cfg: RunConfig, largest: int) -> DryRun:
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
-    check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
+    check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
     plan, step, _ = training.training_step(cfg, jnp.bfloat16)
     state = abstract_state(plan, make_optimizer(cfg.optim, cfg.train.steps, plan.meta), mesh)
     place, rows = shardings(state), batch_sharding(mesh)

@@ -85,7 +85,9 @@ class Row:
 
 def training_step(cfg: RunConfig, dtype: jnp.dtype) -> tuple[Blueprint, Callable, Callable[[], State]]:
     """The model, its training step, and what makes its first state."""
-    plan = blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
+    plan = blueprint(
+        cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy, layout=cfg.mesh.layout
+    )
     tx = make_optimizer(cfg.optim, cfg.train.steps, plan.meta)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     how: dict[str, Any] = {"dtype": dtype, "accumulate": cfg.train.accumulate, "z_loss": cfg.optim.z_loss}

@@ -1,6 +1,6 @@
 """Which models can be trained on rows whose tokens are divided over devices (`mesh.context`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydrax import mixers
@@ -8,26 +8,30 @@ from hydrax.core.build import ConfigError
 from hydrax.models.mix import Mix
 from hydrax.models.modes import Modes
 from hydrax.models.spec import ModelConfig, resolve
-from hydrax.parallel.shards import STRATEGIES, strategies, strategy
+from hydrax.parallel.layout import passes
+from hydrax.parallel.mesh import MeshConfig
+from hydrax.parallel.shards import NEEDS, STRATEGIES, strategies, strategy
 
 
-def check_divided(cfg: ModelConfig, sizes: Mapping[str, int], seq_len: int, wanted: str | None) -> None:
+def check_divided(cfg: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int], seq_len: int) -> None:
     """Refuses what cannot run, before anything does.
 
     Args:
-      sizes: those of the mesh, by axis.
+      mesh: its `strategy` and `layout`.
+      sizes: of its axes.
       seq_len: tokens per row.
-      wanted: `mesh.strategy`.
 
     Raises:
-      ConfigError: a row that cannot be divided, a strategy that no mixer of the model has, or one whose mixer has
-        heads or taps that do not fit.
+      ConfigError: a row that cannot be divided, a strategy that no mixer of the model has, one whose mixer has heads or
+        taps that do not fit, or a layout that something in the model does not serve.
     """
-    shards, names = sizes["context"], strategies(wanted)
+    shards, names = sizes["context"], strategies(mesh.strategy)
     if shards == 1:
         return
-    if seq_len % shards:
-        raise ConfigError("data.seq_len", seq_len, f"expected a multiple of mesh.context = {shards}")
+    slots = shards * len(passes(mesh.layout))
+    if seq_len % slots:
+        allowed = f"expected a multiple of {slots} for mesh.context = {shards}, mesh.layout = {mesh.layout!r}"
+        raise ConfigError("data.seq_len", seq_len, allowed)
     used = [pair for layer in resolve(cfg) for pair in _transitions(layer.mix)]
     able = {mixer: STRATEGIES[transition] for mixer, transition, _ in used}
     for name in names:
@@ -35,12 +39,23 @@ def check_divided(cfg: ModelConfig, sizes: Mapping[str, int], seq_len: int, want
             allowed = "; ".join(f"{mixer}: {' or '.join(of_mixer)}" for mixer, of_mixer in sorted(able.items()))
             raise ConfigError("mesh.strategy", name, f"expected what a mixer of the model has ({allowed})")
     for mixer, transition, options in used:
-        taps, length = getattr(options, "conv_width", 1), seq_len // shards
+        taps, length = getattr(options, "conv_width", 1), seq_len // slots
         if taps - 1 > length:
             allowed = f"{mixer} sees {taps - 1} tokens back, and a device has {length} of a row"
+            allowed += " in one piece" if slots > shards else ""
             raise ConfigError("mesh.context", shards, allowed)
-        if strategy(transition, names) == "ulysses":
+        if NEEDS[strategy(mixer, transition, names, mesh.layout)].heads:
             _check_heads(mixer, options, sizes, able[mixer])
+    for name, reads_in_order in IN_ORDER.items():
+        if slots > shards and reads_in_order(cfg):
+            raise ConfigError("mesh.layout", mesh.layout, f"{name} reads rows in their order: expected contiguous")
+
+
+IN_ORDER: dict[str, Callable[[ModelConfig], bool]] = {
+    "model.memory.workspace": lambda cfg: cfg.memory.workspace is not None,
+    "model.moe.granularity = 'chunk'": lambda cfg: cfg.moe.granularity == "chunk",
+}
+"""What looks along a row beside the mixers, and does so without `Shards`: the compiler divides its work."""
 
 
 def _transitions(mix: Mix) -> list[tuple[str, str, Any]]:
@@ -57,6 +72,6 @@ def _check_heads(mixer: str, options: Any, sizes: Mapping[str, int], able: tuple
     tensor = 1 if any(n % sizes["tensor"] for n in counts.values()) else sizes["tensor"]
     for name, n in counts.items():
         if n // tensor % sizes["context"]:
-            others = [other for other in able if other != "ulysses"]
+            others = [other for other in able if not NEEDS[other].heads]
             allowed = f"{mixer} has {name} = {n}; expected a multiple of context = {sizes['context']} per tensor shard"
-            raise ConfigError("mesh.strategy", "ulysses", allowed + "".join(f", or {other}" for other in others))
+            raise ConfigError("mesh.strategy", "ulysses", " or ".join([allowed, *others]))

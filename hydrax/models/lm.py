@@ -24,7 +24,7 @@ from hydrax.nn.embed import Embedding
 from hydrax.nn.norm import NORMS
 from hydrax.nn.param import param
 from hydrax.parallel.rules import constrain
-from hydrax.parallel.shards import Shards, strategies
+from hydrax.parallel.shards import Shards, place, restore, strategies
 
 
 class LM(nnx.Module):
@@ -41,10 +41,11 @@ class LM(nnx.Module):
         unroll: int = 1,
         scan: bool = True,
         strategy: str | None = None,
+        layout: str = "contiguous",
         key: Array,
     ):
         self.cfg, self.remat, self.unroll = cfg, remat, unroll
-        self.strategies = strategies(strategy)
+        self.strategies, self.layout = strategies(strategy), layout
         self.sections = sections(cfg)
         layers = [layer for section in self.sections for layer in section.layers]
         self.depth = len(layers)
@@ -94,8 +95,12 @@ class LM(nnx.Module):
         modes: Array | None = None,
         impl: str | None = None,
         taps: Mapping[str, Callable[[Array], Array]] | None = None,
+        placed: bool = False,
     ) -> tuple[Float[Array, "B T D"], Losses]:
         """The normed residual stream after the last layer, and the layers' own losses, summed by name.
+
+        Arguments are in the order of the row, and so is the result, for which devices that share rows in another
+        layout exchange it; `placed`: it stays where it is, in the order of `place`.
 
         `positions` follow from `segment_ids` if not given. A prefix of meta tokens is part of the documents that
         `segment_ids` lay out: tokens at the first positions of each are replaced by it. Rows without `segment_ids`
@@ -105,12 +110,19 @@ class LM(nnx.Module):
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
             modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
-        facts = {"shards": Shards.of(tokens.shape, segment_ids, self.strategies), "impl": impl or self.cfg.impl}
-        ctx = mixers.Context.of(tokens, segment_ids, modes=modes, taps=taps or {}, **facts)
+        shards = Shards.of(tokens.shape, segment_ids, self.strategies, self.layout)
+        facts = {"modes": modes, "taps": taps or {}, "shards": shards, "impl": impl or self.cfg.impl}
+        ctx = mixers.Context.of(tokens, segment_ids, **facts)
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)
-        x, _, losses = self._run(tokens, ctx, None)
-        return x[:, prefix:], losses
+        along = {"positions": ctx.positions, "segment_ids": segment_ids, "modes": modes}
+        tokens, along = jax.tree.map(self.place, (tokens, along))
+        x, _, losses = self._run(tokens, dataclasses.replace(ctx, **along), None)
+        return (x if placed else restore(x, self.layout))[:, prefix:], losses
+
+    def place(self, x: Array) -> Array:
+        """x [B,T,...] in the order in which the devices hold rows, see `parallel.layout`."""
+        return place(x, self.layout)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... rows"]:
         """fp32 logits of hidden states, over the rounded-up vocabulary (rows beyond it are masked)."""
@@ -305,7 +317,13 @@ class Blueprint:
 
 
 def blueprint(
-    cfg: ModelConfig, *, remat: str = "none", unroll: int = 1, scan: bool = True, strategy: str | None = None
+    cfg: ModelConfig,
+    *,
+    remat: str = "none",
+    unroll: int = 1,
+    scan: bool = True,
+    strategy: str | None = None,
+    layout: str = "contiguous",
 ) -> Blueprint:
     """The blueprint of a model.
 
@@ -313,13 +331,13 @@ def blueprint(
       remat: what the backward pass recomputes, a key of `stack.REMAT`.
       unroll: repeated periods per iteration of the layer scan; more compile time, fewer copies.
       scan: False gives every layer parameters of its own, for inspection.
-      strategy: that of `MeshConfig`, for rows whose tokens are divided.
+      strategy, layout: those of `MeshConfig`, for rows whose tokens are divided.
     """
     if remat not in REMAT:
         raise ConfigError("train.remat", remat, f"expected one of {', '.join(REMAT)}")
 
     def make(key: Array) -> LM:
-        return LM(cfg, remat=remat, unroll=unroll, scan=scan, strategy=strategy, key=key)
+        return LM(cfg, remat=remat, unroll=unroll, scan=scan, strategy=strategy, layout=layout, key=key)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     return Blueprint(cfg, graph, {_path(p): v for p, v in nnx.to_flat_state(state)}, make)

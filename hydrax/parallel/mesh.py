@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 
@@ -22,6 +22,7 @@ class MeshConfig:
     context: Size = 1  # tokens of a sequence
     expert: Size = 1  # experts of MoE layers
     tensor: Size = 1  # heads and inner widths
+    layout: Literal["contiguous", "zigzag"] = "contiguous"  # of rows over context; zigzag shares causal pairs equally
     strategy: str | None = None  # over context, in order of preference: ring, ulysses, ...; None: each mixer's default
 
     def sizes(self, devices: int) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 Mixers call these with the facts of `Shards`. Without them an op is that of `hydrax.ops`; with them it runs inside a
 `jax.shard_map` over the whole mesh, each device doing its rows, tokens and heads. Arguments, results and errors are
-those of the op: mixers see whole rows, and all that they do token by token is left to the compiler.
+those of the op: mixers see whole rows, their tokens in the order of `Shards.layout`, and all that they do token by
+token is left to the compiler.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops import conv, delta, linear, scan, slots, softmax
-from hydrax.parallel import halo, ring, rules, state_scan
+from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
-from hydrax.parallel.shards import AXIS, Shards, strategy
+from hydrax.parallel.shards import AXIS, NEEDS, Shards, strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,25 @@ OPS = {
     "window_attention": Op(_attention, "window", ("bth", "bth", "bth", "h", "bt"), state=""),
 }
 
-# What a strategy does on one device: (op, x, state, segment_ids, joined, ends, options) -> (y, final state).
+
+class Rows(NamedTuple):
+    """What one device knows beside the inputs of an op: the state before its rows, their documents, facts of `Shards`.
+
+    Attributes:
+      joined, ends: [B,N], of the N slots of each row that are here.
+    """
+
+    state: PyTree
+    segment_ids: Array | None
+    joined: Array
+    ends: Array
+    layout: str
 
 
-def _allgather_state(
-    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
-) -> tuple[Array, PyTree]:
+# What a strategy does on one device: (op, x, rows, options) -> (y, final state).
+
+
+def _carried_state(carrier: str, op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     def run(x: tuple, state: PyTree, ids: Array | None) -> tuple[Array, PyTree]:
         return op.run(*x, initial_state=state, segment_ids=ids, **how)
 
@@ -90,44 +104,38 @@ def _allgather_state(
         assert op.summarize is not None
         return op.summarize(*x, segment_ids=ids)
 
-    y, end = state_scan.allgather_state(run, summarize, x, state, ids, joined, transition=op.transition, axis=AXIS)
-    return y, state_scan.last(end, ends, AXIS)
+    cut = tuple(layout.cut(a, rows.layout) if "t" in _letters(op, i, a) else a for i, a in enumerate(x))
+    ids, joined = layout.cut(rows.segment_ids, rows.layout), rows.joined.reshape(-1)
+    chain = state_scan.Chain(AXIS, op.transition, rows.layout, carrier)
+    y, end = state_scan.run(chain, run, summarize, cut, rows.state, ids, joined)
+    return layout.join(y, rows.layout), state_scan.last(end, rows.ends, AXIS)
 
 
-def _ulysses(
-    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
-) -> tuple[Array, PyTree]:
+def _ulysses(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     kinds = {"bth": "heads", "bt": "rows", "h": "weights"}
 
     def run(ids: Array | None, state: PyTree, *x: Array) -> tuple[Array, PyTree]:
         return op.run(*x, initial_state=state, segment_ids=ids, **how)
 
     inputs = ("rows", "state", *(kinds[_letters(op, i, a)] for i, a in enumerate(x)))
-    y, end = exchange(run, axis=AXIS, inputs=inputs, outputs=("heads", "state"))(ids, state, *x)
+    outputs = ("heads", "state")
+    y, end = exchange(run, axis=AXIS, inputs=inputs, outputs=outputs)(rows.segment_ids, rows.state, *x)
     return y, end
 
 
-def _halo(
-    op: Op, x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array, how: Mapping[str, Any]
-) -> tuple[Array, PyTree]:
+def _halo(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     inputs, taps, *others = x
-    tail = halo.halo_left(inputs, taps.shape[0] - 1, ids, axis=AXIS, first=state)
+    facts: dict[str, Any] = {"axis": AXIS, "layout": rows.layout, "first": rows.state}
+    tail = halo.halo_left(inputs, taps.shape[0] - 1, rows.segment_ids, **facts)
+    inputs, ids = layout.cut((inputs, rows.segment_ids), rows.layout)
     y, end = op.run(inputs, taps, *others, initial_state=tail, segment_ids=ids, **how)
-    return y, state_scan.last(end, ends, AXIS)
+    return layout.join(y, rows.layout), state_scan.last(end, rows.ends, AXIS)
 
 
-def _over_keys(
-    f: Callable,
-    op: Op,
-    x: tuple,
-    state: PyTree,
-    ids: Array | None,
-    joined: Array,
-    ends: Array,
-    how: Mapping[str, Any],
-) -> tuple[Array, PyTree]:
+def _over_keys(f: Callable, op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     q, k, v, sinks, positions = x
-    return f(q, k, v, axis=AXIS, sinks=sinks, positions=positions, segment_ids=ids, **how), None
+    facts = {"axis": AXIS, "layout": rows.layout, "segment_ids": rows.segment_ids}
+    return f(q, k, v, sinks=sinks, positions=positions, **facts, **how), None
 
 
 def _ring(*args: Any, **how: Any) -> Array:
@@ -135,7 +143,7 @@ def _ring(*args: Any, **how: Any) -> Array:
 
 
 LOCAL: dict[str, Callable] = {
-    "allgather_state": _allgather_state,
+    **{name: functools.partial(_carried_state, name) for name in state_scan.CARRIERS},
     "ulysses": _ulysses,
     "halo": _halo,
     "allgather_kv": functools.partial(_over_keys, ring.allgather_kv),
@@ -163,9 +171,9 @@ def _run(
     mesh, letters = jax.sharding.get_abstract_mesh(), [_letters(op, i, a) for i, a in enumerate(x)]
     sizes = _sizes([(a, w) for a, w in zip((*x, initial_state), (*letters, op.state), strict=True)])
     on = _axes(mesh, sizes)
-    chosen = strategy(op.transition, shards.wanted)
+    chosen = strategy(name, op.transition, shards.wanted, shards.layout)
     heads = [n // (mesh.shape["tensor"] if "h" in on else 1) for n in sizes["h"]]
-    if chosen == "ulysses" and any(n % mesh.shape[AXIS] for n in heads):
+    if NEEDS[chosen].heads and any(n % mesh.shape[AXIS] for n in heads):
         allowed = f"{name} has {min(heads)} heads per device: expected a multiple of mesh.context = {mesh.shape[AXIS]}"
         raise ConfigError("mesh.strategy", chosen, allowed)
 
@@ -173,7 +181,7 @@ def _run(
         return PartitionSpec(*(on.get(letter) for letter in letters))
 
     def local(x: tuple, state: PyTree, ids: Array | None, joined: Array, ends: Array) -> tuple[Array, PyTree]:
-        return LOCAL[chosen](op, x, state, ids, joined[:, 0], ends[:, 0], how)
+        return LOCAL[chosen](op, x, Rows(state, ids, joined, ends, shards.layout), how)
 
     rows = spec("bt")
     return jax.shard_map(

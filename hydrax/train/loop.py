@@ -99,7 +99,13 @@ class Run:
     def __init__(self, cfg: RunConfig, data: Source, mesh: Mesh, workdir: pathlib.Path):
         self.cfg, self.data, self.mesh, self.workdir = cfg, data, mesh, workdir
         self.probes = open_probes(cfg)
-        self.plan = lm.blueprint(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll, strategy=cfg.mesh.strategy)
+        self.plan = lm.blueprint(
+            cfg.model,
+            remat=cfg.train.remat,
+            unroll=cfg.train.unroll,
+            strategy=cfg.mesh.strategy,
+            layout=cfg.mesh.layout,
+        )
         self.tx = make_optimizer(cfg.optim, cfg.train.steps, self.plan.meta)
         self.abstract = abstract_state(self.plan, self.tx, mesh)
         self.spec: dict[str, Any] = {"config": folder.as_dict(cfg), "layers": folder.layers(cfg)}
@@ -167,7 +173,7 @@ def _resolved(cfg: RunConfig, data: Source, mesh: Mesh) -> RunConfig:
     if cfg.train.batch_size % parts:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
-    check_divided(cfg.model, mesh.shape, cfg.data.seq_len, cfg.mesh.strategy)
+    check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
     return with_vocabulary(cfg, data)
 
 

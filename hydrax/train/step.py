@@ -83,8 +83,8 @@ def make_eval_step(plan: Blueprint, *, dtype: jnp.dtype = jnp.float32) -> Callab
 
     def evaluate(params: dict[str, Array], batch: Batch) -> Metrics:
         model = plan.merge(plan.cast(params, dtype))
-        x, _ = _forward(model, batch)
-        _, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"])
+        x, targets, weights, _ = _forward(model, batch)
+        _, sums = chunked_cross_entropy(x, model.logits, targets, weights)
         known = {"nll": sums.nll, "tokens": sums.tokens}
         if "slices" in batch:
             return {**known, **_counts(chunked_argmax(x, model.logits), batch, plan)}
@@ -151,26 +151,27 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
-def _forward(model: LM, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """The hidden states that predict the targets of a batch, and the layers' own losses.
+def _forward(model: LM, batch: Batch) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """Hidden states, the targets that they predict, their weights, and the layers' own losses.
 
-    Where the batch says which places are asked for (`asked` int32 [B,Q], targets and weights [B,Q]), those of these
-    places alone: with a small model and few answers the logits of all others would be most of the work.
+    In the order in which the tokens lie on the devices. Where the batch says which places are asked for (`asked` int32
+    [B,Q], targets and weights [B,Q]), only those of these places, in their order: with a small model and few answers
+    the logits of all others would be most of the work.
     """
-    x, losses = model.forward(
-        batch["tokens"], batch.get("segment_ids"), batch.get("positions"), modes=batch.get("modes")
-    )
-    if "asked" in batch:
-        x = jnp.take_along_axis(x, batch["asked"][..., None], axis=1)
-    return x, losses
+    asked, targets, weights = batch.get("asked"), batch["targets"], batch["weights"]
+    facts = (batch.get("segment_ids"), batch.get("positions"))
+    x, losses = model.forward(batch["tokens"], *facts, modes=batch.get("modes"), placed=asked is None)
+    if asked is not None:
+        return jnp.take_along_axis(x, asked[..., None], axis=1), targets, weights, losses
+    return x, model.place(targets), model.place(weights), losses
 
 
 def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> tuple[Array, Totals]:
     """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
     together."""
     model = plan.merge(params)
-    x, losses = _forward(model, batch)
-    total, sums = chunked_cross_entropy(x, model.logits, batch["targets"], batch["weights"], z_loss=z_loss)
+    x, targets, weights, losses = _forward(model, batch)
+    total, sums = chunked_cross_entropy(x, model.logits, targets, weights, z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}
     return total + sum(losses.values()), (sums, losses)

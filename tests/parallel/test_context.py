@@ -1,7 +1,6 @@
 """Context parallelism: rows whose tokens are divided over devices give what they give on one."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Sequence
 
@@ -12,90 +11,16 @@ import pytest
 
 from hydrax import mixers
 from hydrax.core.build import ConfigError, build
-from hydrax.core.typing import Array, PyTree
+from hydrax.core.typing import Array
 from hydrax.models.divided import check_divided
-from hydrax.models.mix import Single
-from hydrax.models.spec import ModelConfig, resolve
+from hydrax.models.spec import ModelConfig
 from hydrax.parallel.halo import halo_left
 from hydrax.parallel.shards import STRATEGIES, Shards
-from tests.contract.cases import Case, D, case, normal, segments
+from tests.contract.cases import D, case, segments
 from tests.parallel.devices import ROWS, count, mesh_of
-from tests.tolerances import TOLERANCE, assert_equal, assert_trees_close
+from tests.tolerances import assert_equal
 
 T = 48
-DOCUMENTS = np.stack([segments([6, 19, 1, 2, 13, 7], T), segments([5, 30], T)])
-"""On 8 devices of 6 tokens: an edge on that of a shard, documents over three and more shards, two edges within one, one
-token alone; and padding that fills the last two shards."""
-
-COVERING = [("gdn", 4, ""), ("hgrn", 8, ""), ("swa", 2, "ulysses")]
-PRODUCT = [
-    (name, P, strategy)
-    for name in mixers.names()
-    for P in (2, 4, 8)
-    for strategy in STRATEGIES[mixers.row(name).transition]
-]
-
-
-def singles(model: ModelConfig) -> list[Single]:
-    return [single for layer in resolve(model) for single in layer.mix.singles()]
-
-
-def states(c: Case) -> PyTree | None:
-    """A state to start from; None where it is a cache, which is not divided."""
-    if c.row.transition not in ("none", "scalar", "diag", "full"):
-        return None
-    return jax.tree.map(lambda x: jnp.asarray(np.abs(normal(2, *x.shape))), c.init(2, T))
-
-
-def evaluate(c: Case, wanted: tuple[str, ...], impl: str | None, *inputs: PyTree) -> tuple[PyTree, PyTree]:
-    """Outputs, final state and all gradients of a sum of both."""
-    seg, dy = jnp.asarray(DOCUMENTS), jnp.asarray(normal(1, 2, T, D))
-
-    def total(params: dict[str, Array], x: Array, state: PyTree | None) -> tuple[Array, PyTree]:
-        results = c(params, x, seg, state=state, shards=Shards.of(x.shape[:2], seg, wanted), impl=impl)
-        y, end = results
-        ends = [jnp.sum(jnp.sin(jnp.arange(e.size).reshape(e.shape)) * e) for e in jax.tree.leaves(end)]
-        return jnp.sum(dy * y) + (sum(ends) if state is not None else 0), results
-
-    return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*inputs)
-
-
-@functools.cache
-def expected(name: str) -> tuple[Case, tuple, PyTree]:
-    c = case(name)
-    inputs = c.params, jnp.asarray(normal(0, 2, T, D)), states(c)
-    return c, inputs, jax.jit(functools.partial(evaluate, c, (), "recurrent"))(*inputs)
-
-
-def compare(name: str, P: int, strategy: str) -> None:
-    c, inputs, want = expected(name)
-    wanted = (strategy,) if strategy else ()
-    with jax.set_mesh(mesh_of(P)):
-        got = jax.jit(functools.partial(evaluate, c, wanted, None))(*inputs)
-    assert_trees_close("gradients, outputs", jax.device_get(got), jax.device_get(want), TOLERANCE["fp32_model"])
-
-
-@pytest.mark.parametrize(("name", "P", "strategy"), COVERING)
-def test_a_divided_row_gives_what_a_whole_one_gives(name: str, P: int, strategy: str):
-    """Outputs, final state, and the gradients of parameters, inputs and initial state, on every shard."""
-    compare(name, P, strategy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "P", "strategy"), PRODUCT)
-def test_every_mixer_and_strategy(name: str, P: int, strategy: str):
-    """Each combination is right, or refused in one line."""
-    model = build(ModelConfig, {"d_model": D, "pattern": name, "mixers": {name: dict(mixers.row(name).tiny)}})
-    counts = [
-        getattr(single.options, n, None) for single in singles(model) for n in ("heads", "value_heads", "kv_heads")
-    ]
-    if strategy != "ulysses" or all((n or P) % P == 0 for n in counts):
-        compare(name, P, strategy)
-        return
-    with pytest.raises(ConfigError, match=r"mesh\.strategy = 'ulysses': .* expected a multiple of context = "):
-        check_divided(model, {"context": P, "tensor": 1}, T, strategy)
-    with pytest.raises(ConfigError, match=r"mesh\.strategy = 'ulysses': .* heads per device: expected a multiple"):
-        compare(name, P, strategy)
 
 
 def forward(name: str, wanted: Sequence[str] = ()) -> str:
