@@ -217,7 +217,8 @@ def test_mlp_mixes_nothing_and_has_no_state() -> None:
     module, x = make("mlp"), normal(0, 1, T, D)
     assert module.init_state(2, T, jnp.float32) == {}
     order = np.random.default_rng(0).permutation(T)
-    assert_equal("permuted", outputs(module, x[:, order]), outputs(module, x)[:, order])
+    # Not bit by bit: on some CPUs a product rounds the last rows of its tiles differently.
+    assert_close("permuted", outputs(module, x[:, order]), outputs(module, x)[:, order], TOLERANCE["fp32_op"])
 
 
 @pytest.mark.parametrize("d_model", [64, 256, 1024, 2048])

@@ -71,7 +71,16 @@ def test_correlated_keys(name: str, correlation: float) -> None:
     x["k"] = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * x["k"]
     x["k"] = (x["k"] / np.linalg.norm(x["k"], axis=-1, keepdims=True)).astype(np.float32)
     x["beta"], x["log_decay"] = np.full_like(x["beta"], 1.99), 1e-3 * x["log_decay"]
-    ms.assert_matches(ms.in_fp32(ms.evaluator(delta_rule, **CHUNKED), x, ids), ms.in_fp64(delta_rule, x, ids))
+    tolerance = max(TOLERANCE["fp32_op"], condition(x["k"], 1.99) * 2.0**-24)
+    actual, expected = ms.in_fp32(ms.evaluator(delta_rule, **CHUNKED), x, ids), ms.in_fp64(delta_rule, x, ids)
+    ms.assert_matches(actual, expected, tolerance)
+
+
+def condition(k: np.ndarray, beta: float) -> float:
+    """That of the worst system of a chunk: so much do its solutions enlarge the rounding of its coefficients."""
+    C = CHUNKED["chunk_size"]
+    rows = [k[:, n : n + C].swapaxes(1, 2) for n in range(0, k.shape[1] - C + 1, C)]
+    return max(np.linalg.cond(np.eye(C) + np.tril(beta * r @ r.swapaxes(2, 3), -1)).max() for r in rows)
 
 
 @pytest.mark.parametrize(("beta", "gate"), [(0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (1.0, -1.0), (2.0, -1.0)])
