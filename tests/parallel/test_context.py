@@ -13,7 +13,7 @@ from hydrax.core.build import ConfigError, build
 from hydrax.core.typing import Array
 from hydrax.models.divided import check_divided
 from hydrax.models.spec import ModelConfig
-from hydrax.parallel import layout as layouts
+from hydrax.parallel import layout as layouts, sequence
 from hydrax.parallel.halo import halo_left
 from hydrax.parallel.layout import LAYOUTS
 from hydrax.parallel.mesh import MeshConfig
@@ -54,6 +54,15 @@ def test_a_state_that_goes_from_shard_to_shard_is_not_gathered(layout: str, pass
     program = forward("lightning", "ring_state", layout)
     assert count("collective-permute", program) == passes  # each in a loop over the shards
     assert count("all-gather", program) == count("all-to-all", program) == count("all-reduce", program) == 0
+
+
+def test_many_shards_pass_keys_on(monkeypatch: pytest.MonkeyPatch):
+    assert count("all-gather", forward("attn", "", "contiguous")) > 0
+    monkeypatch.setattr(sequence, "MANY_SHARDS", 3)
+    monkeypatch.setattr(sequence, "WIDE_KEYS", 15)  # 2 heads of 8
+    program = forward("attn", "", "contiguous")
+    assert count("all-gather", program) == 0 < count("collective-permute", program)
+    assert count("all-gather", forward("attn", "allgather_kv", "contiguous")) > 0
 
 
 def test_a_halo_is_the_end_of_the_shard_before_and_returns_its_gradient():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from hydrax.models.divided import check_divided
 from hydrax.models.spec import ModelConfig
 from hydrax.parallel import rules
 from hydrax.parallel.mesh import AXES, MeshConfig
+from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
+from hydrax.train.state import abstract_state, shardings
+from hydrax.train.step import make_train_step
 from tests.contract.cases import D
 from tests.contract.specs import VOCABULARY, random_spec
 from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
@@ -138,3 +142,21 @@ def test_hidden_states_come_back_in_the_order_of_the_row():
     with jax.set_mesh(devices(MeshConfig(fsdp=1, context=4))):
         got = jax.jit(lambda params: plan.merge(params).hidden(*rows))(params)
     assert_close("hidden", jax.device_get(got), want, TOLERANCE["fp32_op"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("pattern", "keys"), [("gdn", set()), ("attn", {(2, 8), (2, 16), ()})])
+def test_a_training_step_gathers_no_tokens(pattern: str, keys: set, layout: str):
+    """But for keys, values and ids of softmax layers."""
+    tokens, on, cfg = 1024, devices(MeshConfig(fsdp=1, context=4)), build(OptimConfig, {})
+    plan = lm.blueprint(model(pattern=pattern), layout=layout)
+    tx = make_optimizer(cfg, 10, plan.meta)
+    train, state = make_train_step(plan, tx, make_schedule(cfg, 10)), abstract_state(plan, tx, on)
+    with jax.set_mesh(on):
+        given = jax.jit(train, in_shardings=(shardings(state), rules.batch_sharding(on)))
+        program = given.lower(state, tiny.batch(ROWS, tokens, seed=0)).compile().as_text()
+    gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=\n]* all-gather(?:-start)?\(", program)
+    found = [tuple(int(n) for n in shape.split(",") if n) for shape in gathered]
+    assert found
+    assert {shape[2:] for shape in found if tokens in shape} == keys
