@@ -78,6 +78,9 @@ OPS = {
     "window_attention": Op(_attention, "window", ("bth", "bth", "bth", "h", "bt"), state=""),
 }
 
+MANY_SHARDS, WIDE_KEYS = 8, 1024
+"""Keys of more shards, with more numbers per token, are served as those of a window: by a ring, if none is wanted."""
+
 
 class Rows(NamedTuple):
     """What one device knows beside the inputs of an op: the state before its rows, their documents, facts of `Shards`.
@@ -260,7 +263,9 @@ def self_attention(
     q: Array, k: Array, v: Array, *, sinks: Array | None = None, positions: Array | None = None, **facts: Any
 ) -> Array:
     """`ops.softmax.attention` of rows to themselves; `positions` are those in the documents."""
-    name = "attention" if facts.get("window") is None else "window_attention"
-    if facts.get("shards") is None or not facts.get("sink_tokens"):
+    shards = facts.get("shards")
+    many = shards is not None and shards.number > MANY_SHARDS and math.prod(k.shape[2:]) > WIDE_KEYS
+    name = "window_attention" if many or facts.get("window") is not None else "attention"
+    if shards is None or not facts.get("sink_tokens"):
         positions = None  # the op finds those in the row, which give the same distances
     return _run(name, (q, k, v, sinks, positions), **facts)[0]

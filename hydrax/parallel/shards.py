@@ -114,6 +114,11 @@ class Shards:
     ends: Bool[Array, "B S"]
     layout: str = "contiguous"
 
+    @property
+    def number(self) -> int:
+        """P."""
+        return self.joined.shape[1] // len(layouts.passes(self.layout))
+
     @classmethod
     def of(
         cls,

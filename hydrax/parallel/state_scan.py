@@ -119,6 +119,7 @@ def _backward(
     def of_joined(dS: PyTree) -> PyTree:
         return tree.where(joined, dS, jax.tree.map(jnp.zeros_like, dS))
 
+    # Of this first pullback only what leads to the state is computed: no one reads the rest, and the compiler drops it.
     own = of_joined(pullback((dy, dafter))[1])
     nothing = jax.tree.map(lambda a: jnp.zeros_like(a[::N]), own)
     asked = _carried(chain, M, own, nothing, reverse=True)

@@ -30,7 +30,8 @@ MODEL = {
     "ffn_dim": 32,
     "mixers": {name: mixers.row(name).tiny for name in mixers.names()},
 }
-PLAN = lm.blueprint(build(ModelConfig, MODEL))
+CONFIG = build(ModelConfig, MODEL)
+PLAN = lm.blueprint(CONFIG)
 # Outputs of recurrent mixers are normalised, where they are small rounding grows; Adam makes full steps of it. A
 # low rate and an eps above rounding keep twenty steps comparable.
 OPTIM = build(OptimConfig, {"lr": 1e-4, "warmup": 2, "eps": 1e-6})
@@ -41,14 +42,15 @@ MESHES = pytest.mark.parametrize(
         pytest.param({"fsdp": 8}, id="fsdp8", marks=pytest.mark.slow),
         pytest.param({"fsdp": 4, "tensor": 2}, id="fsdp4-tensor2", marks=pytest.mark.slow),
         pytest.param({"fsdp": 1, "context": 8}, id="context8", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 4, "layout": "zigzag"}, id="fsdp2-context4-zigzag", marks=pytest.mark.slow),
         pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, id="fsdp2-context2-tensor2"),
     ],
 )
 
 
 @functools.cache
-def mesh(**sizes: int) -> Mesh:
-    """A mesh of these sizes over all devices, or over the first one."""
+def mesh(*, layout: str = "contiguous", **sizes: int) -> Mesh:
+    """A mesh of these sizes over all devices, or over the first one; the layout is the model's affair."""
     if sizes:
         return make_mesh(build(MeshConfig, sizes))
     return jax.make_mesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
@@ -60,9 +62,9 @@ def initial(**sizes: int) -> State:
 
 
 @functools.cache
-def train_step(**sizes: int):
+def train_step(*, layout: str = "contiguous", **sizes: int):
     place = shardings(abstract_state(PLAN, TX, mesh(**sizes)))
-    step = make_train_step(PLAN, TX, make_schedule(OPTIM, STEPS))
+    step = make_train_step(lm.blueprint(CONFIG, layout=layout), TX, make_schedule(OPTIM, STEPS))
     rows = rules.batch_sharding(mesh(**sizes))
     return jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None))
 
