@@ -5,6 +5,7 @@ from typing import Any
 
 from hydrax import mixers
 from hydrax.core.build import ConfigError
+from hydrax.models.layers import LayerSpec
 from hydrax.models.mix import Mix
 from hydrax.models.modes import Modes
 from hydrax.models.spec import ModelConfig, resolve
@@ -32,7 +33,8 @@ def check_divided(cfg: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int], 
     if seq_len % slots:
         allowed = f"expected a multiple of {slots} for mesh.context = {shards}, mesh.layout = {mesh.layout!r}"
         raise ConfigError("data.seq_len", seq_len, allowed)
-    used = [pair for layer in resolve(cfg) for pair in _transitions(layer.mix)]
+    layers = resolve(cfg)
+    used = [pair for layer in layers for pair in _transitions(layer.mix)]
     able = {mixer: STRATEGIES[transition] for mixer, transition, _ in used}
     for name in names:
         if not any(name in of_mixer for of_mixer in able.values()):
@@ -47,13 +49,13 @@ def check_divided(cfg: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int], 
         if NEEDS[strategy(mixer, transition, names, mesh.layout)].heads:
             _check_heads(mixer, options, sizes, able[mixer])
     for name, reads_in_order in IN_ORDER.items():
-        if slots > shards and reads_in_order(cfg):
+        if slots > shards and any(reads_in_order(cfg, layer) for layer in layers):
             raise ConfigError("mesh.layout", mesh.layout, f"{name} reads rows in their order: expected contiguous")
 
 
-IN_ORDER: dict[str, Callable[[ModelConfig], bool]] = {
-    "model.memory.workspace": lambda cfg: cfg.memory.workspace is not None,
-    "model.moe.granularity = 'chunk'": lambda cfg: cfg.moe.granularity == "chunk",
+IN_ORDER: dict[str, Callable[[ModelConfig, LayerSpec], bool]] = {
+    "model.memory.workspace": lambda cfg, layer: layer.memory and cfg.memory.workspace is not None,
+    "model.moe.granularity = 'chunk'": lambda cfg, layer: layer.moe is not None and layer.moe.granularity == "chunk",
 }
 """What looks along a row beside the mixers, and does so without `Shards`: the compiler divides its work."""
 

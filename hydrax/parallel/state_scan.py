@@ -182,22 +182,26 @@ def _gathered(arrays: PyTree, axis: str) -> PyTree:
 
 def _pass_on(chain: Chain, times: Callable, M: Array, U: PyTree, first: PyTree, reverse: bool) -> PyTree:
     """From shard to shard, pass after pass; the next one begins where the last ended."""
-    P, rank = jax.lax.axis_size(chain.axis), jax.lax.axis_index(chain.axis)
-    ways = layouts.passes(chain.layout)
-    S, found = first, {}
-    for i in reversed(range(len(ways))) if reverse else range(len(ways)):
-        Mi, Ui = jax.tree.map(lambda a, i=i: a[i], (M, U))
-        way = -ways[i] if reverse else ways[i]
-        turn = rank if way == 1 else P - 1 - rank
-        links = [(j, j + way) for j in range(P) if 0 <= j + way < P]
+    found, S = [], first
+    passes = list(enumerate(layouts.passes(chain.layout)))
+    for i, way in reversed(passes) if reverse else passes:
+        m, u = M[i], jax.tree.map(lambda a, i=i: a[i], U)
+        found.append(_along(chain.axis, times, m, u, S, -way if reverse else way))
+        S = _after(times, m, found[-1], u)
+    return jax.tree.map(lambda *slots: jnp.stack(slots), *(reversed(found) if reverse else found))
 
-        def hop(S: PyTree, n: Array, Mi: Array = Mi, Ui: PyTree = Ui, turn: Array = turn, links: list = links) -> tuple:
-            new = jax.lax.ppermute(_after(times, Mi, S, Ui), chain.axis, links)
-            return tree.where(turn == n, new, S), None
 
-        found[i] = jax.lax.scan(hop, tree.alike(S, rank, M), jnp.arange(1, P))[0]
-        S = _after(times, Mi, found[i], Ui)
-    return jax.tree.map(lambda *slots: jnp.stack(slots), *(found[i] for i in range(len(ways))))
+def _along(axis: str, times: Callable, M: Array, U: PyTree, S: PyTree, way: int) -> PyTree:
+    """The state before every shard's slot, where S is that before the first in this direction."""
+    P, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    turn = rank if way == 1 else P - 1 - rank
+    links = [(i, i + way) for i in range(P) if 0 <= i + way < P]
+
+    def hop(S: PyTree, n: Array) -> tuple[PyTree, None]:
+        new = jax.lax.ppermute(_after(times, M, S, U), axis, links)
+        return tree.where(turn == n, new, S), None
+
+    return jax.lax.scan(hop, tree.alike(S, rank, M), jnp.arange(1, P))[0]
 
 
 CARRIERS: dict[str, Callable] = {"allgather_state": _gather, "ring_state": _pass_on}
