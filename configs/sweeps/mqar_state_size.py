@@ -1,4 +1,4 @@
-"""Recall against the bytes of a state: a short convolution, then one mixer or three of them and attention, on MQAR.
+"""Recall against the bytes of a state: behind a short convolution, four layers of a mixer, or three and attention: MQAR.
 
     python -m launch.sweep --sweep=sweeps/mqar_state_size --workdir=runs/mqar_state_size --executor=stacked --parallel=4
     python -m launch.sweep --sweep=sweeps/mqar_state_size:h100 --workdir=runs/mqar_state_size --executor=stacked \\
@@ -54,20 +54,25 @@ def get_sweep(arg: str = "") -> grid.Grid:
 def all_arms() -> grid.Grid:
     """Attention, windows, convolution, linear mixers of both sizes, and hybrids of the smaller size."""
     return [
-        _arm("gated_conv,attn", "attn", {"heads": 1}),
-        *(_arm("gated_conv,swa", "swa", {"heads": 1, "window": n}) for n in WINDOWS),
-        {"model.pattern": "gated_conv,gated_conv"},
-        *(linear(f"gated_conv,{mixer}", mixer, keys) for mixer in LINEAR for keys in KEYS),
+        _arm(alone("attn"), "attn", {"heads": 1}),
+        *(_arm(alone("swa"), "swa", {"heads": 1, "window": n}) for n in WINDOWS),
+        _arm("5*gated_conv", "gated_conv", {"preset": "based"}),
+        *(linear(alone(mixer), mixer, keys) for mixer in LINEAR for keys in KEYS),
         *(hybrid(mixer) for mixer in HYBRIDS),
     ]
 
 
 def tiny_arms() -> grid.Grid:
     return [
-        _arm("gated_conv,attn", "attn", {"heads": 1}),
-        *(linear("gated_conv,gla", "gla", keys) for keys in KEYS),
-        {"model.pattern": "gated_conv,gated_conv"},
+        _arm(alone("attn"), "attn", {"heads": 1}),
+        *(linear(alone("gla"), "gla", keys) for keys in KEYS),
+        _arm("5*gated_conv", "gated_conv", {"preset": "based"}),
     ]
+
+
+def alone(mixer: str) -> str:
+    """Four layers of that mixer."""
+    return f"gated_conv,4*{mixer}"
 
 
 def linear(pattern: str, mixer: str, keys: int) -> grid.Entry:
@@ -78,7 +83,7 @@ def linear(pattern: str, mixer: str, keys: int) -> grid.Entry:
 
 def hybrid(mixer: str) -> grid.Entry:
     """Three layers of the mixer with its smaller state, then attention."""
-    entry = linear(f"3*{mixer},attn", mixer, KEYS[0])
+    entry = linear(f"gated_conv,3*{mixer},attn", mixer, KEYS[0])
     entry["model.mixers"]["attn"] = {"heads": 1}
     return entry
 
