@@ -1,4 +1,4 @@
-"""Recall against the bytes of a state: behind a short convolution, four layers of a mixer, or three and attention: MQAR.
+"""Recall against the bytes of a state, on MQAR: a short convolution, then four layers of a mixer, or three and attention.
 
     python -m launch.sweep --sweep=sweeps/mqar_state_size --workdir=runs/mqar_state_size --executor=stacked --parallel=4
     python -m launch.sweep --sweep=sweeps/mqar_state_size:h100 --workdir=runs/mqar_state_size --executor=stacked \\
