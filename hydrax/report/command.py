@@ -1,18 +1,20 @@
 """From run folders to a report: what `launch.report` does."""
 
+import dataclasses
 import pathlib
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hydrax.core.build import ConfigError
 from hydrax.report import page as pages
 from hydrax.report.draw import draw, png, svg
 from hydrax.report.page import Page, Picture, Table
-from hydrax.report.plot import Bytes
+from hydrax.report.plot import Bytes, Heat, Plot
 from hydrax.report.plots import plots
 from hydrax.report.read import LeftOut, Run, read
-from hydrax.report.study import RATE, Arm, Study, comparable, study
+from hydrax.report.study import RATE, Arm, Measure, Study, by_task, comparable, study
 from hydrax.train.metrics import write_text
 
 
@@ -40,8 +42,9 @@ def report(
         states = Counter(run.state for run in left)
         counted = ", ".join(f"{n} {state}" for state, n in states.items())
         raise ConfigError("runs", ",".join(map(str, folders)), f"no finished run ({counted}); expected one at least")
-    found = study(finished)
-    plotted, pictures = plots(found, x), []
+    found = {task: study(members) for task, members in by_task(finished, x).items()}
+    plotted = [_of_task(task, plot) for task, one in found.items() for plot in plots(one, x)]
+    pictures = []
     try:
         for folder in (out / "figures", out / "tables"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +64,16 @@ def report(
     return page
 
 
+def _of_task(task: str, plot: Plot | Heat) -> Plot | Heat:
+    """The plot, named after its task if there are several."""
+    if not task:
+        return plot
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '_', task)}_{plot.name}"
+    return dataclasses.replace(plot, name=name, title=f"{task}: {plot.title[:1].lower()}{plot.title[1:]}")
+
+
 def _page(
-    found: Study,
+    found: Mapping[str, Study],
     folders: Sequence[str | pathlib.Path],
     runs: Sequence[Run],
     left: Sequence[LeftOut],
@@ -71,57 +82,77 @@ def _page(
 ) -> Page:
     names = ", ".join(pathlib.Path(folder).resolve().name for folder in folders)
     return Page(
-        title=f"{names}: {_counted(len(runs), 'run')} of {_counted(len(found.arms), 'arm')}",
+        title=f"{names}: {_counted(len(runs), 'run')} of {_counted(sum(len(s.arms) for s in found.values()), 'arm')}",
         summary=_summary(found, runs, left),
         results=_results(found),
         pictures=pictures,
         left_out=Table("left_out", ["run", "state", "why"], [[run.name, run.state, run.why] for run in left]),
-        settings=Table("settings", ["key", "value"], [[key, repr(v)] for key, v in found.common.items()]),
+        settings=Table("settings", ["key", "value"], [[key, repr(v)] for key, v in _common(found.values()).items()]),
         commands=_commands(runs, command),
         environment=_environment(runs),
     )
 
 
-def _summary(found: Study, runs: Sequence[Run], left: Sequence[LeftOut]) -> list[str]:
-    better = "higher" if found.quality.higher else "lower"
+def _common(studies: Iterable[Study]) -> dict[str, Any]:
+    """Keys and values that all runs of all tasks have in common."""
+    shared = [{(key, repr(v)) for key, v in s.common.items()} for s in studies]
+    first = next(iter(studies)).common
+    return {key: v for key, v in first.items() if all((key, repr(v)) in of for of in shared)}
+
+
+def _summary(found: Mapping[str, Study], runs: Sequence[Run], left: Sequence[LeftOut]) -> list[str]:
+    studies = list(found.values())
+    quality, several = studies[0].quality, len(studies) > 1
+    better = "higher" if quality.higher else "lower"
     rates = sorted({run.get(RATE) for run in runs})
-    seeds = sorted({len(arm.best) for arm in found.arms})
-    differ = f"Arms differ in {', '.join(found.told)}. " if found.told else ""
+    seeds = sorted({len(arm.best) for s in studies for arm in s.arms})
+    told = list(dict.fromkeys(key for s in studies for key in s.told))
+    differ = f"Arms differ in {', '.join(told)}. " if told else ""
+    differ += f"Tasks, each with plots of its own: {', '.join(found)}. " if several else ""
     tried = f"{_counted(len(rates), 'learning rate')} ({', '.join(f'{r:g}' for r in rates)})"
     repeats = "1 seed" if seeds == [1] else f"{' or '.join(map(str, seeds))} seeds"
     return [
         f"{differ}Tried: {tried}; {repeats} per arm and rate. All figures of an arm are those of the learning rate "
-        f"whose mean {found.quality.title} over seeds is best ({better} is better), by the same validation data.",
+        f"whose mean {quality.title} over seeds is best ({better} is better), by the same validation data.",
         "Bands and bars reach from the lowest to the highest seed; they are no confidence intervals of a distribution.",
-        *_edges(found),
+        *(text for task, one in found.items() for text in _edges(task, one)),
         *([f"{_counted(len(left), 'run')} left out; see the end of the page."] if left else []),
     ]
 
 
-def _edges(found: Study) -> list[str]:
+def _edges(task: str, found: Study) -> list[str]:
     """A warning where a better rate may lie outside those that were tried."""
     names = [a.label for a in found.arms if len(a.by_rate) > 1 and a.rate in (min(a.by_rate), max(a.by_rate))]
     if not names:
         return []
     of = "every arm" if len(names) == len(found.arms) else ", ".join(names)
-    return [f"The best rate is the lowest or the highest that was tried for {of}: a wider grid may change the order."]
+    on = f"{task}: the" if task else "The"
+    return [f"{on} best rate is the lowest or the highest that was tried for {of}: a wider grid may change the order."]
 
 
-def _results(found: Study) -> Table:
-    rows = sorted(found.arms, key=lambda arm: _rank(found, arm))
-    columns = ["arm", found.quality.title, "lowest", "highest", *(m.title for m in found.measures[1:])]
+def _results(found: Mapping[str, Study]) -> Table:
+    """The arms of every task, best first; all have the measures that the tasks have in common."""
+    studies = found.values()
+    measures = [m for m in next(iter(studies)).measures if all(m in s.measures for s in studies)]
+    columns = ["task"] if len(found) > 1 else []
+    columns += ["arm", measures[0].title, "lowest", "highest", *(m.title for m in measures[1:])]
     columns += ["seeds", "learning rate", "parameters", "training FLOPs/token", "state", "KV cache", "tokens/s"]
-    return Table("results", columns, [_result(found, arm) for arm in rows])
+    rows = [
+        [*([task] if len(found) > 1 else []), *_result(measures, arm)]
+        for task, one in found.items()
+        for arm in sorted(one.arms, key=lambda arm: _rank(measures[0], arm))
+    ]
+    return Table("results", columns, rows)
 
 
-def _rank(found: Study, arm: Arm) -> float:
-    y = arm.band(found.quality.of)
+def _rank(quality: Measure, arm: Arm) -> float:
+    y = arm.band(quality.of)
     assert y is not None
-    return -y.mean if found.quality.higher else y.mean
+    return -y.mean if quality.higher else y.mean
 
 
-def _result(found: Study, arm: Arm) -> list[Any]:
-    bands = [y for m in found.measures if (y := arm.band(m.of))]
+def _result(measures: Sequence[Measure], arm: Arm) -> list[Any]:
+    bands = [y for m in measures if (y := arm.band(m.of))]
     cells: list[Any] = [arm.label, bands[0].mean, bands[0].low, bands[0].high, *(y.mean for y in bands[1:])]
     speed = arm.band(lambda run: run.summary.get("tokens_per_second"))
     cost = arm.cost

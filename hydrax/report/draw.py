@@ -26,6 +26,7 @@ QUIET = "#6b7078"  # of what is no arm
 WIDTH, HEIGHT = 5.8, 3.7  # inches
 SIZE = 10  # points of text
 LINE = 0.17  # inches between names
+PALETTE = 128  # colours of a PNG: enough for the edges of all lines and bands, and a third of the bytes
 
 
 def draw(plot: Plot | Heat) -> "Figure":
@@ -44,7 +45,11 @@ def svg(figure: "Figure", name: str) -> bytes:
 
 
 def png(figure: "Figure", path: pathlib.Path) -> None:
-    figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    from PIL import Image
+
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=200, metadata={"Software": None})
+    Image.open(image).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -157,6 +157,19 @@ def study(runs: Sequence[Run]) -> Study:
     return Study(sorted(arms, key=_place), measures, settings, told, common)
 
 
+def by_task(runs: Sequence[Run], x: str | None = None) -> dict[str, list[Run]]:
+    """The runs of every task, by what tells it from the others but for the key `x`; arms of one task are comparable.
+
+    One entry, without a name, where all runs have the same or read text.
+    """
+    of = [{k: v for k, v in _leaves(run).items() if k.startswith("data.task") and k != x} for run in runs]
+    told = labels.telling(of, list(dict.fromkeys(key for own in of for key in own)))
+    groups: dict[str, list[Run]] = {}
+    for run, own in zip(runs, of, strict=True):
+        groups.setdefault(", ".join(filter(None, (labels.of_setting(k, own.get(k)) for k in told))), []).append(run)
+    return groups
+
+
 def comparable(runs: Sequence[Run]) -> list[Run]:
     """The runs that have the measure which most of them have, so that one that diverged does not end the report."""
     counts = {m: sum(m.of(run) is not None for run in runs) for m in MEASURES}

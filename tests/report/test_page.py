@@ -116,6 +116,23 @@ def test_the_tables_of_the_page_are_the_files(made):
         assert re.search(cells, text)
 
 
+def test_every_task_has_plots_of_its_own(tmp_path):
+    for group in ("parity", "s3"):
+        for lr in (0.01, 0.02):
+            data = {"data__task": "group_words", "data__task_options": {"group": group}, "optim__lr": lr}
+            summary = {"val_loss": 1.0, "val_accuracy": lr}
+            write_run(tmp_path / "runs" / f"{group}{lr}", config(**data), summary)
+    run(f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
+    assert {p.stem for p in (tmp_path / "out" / "figures").glob("*.png")} == {
+        "parity_learning_rate",
+        "s3_learning_rate",
+    }
+    rows = read_csv(tmp_path / "out" / "tables" / "results.csv")
+    assert [(row["task"], float(row["accuracy"])) for row in rows] == [("parity", 0.02), ("s3", 0.02)]
+    run(f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'one'}", "--x=data.task_options.group")
+    assert "x" in {p.stem for p in (tmp_path / "one" / "figures").glob("*.png")}
+
+
 def test_runs_that_are_left_out_are_listed(made):
     out, (_, _, err) = made
     rows = {
