@@ -168,10 +168,11 @@ def _result(measures: Sequence[Measure], arm: Arm) -> list[Any]:
 
 
 def _commands(runs: Sequence[Run], command: str) -> dict[str, Sequence[str]]:
-    known = list(dict.fromkeys(run.command for run in runs if run.command))
+    sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
+    known = [line for line in dict.fromkeys(run.command for run in runs if run.command) if line not in sweeps]
     unknown = [run.name for run in runs if not run.command]
     made: dict[str, Sequence[str]] = {"this report": [command]} if command else {}
-    if sweeps := list(dict.fromkeys(run.sweep for run in runs if run.sweep)):
+    if sweeps:
         made["the sweep" if len(sweeps) == 1 else "the sweeps"] = sweeps
     if known:
         made["every run by itself" if sweeps else "the runs"] = known
