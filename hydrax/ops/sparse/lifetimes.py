@@ -120,6 +120,15 @@ class Window(Pattern):
     def reach(self) -> int:
         return self.window
 
+    def slots(self, n: int) -> int:
+        return min(n, self.window + self.sink_tokens)
+
+    def visible(self, n: int) -> float:
+        w = min(n, self.window)
+        beyond = n - w  # queries that have keys outside their window; the first of them see fewer sink tokens than all
+        few = min(beyond, self.sink_tokens)
+        return w - w * (w - 1) / (2 * n) + (few * (few + 1) / 2 + (beyond - few) * self.sink_tokens) / n
+
     def lives(self, p: Any, layer: Any) -> Any:
         return p + self.window - 1
 
