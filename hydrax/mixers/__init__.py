@@ -7,6 +7,7 @@ from typing import Any, cast
 from hydrax.core.build import ConfigError
 from hydrax.core.registry import load
 from hydrax.mixers.base import Context, Mixer, MixerConfig, Row
+from hydrax.ops.sparse import lifetimes
 
 TABLE: dict[str, Row] = {
     "abc": Row(
@@ -35,6 +36,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True, "out_gate": "silu"},
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
+    ),
+    "dma": Row(
+        path="hydrax.mixers.sparse.dma:DynamicMaskAttention",
+        about="softmax attention to the keys whose values score best, each with a bias of that score",
+        paper="2508.02124",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "keep": 6, "keep_last": 2},
+        state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=3),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.slots(n)).visible(n),
     ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",

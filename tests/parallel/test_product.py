@@ -44,6 +44,7 @@ COVERING = [
     ("mamba2", "ring_state", "zigzag", 2),
     ("attn", "ring", "zigzag", 4),
     ("swa", "ulysses", "contiguous", 2),
+    ("dma", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
