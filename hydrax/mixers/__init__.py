@@ -7,6 +7,7 @@ from typing import Any, cast
 from hydrax.core.build import ConfigError
 from hydrax.core.registry import load
 from hydrax.mixers.base import Context, Mixer, MixerConfig, Row
+from hydrax.ops.sparse import lifetimes
 
 TABLE: dict[str, Row] = {
     "abc": Row(
@@ -35,6 +36,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True, "out_gate": "silu"},
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
+    ),
+    "dma": Row(
+        path="hydrax.mixers.sparse.dma:DynamicMaskAttention",
+        about="softmax attention to the keys whose values score best, each with a bias of that score",
+        paper="2508.02124",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "keep": 6, "keep_last": 2},
+        state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=3),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.slots(n)).visible(n),
     ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",
@@ -203,12 +213,12 @@ TABLE: dict[str, Row] = {
     ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
-        about="softmax attention over a sliding window, with learned sinks or sink tokens",
+        about="softmax attention over a sliding window or another static pattern, with learned sinks or sink tokens",
         paper="2309.17453",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},
-        state_bytes=lambda c, n, b: _cache(c, min(n, c.window + c.sink_tokens), b),
-        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * _visible(n, c.window, c.sink_tokens),
+        state_bytes=lambda c, n, b: _cache(c, c.lifetimes.slots(n), b, c.lifetimes.rows),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * c.lifetimes.visible(n),
     ),
     "taylor": Row(
         path="hydrax.mixers.linear.taylor:Taylor",
@@ -236,17 +246,12 @@ def _tails(c: Any) -> int:
     return (c.conv_width - 1) * (2 * c.heads * c.key_dim + _value_heads(c) * c.value_dim)
 
 
-def _cache(c: Any, slots: int, b: int) -> int:
-    """Bytes of the keys and values of that many tokens, with their positions and documents; 0 if another has them."""
-    return 0 if c.kv == "shared" else slots * (c.kv_heads * (c.key_dim + c.value_dim) * b + 8)
+def _cache(c: Any, slots: int, b: int, by_head: int = 1, facts: int = 2) -> int:
+    """Bytes of the keys and values of that many tokens; 0 if another has them.
 
-
-def _visible(n: int, window: int, sink_tokens: int) -> float:
-    """Mean number of visible keys in a document of n tokens."""
-    w = min(n, window)
-    beyond = n - w  # queries that have keys outside their window; the first of them see fewer sink tokens than all
-    few = min(beyond, sink_tokens)
-    return w - w * (w - 1) / (2 * n) + (few * (few + 1) / 2 + (beyond - few) * sink_tokens) / n
+    With them, of all heads or `by_head`, 4 bytes each for position, document and what else there is in `facts`.
+    """
+    return 0 if c.kv == "shared" else slots * (c.kv_heads * (c.key_dim + c.value_dim) * b + 4 * facts * by_head)
 
 
 def names() -> list[str]:

@@ -99,7 +99,7 @@ def parameter_shapes(mix: Mix, d_model: int) -> dict[str, tuple[int, ...]]:
 
 def key_facts(mix: Mix) -> list[dict[str, Any]]:
     """What layers that share keys and values must agree on, for every softmax mixer in a layer."""
-    names = ("kv_heads", "key_dim", "value_dim", "rope", "qk_norm", "window", "sink_tokens")
+    names = ("kv_heads", "key_dim", "value_dim", "rope", "qk_norm", "window", "sink_tokens", "lifetimes")
     found = [single.options for single in mix.singles() if hasattr(single.options, "kv")]
     return [{name: getattr(options, name, None) for name in names} for options in found]
 

@@ -17,6 +17,7 @@ from hydrax.nn.kv_cache import Cache, Keys
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.position import Rope
+from hydrax.ops.sparse.lifetimes import Pattern
 
 LogBase = Annotated[float, Check("a number > 1", lambda x: x > 1)]
 
@@ -52,11 +53,11 @@ class AttentionConfig:
             self, kv_heads=self.kv_heads or self.heads, key_dim=width, value_dim=self.value_dim or width
         )
 
-    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-        """An empty cache of the mixer's keys and values; {} if another layer lends them."""
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype, **kinds: Any) -> Cache:
+        """An empty cache of the mixer's keys and values, as `kv_cache.empty`; {} if another layer lends them."""
         if self.kv == "shared":
             return {}
-        return kv_cache.empty(batch, slots, self.kv_heads, self.key_dim, self.value_dim, dtype)
+        return kv_cache.empty(batch, slots, self.kv_heads, self.key_dim, self.value_dim, dtype, **kinds)
 
 
 class QKV(nnx.Module):
@@ -97,6 +98,7 @@ class QKV(nnx.Module):
         source: Float[Array, "B T D"] | None = None,
         window: int | None = None,
         sink_tokens: int = 0,
+        pattern: Pattern | None = None,
     ) -> tuple[Array, Keys, Cache | None]:
         """The queries, all that they may see, and the cache after these tokens.
 
@@ -105,6 +107,7 @@ class QKV(nnx.Module):
             keys or lends those of another layer, and taps the values.
           source: what queries and keys are made of, x if None.
           window, sink_tokens: what the cache keeps, see `kv_cache.write`.
+          pattern: the same by lifetimes, see `kv_cache.evict`.
         """
         facts = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
         q, k, v = self(x, ctx.positions, source)
@@ -114,6 +117,9 @@ class QKV(nnx.Module):
         v = ctx.tap("values", v)
         keys = kv_cache.collect(k, v, cache, **facts)
         ctx.record("keys", keys)
+        if pattern is not None and cache is not None:
+            ends, old = (pattern.ends(p, ctx.layer_index) for p in (ctx.positions, cache["positions"]))
+            return q, keys, kv_cache.evict(cache, {"k": k, "v": v}, **facts, ends=ends, old_ends=old)
         return q, keys, kv_cache.write(cache, k, v, **facts, window=window, sink_tokens=sink_tokens)
 
     def _placed(self, x: Array, norm: RMSNorm | None, positions: Array) -> Array:

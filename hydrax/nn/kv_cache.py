@@ -1,8 +1,11 @@
-"""The keys and values a softmax mixer keeps of the current document: all of them, or a ring and the first tokens.
+"""The keys and values a softmax mixer keeps of the current document: all of them, or those that later tokens may see.
 
 A cache is dict(k [B,S,Hk,K], v [B,S,Hk,V], positions, segment_ids int32 [B,S]); zeros are an empty one, since segment
 id 0 marks an empty slot and 1 a taken one. A key at position p lives in slot p, or with a window in slot p if
 p < sink_tokens, else in sink_tokens + (p - sink_tokens) mod window. Keys are stored after RoPE.
+
+Where keys leave in another order, and each head of keys lets go of its own, a new one takes any slot that is free
+(`evict`): positions and documents are [B,S,n], for all heads (n = 1) or for each, beside other facts of keys [B,S,n].
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hydrax.core.typing import Array, Float, Int
+from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.softmax import attention
 from hydrax.parallel.sequence import self_attention
@@ -19,13 +22,22 @@ from hydrax.parallel.shards import Shards
 Cache = dict[str, Array]
 
 
-def empty(batch: int, slots: int, kv_heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype) -> Cache:
-    """The cache before the first token."""
+def empty(
+    batch: int,
+    slots: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+    by_head: tuple[int, ...] = (),
+    **facts: Any,
+) -> Cache:
+    """The cache before the first token; `by_head` = (n,) for `evict`, with the dtypes of other facts of keys."""
+    facts = {"positions": jnp.int32, "segment_ids": jnp.int32, **facts}
     return {
         "k": jnp.zeros((batch, slots, kv_heads, key_dim), dtype),
         "v": jnp.zeros((batch, slots, kv_heads, value_dim), dtype),
-        "positions": jnp.zeros((batch, slots), jnp.int32),
-        "segment_ids": jnp.zeros((batch, slots), jnp.int32),
+        **{name: jnp.zeros((batch, slots, *by_head), dtype) for name, dtype in facts.items()},
     }
 
 
@@ -40,8 +52,8 @@ class Keys(NamedTuple):
 
     k: Float[Array, "B S Hk K"]
     v: Float[Array, "B S Hk V"]
-    positions: Int[Array, "B S"] | None = None
-    segment_ids: Int[Array, "B S"] | None = None
+    positions: Int[Array, "B S *n"] | None = None
+    segment_ids: Int[Array, "B S *n"] | None = None
 
 
 def collect(
@@ -55,8 +67,9 @@ def collect(
     """The cache, which belongs to the document of token 0, and the new tokens; these alone without a cache."""
     if cache is None:
         return Keys(k, v)
-    segment_ids = _ids(positions, segment_ids)
-    seen = jnp.where(cache["segment_ids"] != 0, segment_ids[:, :1], 0)
+    taken = cache["segment_ids"]
+    positions, segment_ids = (_of_heads(x, taken) for x in (positions, _ids(positions, segment_ids)))
+    seen = jnp.where(taken != 0, segment_ids[:, :1], 0)
     return Keys(
         k=jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
         v=jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
@@ -134,6 +147,54 @@ def write(
 
     taken = jnp.ones_like(segment_ids)
     return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken})
+
+
+def evict(
+    cache: Cache | None,
+    new: dict[str, Array],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    ends: Int[Array, "B T n"],
+    old_ends: Int[Array, "B S n"],
+) -> Cache | None:
+    """The cache after these tokens: of the last real document of each row, the keys that are alive. None stays None.
+
+    Args:
+      new: k [B,T,Hk,K], v [B,T,Hk,V] and other facts [B,T,n] of the new tokens.
+      ends, old_ends: of the new keys and of those in the cache, as these tokens leave them.
+
+    Keys for which no slot is free are dropped.
+    """
+    if cache is None:
+        return None
+    filled, valid = documents.fill_padding(_ids(positions, segment_ids))
+    own, continues = valid & (filled == filled[:, -1:]), filled[:, 0] == filled[:, -1]
+    last = jnp.max(jnp.where(own, positions, -1), axis=1)[:, None, None]
+    stays = (cache["segment_ids"] != 0) & (old_ends > last) & continues[:, None, None]
+    slots = jax.vmap(jax.vmap(_free, 1, 1))(stays, own[..., None] & (ends > last))
+
+    def put(old: Array, new: Array) -> Array:
+        """Head by head, or for groups of heads with common slots."""
+        n = slots.shape[2]
+        old, new = (x.reshape(*x.shape[:2], n, -1) for x in (old, new))
+        return jax.vmap(jax.vmap(lambda o, i, x: o.at[i].set(x.astype(o.dtype), mode="drop"), 1, 1))(old, slots, new)
+
+    new = {**new, "positions": _of_heads(positions, stays), "segment_ids": jnp.ones_like(slots)}
+    cache = {**cache, "segment_ids": jnp.where(stays, cache["segment_ids"], 0)}
+    return {name: put(x, new[name]).reshape(x.shape) for name, x in cache.items()}
+
+
+def _free(stays: Bool[Array, "S"], enters: Bool[Array, "T"]) -> Int[Array, "T"]:
+    """A free slot for each key that enters, in order; S where there is none."""
+    S = stays.size
+    free = jnp.nonzero(~stays, size=enters.size, fill_value=S)[0]
+    return jnp.where(enters, free[jnp.cumsum(enters) - 1], S)
+
+
+def _of_heads(x: Array, like: Array) -> Array:
+    """Facts of tokens [B,T] as those of a cache are: [B,T], or [B,T,n]."""
+    return x if like.ndim == 2 else jnp.broadcast_to(x[..., None], (*x.shape, like.shape[2]))
 
 
 def _ids(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
+from hydrax.ops.sparse import ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
@@ -11,6 +12,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "glu": rowwise.GLU,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "ranked_ends": ranked.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,
     "short_conv": conv.FORMS,

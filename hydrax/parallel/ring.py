@@ -30,21 +30,23 @@ def allgather_kv(
     layout: str = "contiguous",
     segment_ids: Int[Array, "B L"] | None = None,
     positions: Int[Array, "B L"] | None = None,
+    ends: Int[Array, "B L Hk"] | None = None,
+    key_bias: Float[Array, "B L Hk"] | None = None,
     **options: Any,
 ) -> Any:
     """`attention` of this shard's queries over the keys of all shards; the gradients of these are reduce-scattered.
 
     Args:
-      q, k, v, segment_ids: this shard's. Ids are unique in the whole row.
+      q, k, v, segment_ids, ends, key_bias: this shard's. Ids are unique in the whole row.
       axis: mesh axis over which tokens are divided.
       positions: index of each token in its document, or anything that grows by as much; that in the row if None, which
-        suffices without `sink_tokens`.
-      options: others of `attention`, but for a bias.
+        suffices without `sink_tokens` and `ends`.
+      options: others of `attention`, but for a bias of pairs.
 
     Raises:
-      ValueError: `sink_tokens` and documents without positions, or what `attention` refuses.
+      ValueError: `sink_tokens` or `ends`, and documents without positions, or what `attention` refuses.
     """
-    _check(options, segment_ids, positions)
+    _check({**options, "ends": ends is not None}, segment_ids, positions)
     L, P = q.shape[1], jax.lax.axis_size(axis)
 
     def gathered(x: Array) -> Array:
@@ -56,7 +58,9 @@ def allgather_kv(
         positions, kv_positions = (jnp.broadcast_to(x, (q.shape[0], x.size)) for x in (own, every))
     else:
         kv_positions = gathered(positions)
-    q, k, v, positions, kv_positions, segment_ids = tree.alike((q, k, v, positions, kv_positions, segment_ids))
+    facts = (positions, kv_positions, segment_ids, ends, key_bias)
+    q, k, v, (positions, kv_positions, segment_ids, ends, key_bias) = tree.alike((q, k, v, facts))
+    ends, key_bias = jax.tree.map(gathered, (ends, key_bias))
     return attention(
         q,
         gathered(k),
@@ -65,6 +69,8 @@ def allgather_kv(
         positions=positions,
         kv_segment_ids=None if segment_ids is None else gathered(segment_ids),
         kv_positions=kv_positions,
+        ends=ends,
+        key_bias=key_bias,
         **options,
     )
 
@@ -80,9 +86,12 @@ def ring_attention(
     window: int | None = None,
     sinks: Float[Array, "H"] | None = None,
     sink_tokens: int = 0,
+    dilation: int = 1,
     softcap: float | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
     positions: Int[Array, "B L"] | None = None,
+    ends: Int[Array, "B L Hk"] | None = None,
+    key_bias: Float[Array, "B L Hk"] | None = None,
     return_lse: bool = False,
     chunk_size: int = 128,
 ) -> Any:
@@ -94,14 +103,14 @@ def ring_attention(
     and its log-sum-exp. Arguments and errors are those of `allgather_kv`.
     """
     sink_tokens = 0 if window is None else sink_tokens
-    _check({"sink_tokens": sink_tokens}, segment_ids, positions)
+    _check({"sink_tokens": sink_tokens, "ends": ends is not None}, segment_ids, positions)
     (B, L, H, K), G = q.shape, k.shape[2]
     if positions is None:
         positions = jnp.broadcast_to(layouts.positions(layout, axis, L), (B, L))
-    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned=False)
-    q, k, v, positions, segment_ids = tree.alike((q, k, v, positions, segment_ids))
+    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, False, dilation)
+    q, k, v, positions, segment_ids, of_keys = tree.alike((q, k, v, positions, segment_ids, (key_bias, ends)))
     grouped = q.reshape(B, L, G, H // G, K)
-    o, lse = _ring(_Ring(axis, layout, rules, chunk_size), grouped, k, v, positions, segment_ids)
+    o, lse = _ring(_Ring(axis, layout, rules, chunk_size), grouped, k, v, *of_keys, positions, segment_ids)
     if sinks is not None:
         o, lse = merge((o, lse), (jnp.zeros_like(o), jnp.broadcast_to(fp32(sinks), lse.shape)))
     return (o, lse) if return_lse else o
@@ -219,14 +228,19 @@ def sees(own: Array, rows: forms.Queries, number: Array, keys: forms.Keys, rules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(how: _Ring, q: Array, k: Array, v: Array, positions: Array, seg: Array | None) -> tuple[Array, Array]:
-    """o [B,L,H,V] in the dtype of v and lse fp32 [B,L,H] of q [B,L,G,R,K]."""
-    return _forward(how, q, k, v, positions, seg)[0]
+def _ring(how: _Ring, q: Array, k: Array, v: Array, *facts: Array | None) -> tuple[Array, Array]:
+    """o [B,L,H,V] in the dtype of v and lse fp32 [B,L,H] of q [B,L,G,R,K].
+
+    `facts` are a bias of keys and their ends [B,L,G], positions and documents [B,L].
+    """
+    return _forward(how, q, k, v, *facts)[0]
 
 
-def _forward(how: _Ring, q: Array, k: Array, v: Array, positions: Array, seg: Array | None) -> tuple[tuple, tuple]:
+def _forward(how: _Ring, q: Array, k: Array, v: Array, *facts: Array | None) -> tuple[tuple, tuple]:
+    bias, ends, positions, seg = facts
+    assert positions is not None
     B, L, G, R, _ = q.shape
-    queries, keys = forms.Queries(q, positions, seg), forms.Keys(k, v, positions, seg)
+    queries, keys = forms.Queries(q, positions, seg), forms.Keys(k, v, positions, seg, ends, bias)
 
     def pair(rules: forms.Rules, rows: tuple, home: tuple, keys: forms.Keys, carried: tuple) -> tuple:
         (queries,) = rows
@@ -250,17 +264,18 @@ def _backward(how: _Ring, kept: tuple, cotangents: tuple) -> tuple:
     def pair(rules: forms.Rules, rows: tuple, dq: Array, keys: forms.Keys, carried: tuple) -> tuple:
         queries, lse, *pull = rows
 
-        def weighed(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            mine, theirs = queries._replace(q=q), keys._replace(k=k, v=v)
+        def weighed(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+            mine, theirs = queries._replace(q=q), keys._replace(k=k, v=v, bias=bias)
             return forms.chunked_weigh(mine, theirs, lse, rules, chunk_size=how.chunk_size)
 
-        new = jax.vjp(weighed, queries.q, keys.k, keys.v)[1](tuple(pull))
+        new = jax.vjp(weighed, queries.q, keys.k, keys.v, keys.bias)[1](tuple(pull))
         dq, *carried = jax.tree.map(lambda total, d: total + fp32(d), (dq, *carried), new)
         return dq, tuple(carried)
 
-    dq, *dkv = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x.dtype)), (queries.q, keys.k, keys.v))
-    dq, (dk, dv) = how.tour(pair, (queries, lse.reshape(grouped), *pull), dq, keys, tuple(dkv))
-    return dq.astype(queries.q.dtype), dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None
+    inputs = (queries.q, keys.k, keys.v, keys.bias)
+    dq, *dkeys = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x.dtype)), inputs)
+    dq, dkeys = how.tour(pair, (queries, lse.reshape(grouped), *pull), dq, keys, tuple(dkeys))
+    return *jax.tree.map(lambda d, x: d.astype(x.dtype), (dq, *dkeys), inputs), None, None, None
 
 
 _ring.defvjp(_forward, _backward)
@@ -299,5 +314,6 @@ def tree_attention(
 def _check(options: Mapping[str, Any], segment_ids: Array | None, positions: Array | None) -> None:
     if options.get("bias") is not None:
         raise ValueError("bias: not served where tokens are divided over devices")
-    if options.get("sink_tokens") and segment_ids is not None and positions is None:
-        raise ValueError("sink_tokens: expected the positions of tokens in their documents, beside segment_ids")
+    counted = next((name for name in ("sink_tokens", "ends") if options.get(name)), None)
+    if counted and segment_ids is not None and positions is None:
+        raise ValueError(f"{counted}: expected the positions of tokens in their documents, beside segment_ids")

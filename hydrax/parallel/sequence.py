@@ -54,10 +54,13 @@ def _writes(summarize: Callable) -> Callable:
     return lambda _, *x, **facts: summarize(*x, **facts)
 
 
-def _attention(
-    q: Array, k: Array, v: Array, sinks: Array | None, positions: Array | None, *, initial_state: None, **options: Any
-) -> tuple[Array, None]:
-    return softmax.attention(q, k, v, sinks=sinks, positions=positions, **options), None
+OF_TOKENS = {"sinks": "h", "positions": "bt", "ends": "bth", "key_bias": "bth"}
+"""What else softmax attention takes of heads and tokens, beside q, k and v."""
+
+
+def _attention(q: Array, k: Array, v: Array, *facts: Array | None, initial_state: None, **options: Any) -> tuple:
+    options |= dict(zip(OF_TOKENS, facts, strict=True))
+    return softmax.attention(q, k, v, **options), None
 
 
 OPS = {
@@ -74,8 +77,8 @@ OPS = {
     "softmax_decay": Op(slots.softmax_decay, "diag", ("bth",), summarize=_summarize_sums),
     "slot_softmax": Op(slots.slot_softmax, "stabilised", ("bth",) * 3),
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
-    "attention": Op(_attention, "lse", ("bth", "bth", "bth", "h", "bt"), state=""),
-    "window_attention": Op(_attention, "window", ("bth", "bth", "bth", "h", "bt"), state=""),
+    "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
+    "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
 }
 
 MANY_SHARDS, WIDE_KEYS = 8, 1024
@@ -136,9 +139,9 @@ def _halo(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, 
 
 
 def _over_keys(f: Callable, op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
-    q, k, v, sinks, positions = x
+    q, k, v, *own = x
     facts = {"axis": AXIS, "layout": rows.layout, "segment_ids": rows.segment_ids}
-    return f(q, k, v, sinks=sinks, positions=positions, **facts, **how), None
+    return f(q, k, v, **dict(zip(OF_TOKENS, own, strict=True)), **facts, **how), None
 
 
 def _ring(*args: Any, **how: Any) -> Array:
@@ -260,12 +263,21 @@ def short_conv(x: Array, w: Array, b: Array | None = None, **facts: Any) -> tupl
 
 
 def self_attention(
-    q: Array, k: Array, v: Array, *, sinks: Array | None = None, positions: Array | None = None, **facts: Any
-) -> Array:
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    sinks: Array | None = None,
+    positions: Array | None = None,
+    ends: Array | None = None,
+    key_bias: Array | None = None,
+    **facts: Any,
+) -> Any:
     """`ops.softmax.attention` of rows to themselves; `positions` are those in the documents."""
     shards = facts.get("shards")
+    ends, key_bias = (x if x is None else jnp.broadcast_to(x, k.shape[:3]) for x in (ends, key_bias))
     many = shards is not None and shards.number > MANY_SHARDS and math.prod(k.shape[2:]) > WIDE_KEYS
     name = "window_attention" if many or facts.get("window") is not None else "attention"
-    if shards is None or not facts.get("sink_tokens"):
+    if ends is None and (shards is None or not facts.get("sink_tokens")):
         positions = None  # the op finds those in the row, which give the same distances
-    return _run(name, (q, k, v, sinks, positions), **facts)[0]
+    return _run(name, (q, k, v, sinks, positions, ends, key_bias), **facts)[0]

@@ -22,6 +22,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "abc": [{"feature": "silu", "norm_affine": False}],
     "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
+    "dma": [
+        {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
+        {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
+    ],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
@@ -39,7 +43,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
     # Without a norm of the keys, the gradient of their bias is that of a shift of all scores and nearly vanishes.
-    "swa": [{"sinks": False, "qk_norm": "head", "out_gate": "headwise", "bias": True, "out_bias": True}],
+    "swa": [
+        {"sinks": False, "qk_norm": "head", "out_gate": "headwise", "bias": True, "out_bias": True},
+        {"pattern": "gna", "sink_tokens": 0, "gna": {"stride": 3, "dilation": 2}},
+        {"pattern": "s2", "s2": {"block": 3, "local": 2, "vert_stride": 3}},
+        {"pattern": "shifted_groups", "window": 6},
+        {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[0, 0.1], [6, 0]], [[3, 0], [0, 0.4]]]}},
+        {"pattern": "log_bands", "window": 3},
+    ],
 }
 """Options, beside those of the table, that take another path through a mixer."""
 

@@ -12,7 +12,7 @@ from hydrax.ops.softmax.cases import CASES, Case
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 FORMS = {"recurrent": {}, "xla": {}, "chunked": {"chunk_size": 8}}  # 8 divides one of the lengths
-OPTIONS = ("window", "sink_tokens", "softcap")
+OPTIONS = ("window", "sink_tokens", "softcap", "dilation")
 
 
 def inputs(case: Case, dtype: jnp.dtype = jnp.float32) -> tuple[dict, jax.Array | None]:
@@ -31,14 +31,17 @@ def documents(case: Case) -> jax.Array:
 
 
 def mask_of(case: Case, ids: np.ndarray) -> np.ndarray:
-    """Visible pairs [B,T,S], by the words of the definition."""
-    mask = np.zeros((case.B, case.T, case.T), bool)
+    """Visible pairs [B,H,T,S], by the words of the definition."""
+    mask = np.zeros((case.B, case.H, case.T, case.T), bool)
+    ends = cases.lifetimes(case).repeat(case.H // case.Hk, axis=2)
     for b in range(case.B):
         for t in range(case.T):
             for s in range(t + 1):
                 first = next(i for i in range(case.T) if ids[b, i] == ids[b, s])
                 near = case.window is None or t - s < case.window or s - first < case.sink_tokens
-                mask[b, t, s] = near and ids[b, t] == ids[b, s] != 0
+                near = near and (t - s) % case.dilation == 0
+                alive = not case.ends or t - first <= ends[b, s]
+                mask[b, :, t, s] = alive & (near and ids[b, t] == ids[b, s] != 0)
     return mask
 
 
@@ -48,8 +51,10 @@ def oracle(case: Case, arrays: dict, ids: jax.Array | None, do: np.ndarray, dlse
     R = case.H // case.Hk
     k, v = (np.repeat(x[name], R, axis=2) for name in "kv")
     scores = np.einsum("bthk,bshk->bhts", x["q"], k) / np.sqrt(case.K) + x.get("bias", 0)
+    if case.key_bias:
+        scores = scores + np.moveaxis(np.repeat(x["key_bias"], R, axis=2), 1, 2)[:, :, None]
     z = scores if case.softcap is None else case.softcap * np.tanh(scores / case.softcap)
-    mask = mask_of(case, np.ones((case.B, case.T)) if ids is None else np.asarray(ids))[:, None]
+    mask = mask_of(case, np.ones((case.B, case.T)) if ids is None else np.asarray(ids))
     sink = np.exp(x["sinks"])[None, :, None] if case.sinks else 0.0
     e = np.where(mask, np.exp(z), 0)
     total = e.sum(-1) + sink
@@ -75,7 +80,14 @@ def oracle(case: Case, arrays: dict, ids: jax.Array | None, do: np.ndarray, dlse
     if case.bias is not None:
         alone = tuple(i for i in range(2) if case.bias[i] == 1)
         result["dbias"] = dscores.sum(alone, keepdims=True)
+    if case.key_bias:
+        result["dkey_bias"] = np.moveaxis(dscores.sum(2), 1, 2).reshape(case.B, case.T, case.Hk, R).sum(3)
     return result
+
+
+def options_of(case: Case) -> dict:
+    options = {name: getattr(case, name) for name in OPTIONS}
+    return options | ({"ends": jnp.asarray(cases.lifetimes(case))} if case.ends else {})
 
 
 def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +97,7 @@ def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluate(case: Case, arrays: dict, ids: jax.Array | None, do: np.ndarray, dlse: np.ndarray, **how: object) -> dict:
     """What `oracle` returns, from `attention`."""
-    options = {name: getattr(case, name) for name in OPTIONS}
+    options = options_of(case)
 
     @jax.jit
     def run(arrays: dict, ids: jax.Array | None, cotangent: tuple) -> tuple:
@@ -110,7 +122,7 @@ def test_outputs_and_gradients_match_the_oracle(name: str, form: str) -> None:
     assert actual.keys() == expected(name).keys()
     nothing = np.isneginf(expected(name)["lse"])
     assert_equal("rows that see nothing", np.isneginf(actual["lse"]), nothing)
-    assert nothing.any() == (case.documents and not case.sinks)
+    assert nothing.any() == ((case.documents or case.ends) and not case.sinks)
     for what, value in expected(name).items():
         if what == "lse":
             assert_close(what, actual[what][~nothing], value[~nothing], TOLERANCE["fp32_op"])
@@ -286,6 +298,8 @@ def test_a_named_form_that_cannot_serve_says_why() -> None:
         ({"case": "window_sinks", "documents": False}, "sinks"),
         ({"case": "window_sink_tokens", "documents": False}, "sink_tokens"),
         ({"case": "window_bias"}, "bias"),
+        ({"case": "dilation", "documents": False}, "dilation"),
+        ({"case": "ends", "documents": False, "softcap": None}, "ends"),
         ({"return_lse": True}, "lse"),
         ({"keys": 20}, "cache"),
         ({"case": "causal"}, "even number of tokens"),
@@ -298,7 +312,8 @@ def test_cudnn_refuses_what_it_would_compute_wrongly(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     case = CASES[change.get("case", "causal")]
     arrays, ids = inputs(case, change.get("dtype", jnp.bfloat16))
-    options = {name: getattr(case, name) for name in OPTIONS} | {"return_lse": change.get("return_lse", False)}
+    options = options_of(case) | {"return_lse": change.get("return_lse", False)}
+    options["softcap"] = change.get("softcap", case.softcap)
     arrays |= {name: arrays[name][:, : change.get("keys")] for name in "kv"}
     with pytest.raises(ValueError, match=f"'cudnn' cannot serve: it .*{reason}"):
         attention(**arrays, segment_ids=ids if change.get("documents", True) else None, impl="cudnn", **options)

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from hydrax.ops.documents import document_positions
 from hydrax.parallel import layout as layouts, shards
 from hydrax.parallel.mesh import MeshConfig
 from hydrax.parallel.shards import NEEDS, STRATEGIES, Shards
-from tests.contract.cases import Case, D, case, normal, segments
+from tests.contract.cases import VARIANTS, Case, D, case, normal, segments
 from tests.parallel.devices import mesh_of
 from tests.tolerances import TOLERANCE, assert_trees_close
 
@@ -43,6 +44,7 @@ COVERING = [
     ("mamba2", "ring_state", "zigzag", 2),
     ("attn", "ring", "zigzag", 4),
     ("swa", "ulysses", "contiguous", 2),
+    ("dma", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
@@ -51,6 +53,8 @@ COVERING = [
     ("nonapprox", "ulysses", "contiguous", 8),
     ("gated_conv", "allgather_state", "zigzag", 8),
 ]
+PATTERNS = {options["pattern"]: i for i, options in enumerate(VARIANTS["swa"]) if "pattern" in options}
+PATTERNED = [("s2", "ring", "zigzag", 4), ("gna", "ring", "contiguous", 4), ("spans", "ulysses", "contiguous", 2)]
 EXACT = [("lightning", "allgather_state", "zigzag"), ("deltanet", "allgather_state", "contiguous")]
 
 
@@ -107,13 +111,15 @@ def given(c: Case, dtype: Any) -> tuple:
 
 
 @functools.cache
-def expected(name: str, dtype: Any) -> PyTree:
-    c = case(name)
+def expected(name: str, dtype: Any, variant: int | None = None) -> PyTree:
+    c = case(name, variant)
     return jax.device_get(jax.jit(functools.partial(evaluate, c, (), "contiguous", "recurrent"))(*given(c, dtype)))
 
 
-def compare(name: str, strategy: str, layout: str, P: int, *, dtype: Any, tolerance: float) -> None:
-    c, want = case(name), expected(name, dtype)
+def compare(
+    name: str, strategy: str, layout: str, P: int, *, dtype: Any, tolerance: float, variant: int | None = None
+) -> None:
+    c, want = case(name, variant), expected(name, dtype, variant)
     with jax.set_mesh(mesh_of(P)):
         got = jax.jit(functools.partial(evaluate, c, (strategy,), layout, None))(*given(c, dtype))
     assert_trees_close(f"{name}, {strategy}, {layout}, {P}", jax.device_get(got), want, tolerance)
@@ -142,6 +148,19 @@ def test_a_divided_row_gives_what_a_whole_one_gives(name: str, strategy: str, la
 @pytest.mark.parametrize(("name", "strategy", "layout", "P"), [c for c in PRODUCT if c not in COVERING])
 def test_every_combination_is_right_or_refused(name: str, strategy: str, layout: str, P: int):
     check(name, strategy, layout, P)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "strategy", "layout", "P"),
+    [
+        pytest.param(*c, marks=[] if c in PATTERNED else [pytest.mark.slow])
+        for c in itertools.product(PATTERNS, STRATEGIES["lse"], layouts.LAYOUTS, (2, 4))
+        if c[1:3] != ("ulysses", "zigzag") and c[1::2] != ("ulysses", 4)  # refused: layout, heads of keys
+    ],
+)
+def test_lifetimes_of_keys_on_divided_rows(pattern: str, strategy: str, layout: str, P: int) -> None:
+    options: dict[str, Any] = {"dtype": jnp.float32, "tolerance": TOLERANCE["fp32_op"], "variant": PATTERNS[pattern]}
+    compare("swa", strategy, layout, P, **options)
 
 
 @pytest.mark.parametrize(

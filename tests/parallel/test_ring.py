@@ -41,6 +41,7 @@ class Case:
     documents: bool = False
     positions: bool = False
     sinks: bool = False
+    lifetimes: bool = False  # ends of keys and a bias of them
     options: tuple = ()
 
 
@@ -52,6 +53,8 @@ CASES = {
     "wide_window": Case(H=2, Hk=1, documents=True, options=(("window", 15), ("scale", 0.7))),
     "sink_tokens": Case(documents=True, positions=True, options=(("window", 4), ("sink_tokens", 2))),
     "sinks_softcap": Case(documents=True, sinks=True, options=(("window", 9), ("softcap", 2.0))),
+    "lifetimes": Case(documents=True, positions=True, lifetimes=True, options=(("dilation", 2),)),
+    "window_lifetimes": Case(lifetimes=True, options=(("window", 9), ("chunk_size", 2))),
 }
 
 
@@ -69,6 +72,9 @@ def problem(case: Case, dtype: jnp.dtype = jnp.float32) -> tuple[dict[str, Array
     facts = {"segment_ids": jnp.asarray(IDS)} if case.documents else {}
     if case.positions:
         facts["positions"] = document_positions(facts["segment_ids"])
+    if case.lifetimes:
+        x["key_bias"] = jnp.asarray(normal(size=(2, T, case.Hk)), jnp.float32)
+        facts["ends"] = jnp.asarray(np.random.default_rng(1).integers(-1, T, size=(2, T, case.Hk)), jnp.int32)
     do, dlse = normal(size=(2, T, case.H, case.V)), normal(size=(2, T, case.H))
     return x, facts, (jnp.asarray(do, dtype), jnp.asarray(dlse, jnp.float32))
 
@@ -120,6 +126,9 @@ def check(strategy: str, layout: str, shards: int, name: str) -> None:
         ("ring", "contiguous", 8, "window"),
         ("ring", "zigzag", 4, "sink_tokens"),
         ("ring", "contiguous", 2, "sinks_softcap"),
+        ("ring", "zigzag", 4, "lifetimes"),
+        ("ring", "contiguous", 8, "window_lifetimes"),
+        ("allgather_kv", "zigzag", 4, "lifetimes"),
         ("allgather_kv", "contiguous", 8, "documents"),
         ("allgather_kv", "zigzag", 4, "sink_tokens"),
         ("allgather_kv", "contiguous", 2, "sinks_softcap"),
@@ -235,11 +244,14 @@ def test_zigzag_shards_work_alike(layout: str, visits: list[int], monkeypatch: p
     ("options", "message"),
     [
         ({"window": 4, "sink_tokens": 1}, "sink_tokens: expected the positions"),
+        ({"facts": {"ends": np.zeros((2, T, 2), np.int32)}}, "ends: expected the positions"),
         ({"layout": "spiral"}, "layout = 'spiral': expected one of contiguous, zigzag"),
     ],
 )
 def test_refusals(strategy: str, options: dict, message: str) -> None:
     x, facts, _ = problem(CASES["documents"])
+    options = dict(options)
+    facts |= options.pop("facts", {})
     f = functools.partial(STRATEGIES[strategy], axis="context", **options)
     run = jax.shard_map(lambda x, facts: f(**x, **facts), mesh=mesh_of(4), in_specs=ROWS, out_specs=ROWS)
     with pytest.raises(ValueError, match=message):

@@ -2,8 +2,9 @@
 
     z_ts = softcap(scale · q_t·k_s + bias_ts),      o_t = Σ_s e^{z_ts} v_s / (Σ_s e^{z_ts} + e^{sink}),   s visible to t
 
-Key s is visible to query t in the same document (id 0 never is), at p_s <= p_t, if p_t - p_s < window or
-p_s < sink_tokens. Papers: arXiv 1706.03762, grouped heads 2305.13245, sink tokens 2309.17453.
+Key s is visible to query t in the same document (id 0 never is), at p_s <= p_t <= end_s, if p_t - p_s < window or
+p_s < sink_tokens, and dilation divides p_t - p_s. Papers: arXiv 1706.03762, grouped heads 2305.13245, sink tokens
+2309.17453.
 """
 
 import functools
@@ -44,12 +45,15 @@ def attention(
     window: int | None = None,
     sinks: Float[Array, "H"] | None = None,
     sink_tokens: int = 0,
+    dilation: int = 1,
     softcap: float | None = None,
     bias: Float[Array, "#B #H T S"] | None = None,
+    ends: Int[Array, "#B S #Hk"] | None = None,
+    key_bias: Float[Array, "#B S #Hk"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    kv_segment_ids: Int[Array, "B S"] | None = None,
-    kv_positions: Int[Array, "B S"] | None = None,
+    kv_segment_ids: Int[Array, "B S *#Hk"] | None = None,
+    kv_positions: Int[Array, "B S *#Hk"] | None = None,
     impl: str | None = None,
     return_lse: bool = False,
     chunk_size: int | None = None,
@@ -62,9 +66,13 @@ def attention(
       window: visible keys including the query's own; None: all of the past.
       sinks: score of an empty key that every query of the head sees.
       sink_tokens: first tokens of each document that stay visible outside the window.
-      softcap: c·tanh(z/c), after the bias and before the mask.
+      dilation: only keys at a multiple of so many tokens before the query are visible.
+      softcap: c·tanh(z/c), after the biases and before the mask.
+      ends: position in the document of the last query that sees the key, for each head of keys.
+      key_bias: added to all scores of a key.
       segment_ids, positions: document of each query and its index in the document; 0, 1, 2, ... per document if None.
-      kv_segment_ids, kv_positions: the same for the keys; if None, those of the queries (T = S), else 0, 1, 2, ...
+      kv_segment_ids, kv_positions: the same for the keys, or for each head of keys; if None, those of the queries
+        (T = S), else 0, 1, 2, ...
       impl: "recurrent" (the definition), "xla", "chunked", "cudnn", "pallas_gpu" (a Hopper GPU, bfloat16, K and V 64 or
         128), or None to choose.
       return_lse: also return the logarithm of the denominator (sinks included), differentiable, for `merge`.
@@ -78,6 +86,7 @@ def attention(
       ValueError: shapes that do not fit, an unknown `impl`, or a named one that cannot serve, with the reason.
     """
     _check_shapes(q, k, v, window, sinks, bias)
+    _check_keys(k, dilation, ends=ends, key_bias=key_bias)
     (B, T, H, K), S = q.shape, k.shape[1]
     groups = (k.shape[2], H // k.shape[2])
     aligned = T == S and kv_segment_ids is None and kv_positions is None
@@ -88,12 +97,12 @@ def attention(
     if bias is not None:  # rows first, as in q
         bias = jnp.moveaxis(bias.reshape(bias.shape[0], *((1, 1) if bias.shape[1] == 1 else groups), T, S), 3, 1)
     queries = forms.Queries(q.reshape(B, T, *groups, K), _positions(positions, segment_ids, T), segment_ids, bias)
-    keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids)
+    keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids, ends, key_bias)
     sink_tokens = 0 if window is None else sink_tokens
-    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned)
+    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation)
     refusals = {
         "cudnn": _cudnn_refusal(queries, keys, sinks, rules, return_lse),
-        "pallas_gpu": _refusal(queries, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
+        "pallas_gpu": _refusal(queries, keys, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
     }
     if refusal := refusals.get(named("attention", impl) or ""):
         raise ValueError(f"attention: impl = {named('attention', impl)!r} cannot serve: {refusal}")
@@ -117,8 +126,11 @@ def attention_matrix(
     bias: Float[Array, "#B #H T T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
+    **of_keys: Any,
 ) -> Float[Array, "B H T T"]:
     """The weight of every key in every query's output, in fp32. Rows sum to 1, or less where sinks take a part.
+
+    `of_keys`: `ends`, `key_bias` and `dilation` of `attention`.
 
     Raises:
       ValueError: shapes that do not fit, or more than 4096 tokens.
@@ -135,6 +147,7 @@ def attention_matrix(
         bias=bias,
         segment_ids=segment_ids,
         positions=positions,
+        **of_keys,
     )
     return as_matrix(o)
 
@@ -170,6 +183,15 @@ def _check_shapes(q: Array, k: Array, v: Array, window: int | None, sinks: Array
         raise ValueError(f"bias {bias.shape}: expected [{B} or 1, {H} or 1, {T}, {S}]")
 
 
+def _check_keys(k: Array, dilation: int, **of_keys: Array | None) -> None:
+    B, S, G = k.shape[:3]
+    if dilation < 1:
+        raise ValueError(f"dilation = {dilation}: expected at least 1 (every key)")
+    for name, x in of_keys.items():
+        if x is not None and (x.ndim != 3 or x.shape[0] not in (1, B) or x.shape[1] != S or x.shape[2] not in (1, G)):
+            raise ValueError(f"{name} {x.shape}: expected [{B} or 1, {S}, {G} or 1]")
+
+
 def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys) -> str:
     """The form that serves, fastest first: of documents cuDNN forms a dense mask."""
     kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device()), ("cudnn", True)]
@@ -177,13 +199,15 @@ def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: f
     return next((name for name, suits in kernels if suits and refusals[name] is None), slow)
 
 
-def _refusal(queries: forms.Queries, rules: forms.Rules) -> str | None:
+def _refusal(queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> str | None:
     """Why no kernel can serve these inputs, or None."""
     reasons = {
         "serves self-attention only, without a cache": not rules.aligned,
         "has no softcap": rules.softcap is not None,
         "has no sink_tokens": rules.sink_tokens > 0,
-        "gives no gradient of a bias": queries.bias is not None,
+        "has no dilation": rules.dilation > 1,
+        "has no ends of keys": keys.ends is not None,
+        "gives no gradient of a bias": queries.bias is not None or keys.bias is not None,
         "serves more than one token": queries.q.shape[1] == 1,
     }
     return next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
@@ -207,4 +231,5 @@ def _cudnn_refusal(
         "gives no differentiable lse": return_lse,
         "needs an even number of tokens": T % 2 != 0,
     }
-    return _refusal(queries, rules) or next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
+    refused = next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
+    return _refusal(queries, keys, rules) or refused

@@ -7,7 +7,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape; `documents`: packed rows with right padding; `bias`: shape of its first two dimensions."""
+    """One shape; `documents`: packed rows with right padding; `bias`: shape of its first two dimensions; `ends`: random
+    ones of keys, some of which live for ever and some not at all."""
 
     B: int
     T: int
@@ -21,6 +22,9 @@ class Case:
     softcap: float | None = None
     bias: tuple[int, int] | None = None
     documents: bool = False
+    dilation: int = 1
+    ends: bool = False
+    key_bias: bool = False
 
 
 CASES = {
@@ -33,6 +37,9 @@ CASES = {
     "softcap_bias": Case(2, 33, 4, 2, 8, 8, softcap=2.0, bias=(1, 4), documents=True),
     "window_bias": Case(2, 32, 2, 2, 8, 8, window=7, bias=(2, 1)),
     "one_token": Case(2, 1, 4, 2, 8, 8, sinks=True),
+    "dilation": Case(2, 33, 2, 1, 8, 8, window=13, dilation=3, documents=True),
+    "ends": Case(2, 33, 4, 2, 8, 8, ends=True, key_bias=True, softcap=5.0, documents=True),
+    "ends_window": Case(2, 45, 4, 2, 8, 8, window=9, ends=True, key_bias=True, sinks=True),
 }
 
 KERNELS = {
@@ -56,4 +63,11 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
         x["sinks"] = normal(size=case.H) + 1
     if case.bias is not None:
         x["bias"] = normal(size=(*case.bias, case.T, case.T))
+    if case.key_bias:
+        x["key_bias"] = normal(size=(case.B, case.T, case.Hk))
     return x
+
+
+def lifetimes(case: Case) -> np.ndarray:
+    """Ends of keys, int32 [B,T,Hk]: between one before the first position and far beyond the last."""
+    return np.random.default_rng(1).integers(-1, 2 * case.T, size=(case.B, case.T, case.Hk), dtype=np.int32)

@@ -30,10 +30,14 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
+    """Facts of keys may differ between heads, and then have a last dimension G: in caches that evict by head."""
+
     k: Float[Array, "B S G K"]
     v: Float[Array, "B S G V"]
-    positions: Int[Array, "#B S"]
-    segment_ids: Int[Array, "B S"] | None = None
+    positions: Int[Array, "#B S *#G"]
+    segment_ids: Int[Array, "B S *#G"] | None = None
+    ends: Int[Array, "#B S #G"] | None = None
+    bias: Float[Array, "#B S #G"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +49,28 @@ class Rules:
     window: int | None
     sink_tokens: int
     aligned: bool
+    dilation: int = 1
 
 
-def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B T S"]:
+def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B #G T S"]:
     """Which keys each query sees."""
-    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    mask = distance >= 0
+    t, s = queries.positions[:, None, :, None], _by_head(keys.positions)
+    mask = t >= s
     if rules.window is not None:
-        mask &= (distance < rules.window) | (keys.positions < rules.sink_tokens)[:, None, :]
+        mask &= (t - s < rules.window) | (s < rules.sink_tokens)
+    if rules.dilation > 1:
+        mask &= (t - s) % rules.dilation == 0
+    if keys.ends is not None:
+        mask &= t <= _by_head(keys.ends)
     if queries.segment_ids is not None and keys.segment_ids is not None:
-        mask &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
-        mask &= (keys.segment_ids != 0)[:, None, :]
+        documents = _by_head(keys.segment_ids)
+        mask &= (queries.segment_ids[:, None, :, None] == documents) & (documents != 0)
     return mask
+
+
+def _by_head(x: Array) -> Array:
+    """Facts of keys [B,S] or [B,S,G] as [B,1|G,1,S]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)[:, :, None]
 
 
 def scores(queries: Queries, keys: Keys, rules: Rules) -> Float[Array, "B G T R S"]:
@@ -64,9 +78,11 @@ def scores(queries: Queries, keys: Keys, rules: Rules) -> Float[Array, "B G T R 
     z = einsum("btgrk,bsgk->bgtrs", queries.q, keys.k) * rules.scale
     if queries.bias is not None:
         z = z + fp32(jnp.moveaxis(queries.bias, 1, 2))
+    if keys.bias is not None:
+        z = z + fp32(_by_head(keys.bias))[:, :, :, None]
     if rules.softcap is not None:
         z = rules.softcap * jnp.tanh(z / rules.softcap)
-    return jnp.where(visible(queries, keys, rules)[:, None, :, None], z, MASKED)
+    return jnp.where(visible(queries, keys, rules)[:, :, :, None], z, MASKED)
 
 
 def attend(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
