@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/lm.py:100m --workdir=runs/lm_100m --config.data.path=/data/text
 
-Variants 50m, 100m, 340m, 1b3: 49M, 88M, 318M and 1.27B parameters without embeddings. 100m has been run, on one H100
+Variants 50m, 100m, 340m, 1b3: 50M, 88M, 318M and 1.27B parameters without embeddings. 100m has been run, on one H100
 (docs/results/lm_100m_h100.json, 100 steps); the others have not.
 Ablations in one line: `--config.model.pattern="3*(3*gla,attn)"`, `--config.model.pattern="12*gdn"`.
 """
@@ -16,7 +16,7 @@ from hydrax.core.build import ConfigError
 
 # layers, d_model, key/value heads of attention, rows per step, of these at a time, peak rate
 VARIANTS = {
-    "50m": (12, 512, 2, 32, 32, 2e-3),
+    "50m": (14, 512, 2, 32, 32, 2e-3),
     "100m": (12, 768, 2, 64, 16, 1e-3),
     "340m": (24, 1024, 2, 128, 8, 6e-4),
     "1b3": (24, 2048, 4, 256, 32, 4e-4),

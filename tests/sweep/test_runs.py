@@ -108,7 +108,7 @@ WRONG = [
     ({"sample.top_p": 0}, r"sample\.top_p = 0\.0: expected a number above 0"),
     ({"data.tokenizer": "bytes"}, r"data\.tokenizer = 'bytes': expected \"byte\" or a tokenizer\.json"),
     ({"config": "quickstrat"}, r"config = 'quickstrat': no such file; did you mean 'quickstart'\?"),
-    ({"config": "lm:2b"}, r"variant = '2b': expected one of 100m, 340m, 1b3"),
+    ({"config": "lm:2b"}, r"variant = '2b': expected one of 50m, 100m, 340m, 1b3"),
 ]
 
 
