@@ -93,7 +93,7 @@ SETTINGS = [
         ["--config={folder}/raises.py"],
         r"config = '.*raises\.py': ZeroDivisionError: division by zero \(raises\.py, line 2\)",
     ),
-    (["--config=lm:2b"], r"variant = '2b': expected one of 100m, 340m, 1b3"),
+    (["--config=lm:2b"], r"variant = '2b': expected one of 50m, 100m, 340m, 1b3"),
     (["--config=lm:ratio=x"], r"ratio = 'x': expected an integer"),
     # flags
     (["--steps=3"], r"--steps = '3': unknown flag; allowed: --config, --workdir, .*, --config\.<key>"),
