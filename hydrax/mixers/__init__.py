@@ -175,6 +175,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 0,
         flops=lambda c, n: 0,
     ),
+    "nats": Row(
+        path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
+        about="softmax attention to keys that live for ever, until the next such key, or for a window, by a scorer",
+        paper="2502.13251",
+        transition="lse",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "sliding": 4},
+        state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=3) + 4 * c.kv_heads * bool(c.capacity),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
     "nonapprox": Row(
         path="hydrax.mixers.linear.nonapprox:NonApprox",
         about="softmax over the past of scores that each belong to one token: an ablation",

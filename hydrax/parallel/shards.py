@@ -1,6 +1,7 @@
 """Rows whose tokens are divided over the mesh axis `context`: facts of the shards, and what serves which state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -106,6 +107,7 @@ def in_order(f: Callable, shards: "Shards | None", *x: PyTree) -> PyTree:
     return jax.tree.map(lambda a: place(a, shards.layout), y)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("joined", "ends"), meta_fields=("wanted", "layout"))
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """Facts of rows whose tokens are divided over the P devices along `context`, each of which holds N slots of a row.

@@ -40,13 +40,15 @@ def make_train_step(
     Gradients and counts of `accumulate` microbatches are summed unnormalised and divided once, so the result does
     not depend on how counted tokens are spread. A step is skipped if loss or gradient norm is not finite, or the norm
     is above `spike` times its running mean over `NORM_STEPS` steps: parameters and optimizer stay bit-equal, and only
-    `step`, `skipped` and that mean advance; "taken" is then 0. `frozen` parameters count in no norm.
+    `step`, `skipped` and that mean advance; "taken" is then 0. `frozen` parameters count in no norm. Random numbers
+    that mixers draw follow from the step alone.
     """
 
     rules = {name: meta.rule for name, meta in plan.meta.items()}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, (sums, losses) = _accumulated(plan, plan.cast(state["params"], dtype), batch, accumulate, z_loss)
+        noise = jax.random.split(jax.random.fold_in(jax.random.key(0), state["step"]), accumulate)
+        grads, (sums, losses) = _accumulated(plan, plan.cast(state["params"], dtype), batch, noise, z_loss)
         count = jnp.maximum(sums.tokens, 1.0)
         grads = {name: jnp.zeros_like(g) if name in frozen else g / count for name, g in grads.items()}
         norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
@@ -124,21 +126,25 @@ def _bits_per_byte(sums: Sums, batch: Batch) -> Metrics:
 
 
 def _accumulated(
-    plan: Blueprint, params: dict[str, Array], batch: Batch, accumulate: int, z_loss: float
+    plan: Blueprint, params: dict[str, Array], batch: Batch, noise: Array, z_loss: float
 ) -> tuple[dict[str, Array], Totals]:
-    """Gradients of the summed loss with respect to the cast parameters, in fp32, and its sums."""
+    """Gradients of the summed loss with respect to the cast parameters, in fp32, and its sums.
+
+    `noise` has a key for each of the microbatches into which the batch is cut.
+    """
 
     axes = {name: meta.axes for name, meta in plan.meta.items()}
 
-    def objective(params: dict[str, Array], part: Batch) -> tuple[Array, Totals]:
-        return _objective(plan, params, part, z_loss)
+    def objective(params: dict[str, Array], part: tuple[Batch, Array]) -> tuple[Array, Totals]:
+        return _objective(plan, params, *part, z_loss)
 
-    def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
+    def add(carry: tuple, part: tuple[Batch, Array]) -> tuple[tuple, None]:
         grads, sums = jax.grad(objective, has_aux=True)(params, part)
         grads = {name: constrain(g.astype(jnp.float32), axes[name]) for name, g in grads.items()}
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-    parts = {name: _microbatches(x, accumulate) for name, x in batch.items()}
+    accumulate = len(noise)
+    parts = ({name: _microbatches(x, accumulate) for name, x in batch.items()}, noise)
     zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
     shapes = jax.eval_shape(lambda: objective(params, jax.tree.map(lambda x: x[0], parts))[1])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -151,7 +157,7 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
-def _forward(model: LM, batch: Batch) -> tuple[Array, Array, Array, dict[str, Array]]:
+def _forward(model: LM, batch: Batch, noise: Array | None = None) -> tuple[Array, Array, Array, dict[str, Array]]:
     """Hidden states, the targets that they predict, their weights, and the layers' own losses.
 
     In the order in which the tokens lie on the devices. Where the batch says which places are asked for (`asked` int32
@@ -160,17 +166,19 @@ def _forward(model: LM, batch: Batch) -> tuple[Array, Array, Array, dict[str, Ar
     """
     asked, targets, weights = batch.get("asked"), batch["targets"], batch["weights"]
     facts = (batch.get("segment_ids"), batch.get("positions"))
-    x, losses = model.forward(batch["tokens"], *facts, modes=batch.get("modes"), placed=asked is None)
+    x, losses = model.forward(batch["tokens"], *facts, modes=batch.get("modes"), noise=noise, placed=asked is None)
     if asked is not None:
         return jnp.take_along_axis(x, asked[..., None], axis=1), targets, weights, losses
     return x, model.place(targets), model.place(weights), losses
 
 
-def _objective(plan: Blueprint, params: dict[str, Array], batch: Batch, z_loss: float) -> tuple[Array, Totals]:
+def _objective(
+    plan: Blueprint, params: dict[str, Array], batch: Batch, noise: Array, z_loss: float
+) -> tuple[Array, Totals]:
     """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
     together."""
     model = plan.merge(params)
-    x, targets, weights, losses = _forward(model, batch)
+    x, targets, weights, losses = _forward(model, batch, noise)
     total, sums = chunked_cross_entropy(x, model.logits, targets, weights, z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}

@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"norm": "none"},
     ],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
+    "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],

@@ -45,6 +45,7 @@ COVERING = [
     ("attn", "ring", "zigzag", 4),
     ("swa", "ulysses", "contiguous", 2),
     ("dma", "allgather_kv", "zigzag", 4),
+    ("nats", "ring", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
@@ -92,6 +93,7 @@ def evaluate(c: Case, wanted: tuple[str, ...], layout: str, impl: str | None, *i
 
     def total(params: dict[str, Array], x: Array, state: PyTree | None) -> tuple[Array, PyTree]:
         facts = {"state": state, "shards": Shards.of(x.shape[:2], seg, wanted, layout), "impl": impl}
+        facts |= {"noise": jax.random.key(1)}
         x, ids, positions = (shards.place(a, layout) for a in (x, seg, document_positions(seg)))
         y, end = c(params, x, ids, positions=positions, **facts)
         y = shards.restore(y, layout)
