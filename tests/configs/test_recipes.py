@@ -22,6 +22,7 @@ SIZED = [
 
 PUBLISHED = {
     "falcon_h1": (521_411_104, 2 * 112 * 1024),  # rows up to a multiple of 128
+    "flux": (8_190_735_360, 36 * (4096 * 64 + 2 * 64 + 1)),  # Qwen3 8B; routers
     "gemma2": (2_614_341_888, 0),
     "griffin": (2_682_862_080, 0),
     "hymba": (1_522_797_824, 127 * 1600),  # rows

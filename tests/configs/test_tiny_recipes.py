@@ -26,7 +26,18 @@ class Recipe(hybrids.Hybrid):
         return model_config(load_config(f"{self.name}:tiny").model)
 
 
-QUICK = {"gemma2", "griffin", "hybridna", "hydrahead", "lt2", "minimax_01", "oryx", "smallthinker"}
+QUICK = {
+    "gemma2",
+    "griffin",
+    "flux",
+    "hybridna",
+    "hydrahead",
+    "lt2",
+    "minimax_01",
+    "oryx",
+    "phi3_small",
+    "smallthinker",
+}
 """Those that every run of the tests can afford; `make test-all` checks all."""
 
 PARAMS = [
