@@ -3,6 +3,7 @@
     python -m launch.report --runs=runs/ratio --out=reports/ratio
     python -m launch.report --runs=runs/mqar,runs/mqar_wide --out=reports/mqar
     python -m launch.report --runs=runs/sizes --out=reports/sizes --x=model.d_model
+    python -m launch.report --runs=runs/ratio --evaluation=runs/evaluation/evaluation.json --out=reports/ratio
 
 Folders are searched for finished runs, at any depth. Runs that differ in optim.lr and seeds alone are one arm, shown at
 the learning rate that is best by the mean over its seeds. Which plots there are depends on what the runs have: quality
@@ -21,6 +22,7 @@ from launch import cli
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("runs", None, "folders that hold runs, with commas between them", required=True, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "the folder of the report", required=True, flag_values=FLAGS)
+flags.DEFINE_list("evaluation", [], "files of launch.evaluate about these runs", flag_values=FLAGS)
 flags.DEFINE_string("x", "", "a config key to plot quality against, in which arms differ", flag_values=FLAGS)
 
 
@@ -28,9 +30,9 @@ flags.DEFINE_string("x", "", "a config key to plot quality against, in which arm
 def main(overrides: cli.Overrides) -> None:
     from hydrax.report.command import report
 
-    flags_given = [f"--runs={','.join(FLAGS.runs)}", f"--out={FLAGS.out}", *([f"--x={FLAGS.x}"] if FLAGS.x else [])]
-    command = shlex.join(["python", "-m", "launch.report", *flags_given])
-    page = report(FLAGS.runs, FLAGS.out, x=FLAGS.x or None, command=command)
+    given = {"runs": ",".join(FLAGS.runs), "evaluation": ",".join(FLAGS.evaluation), "out": FLAGS.out, "x": FLAGS.x}
+    command = shlex.join(["python", "-m", "launch.report", *(f"--{k}={v}" for k, v in given.items() if v)])
+    page = report(FLAGS.runs, FLAGS.out, evaluations=FLAGS.evaluation, x=FLAGS.x or None, command=command)
     print(f"{page.title}, {len(page.pictures)} plots: {pathlib.Path(FLAGS.out) / 'report.html'}")
     for run, state, why in page.left_out.rows:
         print(f"left out: {run}: {state}, {why}", file=sys.stderr)

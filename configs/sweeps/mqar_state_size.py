@@ -70,8 +70,8 @@ def tiny_arms() -> grid.Grid:
 
 def arm(mixer: str, layer: str = "", **options: int) -> grid.Entry:
     """A convolution, then that layer, the mixer alone if it is not given."""
-    heads = {"value_heads" if mixer == "mamba2" else "heads": HEADS, "value_dim": VALUES}
+    heads: dict[str, int] = {"value_heads" if mixer == "mamba2" else "heads": HEADS, "value_dim": VALUES}
     attention = {"heads": HEADS, "key_dim": VALUES}
-    given = {"attn": attention, "swa": attention, "gated_conv": {"preset": "based"}}
+    given: dict[str, dict] = {"attn": attention, "swa": attention, "gated_conv": {"preset": "based"}}
     mixers = {**given, mixer: {**given.get(mixer, heads), **options}}
     return {"model.pattern": f"gated_conv,{layer or mixer}", "model.mixers": mixers}

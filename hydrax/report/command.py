@@ -13,29 +13,37 @@ from hydrax.report.draw import draw, png, svg
 from hydrax.report.page import Page, Picture, Table
 from hydrax.report.plot import Bytes, Heat, Plot
 from hydrax.report.plots import plots
-from hydrax.report.read import LeftOut, Run, read
+from hydrax.report.read import LeftOut, Run, read, with_evaluations
 from hydrax.report.study import RATE, Arm, Measure, Study, by_task, comparable, study
 from hydrax.train.metrics import write_text
 
 
 def report(
-    folders: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, x: str | None = None, command: str = ""
+    folders: Sequence[str | pathlib.Path],
+    out: str | pathlib.Path,
+    *,
+    evaluations: Sequence[str | pathlib.Path] = (),
+    x: str | None = None,
+    command: str = "",
 ) -> Page:
     """Writes report.html, report.md, figures/ and tables/ into `out`; returns what they say.
 
     Args:
       folders: run folders, or folders with such anywhere below.
       out: made if it is not there.
+      evaluations: files of launch.evaluate about these runs.
       x: a config key in which arms differ: one more plot.
       command: the one that makes this report, to be quoted in it.
 
     Raises:
-      ConfigError: there are no runs, none is finished, arms do not differ in `x`, or `out` cannot be written.
+      ConfigError: there are no runs, none is finished, arms do not differ in `x`, a file of evaluations that has none
+        of the runs, or `out` cannot be written.
     """
     out = pathlib.Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "expected a folder, or the path of a new one")
     runs, left = read(folders)
+    runs = with_evaluations(runs, evaluations)
     finished = comparable(runs)
     left = left + [LeftOut(run.name, "finished", "no finite result") for run in runs if run not in finished]
     if not finished:
@@ -133,7 +141,10 @@ def _edges(task: str, found: Study) -> list[str]:
 def _results(found: Mapping[str, Study]) -> Table:
     """The arms of every task, best first; all have the measures that the tasks have in common."""
     studies = found.values()
-    measures = [m for m in next(iter(studies)).measures if all(m in s.measures for s in studies)]
+    first = next(iter(studies))
+    measures = [
+        m for m in (*first.measures, *first.evaluated) if all(m in (*s.measures, *s.evaluated) for s in studies)
+    ]
     columns = ["task"] if len(found) > 1 else []
     columns += ["arm", measures[0].title, "lowest", "highest", *(m.title for m in measures[1:])]
     columns += ["seeds", "learning rate", "parameters", "training FLOPs/token", "state", "KV cache", "tokens/s"]

@@ -49,14 +49,14 @@ def by_ratio(found: Study) -> list[Plot]:
         return found.style(arms[0])
 
     other = [m for m in found.measures if m.higher != found.quality.higher]
-    for measure in (found.quality, *other[:1]):
+    for measure in (found.quality, *other[:1], *found.evaluated):
         series = [
             Series(name, [_point(shares.index(_share(a)), a, measure) for a in sorted(group, key=_share)], style(group))
             for name, group in groups.items()
         ]
         made.append(
             Plot(
-                f"ratio_{measure.key}",
+                "ratio_" + re.sub(r"\W+", "_", measure.key),
                 f"{_capital(measure.title)} against the share of full attention",
                 f"x: recurrent layers, or heads, per one of full attention. Dashed: attention alone. {BANDS}",
                 Axis("recurrent : full attention", "recurrent:full", "ordinal", ticks),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -31,6 +32,7 @@ class Run:
     environment: Mapping[str, Any]
     command: str | None
     sweep: str | None = None
+    evaluated: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by launch.evaluate, suite/figure
 
     def get(self, key: str) -> Any:
         """The value of a dotted key of the config; None: absent."""
@@ -87,6 +89,36 @@ def read(folders: Sequence[str | pathlib.Path]) -> tuple[list[Run], list[LeftOut
         shown = ",".join(map(str, folders))
         raise ConfigError("runs", shown, "no runs found; expected folders of runs, with config.json and summary.json")
     return runs, left
+
+
+def with_evaluations(runs: Sequence[Run], files: Sequence[str | pathlib.Path]) -> list[Run]:
+    """The runs with what launch.evaluate found of them, by the last parts of their names.
+
+    Raises:
+      ConfigError: a file that is no evaluation.json, or in which none of the runs is.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for file in files:
+        results = _object(pathlib.Path(file)).get("runs")
+        if not isinstance(results, dict) or not all(isinstance(of_run, dict) for of_run in results.values()):
+            raise ConfigError("evaluation", str(file), "expected an evaluation.json of launch.evaluate")
+        names = {name: pathlib.PurePath(name).name for name in results}
+        if not {run.name.rpartition("/")[2] for run in runs} & set(names.values()):
+            raise ConfigError("evaluation", str(file), "has none of these runs; expected results of some of them")
+        for name, last in names.items():
+            found.setdefault(last, {}).update(_figures(results[name]))
+    return [dataclasses.replace(run, evaluated=found.get(run.name.rpartition("/")[2], {})) for run in runs]
+
+
+def _figures(results: Mapping[str, Any], path: str = "") -> dict[str, float]:
+    """The finite numbers in nested results, by their path."""
+    flat: dict[str, float] = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            flat |= _figures(value, f"{path}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            flat[f"{path}{key}"] = float(value)
+    return flat
 
 
 def _find(folders: Sequence[str | pathlib.Path]) -> dict[str, pathlib.Path]:

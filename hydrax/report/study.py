@@ -33,14 +33,14 @@ NEUTRAL = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A figure of summary.json, and what to call it."""
+    """A figure of summary.json or of an evaluation, and what to call it."""
 
     key: str
     title: str
     higher: bool  # is better
 
     def of(self, run: Run) -> float | None:
-        value = run.summary.get(self.key)
+        value = run.summary.get(self.key, run.evaluated.get(self.key))
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -51,6 +51,16 @@ MEASURES = (
     Measure("val_loss", "validation loss, nats per target", False),
 )
 """The first of these that every run has is the one by which arms are compared."""
+
+EVALUATED = {
+    r"recall_slices(:\d+)?/hits/loss": ("loss on recall hits, nats per target", False),
+    r"recall_slices(:\d+)?/others/loss": ("loss on other targets, nats per target", False),
+    r"recall_slices(:\d+)?/hits/accuracy": ("accuracy on recall hits", True),
+    r"recall:(?P<name>.+)/contains": ("facts of {name} recalled", True),
+    r"lm_eval:(?P<name>.+)/acc": ("accuracy on {name}", True),
+    r"task(:(?P<name>\w+).*)?/accuracy": ("accuracy on {name}", True),
+}
+"""Figures of evaluations that reports show: a pattern of their paths, what to call them, whether higher is better."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +121,11 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Arms, in the order of their labels' patterns, and the measures that all of their runs have."""
+    """Arms, in the order of their labels' patterns, and the measures and evaluations that all of their runs have."""
 
     arms: Sequence[Arm]
     measures: Sequence[Measure]
+    evaluated: Sequence[Measure]
     varied: Sequence[str]  # keys in which arms differ
     told: Sequence[str]  # those of them that tell the arms apart
     common: Mapping[str, Any]  # keys and values that all runs have in common
@@ -154,7 +165,18 @@ def study(runs: Sequence[Run]) -> Study:
     patterns = labels.of_models({run.get(labels.PATTERN): run.layers for (run, _), *_ in members})
     arms = [_arm([run for run, _ in group], group[0][1], told, patterns, measures[0]) for group in members]
     common = {key: flat[0][key] for key in keys if key not in varied}
-    return Study(sorted(arms, key=_place), measures, settings, told, common)
+    return Study(sorted(arms, key=_place), measures, _evaluated(runs), settings, told, common)
+
+
+def _evaluated(runs: Sequence[Run]) -> list[Measure]:
+    """In the order of the table."""
+    common = [key for key in runs[0].evaluated if all(key in run.evaluated for run in runs)]
+    return [
+        Measure(key, title.format(**found.groupdict(default="the task")), higher)
+        for pattern, (title, higher) in EVALUATED.items()
+        for key in common
+        if (found := re.fullmatch(pattern, key))
+    ]
 
 
 def by_task(runs: Sequence[Run], x: str | None = None) -> dict[str, list[Run]]:

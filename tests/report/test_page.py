@@ -133,6 +133,19 @@ def test_every_task_has_plots_of_its_own(tmp_path):
     assert "x" in {p.stem for p in (tmp_path / "one" / "figures").glob("*.png")}
 
 
+def test_evaluations_join_the_results(tmp_path):
+    for i, pattern in enumerate(("gdn", "gdn,attn", "attn")):
+        write_run(tmp_path / "runs" / f"r{i}", config(model__pattern=pattern), {"val_loss": 1.0 + i})
+    found = {f"r{i}": {"recall_slices:4": {"order": 4, "hits": {"loss": 0.5 * i, "accuracy": None}}} for i in range(3)}
+    write_json(tmp_path / "evaluation.json", {"runs": found})
+    flags = [f"--runs={tmp_path / 'runs'}", f"--evaluation={tmp_path / 'evaluation.json'}", f"--out={tmp_path / 'out'}"]
+    assert run(*flags)[0] == 0
+    rows = read_csv(tmp_path / "out" / "tables" / "results.csv")
+    assert [float(row["loss on recall hits, nats per target"]) for row in rows] == [0.0, 0.5, 1.0]
+    points = read_csv(tmp_path / "out" / "tables" / "ratio_recall_slices_4_hits_loss.csv")
+    assert [float(row["recall_slices:4/hits/loss"]) for row in points] == [0.0, 0.5, 1.0]
+
+
 def test_runs_that_are_left_out_are_listed(made):
     out, (_, _, err) = made
     rows = {
@@ -187,6 +200,7 @@ def test_several_folders_and_names_that_would_be_equal(tmp_path):
         (["--runs={tmp}/none", "--out={tmp}/out"], r"runs = '.*/none': no such folder"),
         (["--runs={tmp}/empty", "--out={tmp}/out"], r"runs = '.*/empty': no runs found; expected folders of runs"),
         (["--runs={tmp}/half", "--out={tmp}/out"], r"runs = '.*/half': no finished run \(1 broken\)"),
+        (["--runs={tmp}/good", "--evaluation={tmp}/file", "--out={tmp}/out"], "evaluation = .*/file': expected an eval"),
         (["--runs={tmp}/good", "--out={tmp}/file"], r"out = '.*/file': expected a folder"),
         (
             ["--runs={tmp}/good", "--out={tmp}/out", "--x=model.d_model"],
