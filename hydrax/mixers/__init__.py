@@ -10,6 +10,15 @@ from hydrax.mixers.base import Context, Mixer, MixerConfig, Row
 from hydrax.ops.sparse import lifetimes
 
 TABLE: dict[str, Row] = {
+    "aaren": Row(
+        path="hydrax.mixers.average.aaren:Aaren",
+        about="softmax attention with learned queries, as a recurrence",
+        paper="2405.13956",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.value_dim + 2),
+        flops=lambda c, n: 2 * c.heads * c.slots * (c.key_dim + 2 * c.value_dim),
+    ),
     "abc": Row(
         path="hydrax.mixers.linear.abc:ABC",
         about="slots that hold running averages of keys and values, read by a softmax",

@@ -19,6 +19,7 @@ D = 32
 CHUNK = 16
 LAYER = {"layer_index": 1, "depth": 3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "aaren": [{"slots": 3}],
     "abc": [{"feature": "silu", "norm_affine": False}],
     "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],

@@ -30,8 +30,8 @@ PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in rang
 LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
-LINEAR = ("abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "lightning", "linear_attn", "mamba2", "nonapprox",
-          "retention", "taylor")  # fmt: skip
+LINEAR = ("aaren", "abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "lightning", "linear_attn", "mamba2",
+          "nonapprox", "retention", "taylor")  # fmt: skip
 """The others that can be parts of heads(...)."""
 
 SPLIT = {

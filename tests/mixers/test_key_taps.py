@@ -28,6 +28,7 @@ def projected(mixer: Any, x: Array) -> Array:
 
 
 KEYS: dict[str, Callable[[Any, Array], Array]] = {
+    "aaren": projected,
     "deltanet": convolved,
     "gdn": convolved,
     "gla": projected,
