@@ -85,6 +85,7 @@ class DynamicMaskAttention(Mixer):
             keys,
             **facts,
             ends=ends,
+            alive=cfg.slots(x.shape[1]),
             key_bias=BIASES[cfg.bias_form](scores),
             scale=cfg.scale,
             softcap=cfg.softcap,

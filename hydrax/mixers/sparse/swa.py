@@ -182,6 +182,7 @@ class SlidingWindowAttention(Mixer):
             q, keys, state = self.qkv.see(x, ctx, state, pattern=alive)
             positions = ctx.positions if keys.positions is None else keys.positions
             ends = {"ends": alive.ends(positions, ctx.layer_index), "dilation": alive.dilation}
+            ends["alive"] = alive.slots(x.shape[1])
         o = kv_cache.attend(
             q,
             keys,
