@@ -128,8 +128,12 @@ def chunked(
 ) -> tuple[Array, Array]:
     """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys.
 
-    If at most `alive` keys live at once, only those that do and the C new ones.
+    If at most `alive` keys live at once, only those that do and the C new ones. Tokens that a dilation keeps apart are
+    rows of their own.
     """
+    apart = rules.aligned and not rules.sink_tokens and queries.bias is None
+    if rules.dilation > 1 and apart and queries.q.shape[1] % rules.dilation == 0:
+        return _dilated(queries, keys, sinks, rules, chunk_size)
     return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
@@ -223,6 +227,26 @@ def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tup
 
     blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, rows)))
     return jax.tree.map(join, blocks)
+
+
+def _dilated(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, chunk_size: int) -> tuple[Array, Array]:
+    """`chunked` of δ rows for each: the tokens of one remainder mod δ, with positions ⌊p/δ⌋."""
+    (B, T), n = queries.q.shape[:2], rules.dilation
+
+    def fold(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (B, *x.shape[1:])).reshape(B, T // n, n, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 1).reshape(B * n, T // n, *x.shape[3:])
+
+    def unfold(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, n, T // n, *x.shape[2:]), 1, 2).reshape(B, T, *x.shape[2:])
+
+    places = queries.positions // n
+    ends = None if keys.ends is None else (keys.ends - (queries.positions % n)[..., None]) // n
+    queries, keys = queries._replace(positions=places), keys._replace(positions=places, ends=ends)
+    window = None if rules.window is None else -(-rules.window // n)
+    rules = dataclasses.replace(rules, window=window, dilation=1, alive=None)
+    queries, keys = jax.tree.map(fold, (queries, keys))
+    return jax.tree.map(unfold, chunked(queries, keys, sinks, rules, chunk_size=chunk_size))
 
 
 def _living(keys: Keys, queries: Queries, start: Array, rules: Rules) -> Keys:
