@@ -91,6 +91,7 @@ def ring_attention(
     segment_ids: Int[Array, "B L"] | None = None,
     positions: Int[Array, "B L"] | None = None,
     ends: Int[Array, "B L Hk"] | None = None,
+    alive: int | None = None,
     key_bias: Float[Array, "B L Hk"] | None = None,
     return_lse: bool = False,
     chunk_size: int = 128,
@@ -100,7 +101,7 @@ def ring_attention(
     Slots of the layout that see nothing of a visiting slot cost nothing. With a window (and no `sink_tokens`) only
     scores near the diagonal are formed, and in the contiguous layout keys go only as far as it reaches. The backward
     pass is a second ring, in which the gradients of keys travel with them; what lives in between is q, k, v, the output
-    and its log-sum-exp. Arguments and errors are those of `allgather_kv`.
+    and its log-sum-exp. Arguments and errors are those of `allgather_kv`; `alive` saves nothing here.
     """
     sink_tokens = 0 if window is None else sink_tokens
     _check({"sink_tokens": sink_tokens, "ends": ends is not None}, segment_ids, positions)

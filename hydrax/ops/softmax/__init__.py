@@ -49,6 +49,7 @@ def attention(
     softcap: float | None = None,
     bias: Float[Array, "#B #H T S"] | None = None,
     ends: Int[Array, "#B S #Hk"] | None = None,
+    alive: int | None = None,
     key_bias: Float[Array, "#B S #Hk"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
@@ -69,6 +70,7 @@ def attention(
       dilation: only keys at a multiple of so many tokens before the query are visible.
       softcap: c·tanh(z/c), after the biases and before the mask.
       ends: position in the document of the last query that sees the key, for each head of keys.
+      alive: most keys of one document that live at once by these ends, if that is known: it saves work.
       key_bias: added to all scores of a key.
       segment_ids, positions: document of each query and its index in the document; 0, 1, 2, ... per document if None.
       kv_segment_ids, kv_positions: the same for the keys, or for each head of keys; if None, those of the queries
@@ -99,7 +101,7 @@ def attention(
     queries = forms.Queries(q.reshape(B, T, *groups, K), _positions(positions, segment_ids, T), segment_ids, bias)
     keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids, ends, key_bias)
     sink_tokens = 0 if window is None else sink_tokens
-    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation)
+    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation, alive)
     refusals = {
         "cudnn": _cudnn_refusal(queries, keys, sinks, rules, return_lse),
         "pallas_gpu": _refusal(queries, keys, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),

@@ -42,7 +42,12 @@ class Keys(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How scores become weights; `aligned`: key i is the key of query i (self-attention without a cache)."""
+    """How scores become weights.
+
+    Attributes:
+      aligned: key i is the key of query i (self-attention without a cache).
+      alive: most keys of a document and head that live at once, by their ends.
+    """
 
     scale: float
     softcap: float | None
@@ -50,6 +55,7 @@ class Rules:
     sink_tokens: int
     aligned: bool
     dilation: int = 1
+    alive: int | None = None
 
 
 def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B #G T S"]:
@@ -120,7 +126,14 @@ def recurrent(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -
 def chunked(
     queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
-    """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
+    """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys.
+
+    If at most `alive` keys live at once, only those that do and the C new ones. Tokens that a dilation keeps apart are
+    rows of their own.
+    """
+    apart = rules.aligned and not rules.sink_tokens and queries.bias is None
+    if rules.dilation > 1 and apart and queries.q.shape[1] % rules.dilation == 0:
+        return _dilated(queries, keys, sinks, rules, chunk_size)
     return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
@@ -138,6 +151,8 @@ def _in_chunks(
     T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
     near = S if w is None or rules.sink_tokens or rows[0].bias is not None or not rules.aligned else C + w - 1
+    few = near == S and rules.aligned and rows[0].bias is None and keys.ends is not None
+    few = few and rules.alive is not None and rules.alive + C < S
     if near < S:
         keys = _with_margins(keys, near - C, -T % C)
     k_dtype, v_dtype = keys.k.dtype, keys.v.dtype
@@ -148,6 +163,8 @@ def _in_chunks(
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
+        elif few:
+            own = _living(keys, rows[0], start, rules)
         return f(rows, own._replace(k=own.k.astype(k_dtype), v=own.v.astype(v_dtype)))
 
     return _by_blocks(block, rows, C)
@@ -210,6 +227,47 @@ def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tup
 
     blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, rows)))
     return jax.tree.map(join, blocks)
+
+
+def _dilated(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, chunk_size: int) -> tuple[Array, Array]:
+    """`chunked` of δ rows for each: the tokens of one remainder mod δ, with positions ⌊p/δ⌋."""
+    (B, T), n = queries.q.shape[:2], rules.dilation
+
+    def fold(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (B, *x.shape[1:])).reshape(B, T // n, n, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 1).reshape(B * n, T // n, *x.shape[3:])
+
+    def unfold(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, n, T // n, *x.shape[2:]), 1, 2).reshape(B, T, *x.shape[2:])
+
+    places = queries.positions // n
+    ends = None if keys.ends is None else (keys.ends - (queries.positions % n)[..., None]) // n
+    queries, keys = queries._replace(positions=places), keys._replace(positions=places, ends=ends)
+    window = None if rules.window is None else -(-rules.window // n)
+    rules = dataclasses.replace(rules, window=window, dilation=1, alive=None)
+    queries, keys = jax.tree.map(fold, (queries, keys))
+    return jax.tree.map(unfold, chunked(queries, keys, sinks, rules, chunk_size=chunk_size))
+
+
+def _living(keys: Keys, queries: Queries, start: Array, rules: Rules) -> Keys:
+    """The keys of the queries from index `start` on, and those before that live when the first of them comes."""
+    assert keys.ends is not None and rules.alive is not None
+    (B, S, G), C = keys.k.shape[:3], queries.q.shape[1]
+    index = jnp.arange(S)[None, :, None]
+    old = (index < start) & (keys.ends >= queries.positions[:, :1, None])
+    if keys.segment_ids is not None and queries.segment_ids is not None:
+        old &= keys.segment_ids[..., None] == queries.segment_ids[:, :1, None]
+    wanted = jnp.broadcast_to(old | ((index >= start) & (index < start + C)), (B, S, G))
+    n = rules.alive + C
+    chosen = jax.vmap(jax.vmap(lambda x: jnp.nonzero(x, size=n, fill_value=S)[0], 1, 1))(wanted)  # [B,n,G]
+
+    def take(x: Array) -> Array:
+        x = x[..., None] if x.ndim == 2 else x
+        x = jnp.broadcast_to(x, (B, S, G, *x.shape[3:]))
+        return jnp.take_along_axis(x, chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3)), axis=1, mode="clip")
+
+    keys = jax.tree.map(take, keys)
+    return keys._replace(positions=jnp.where(chosen < S, keys.positions, FUTURE))
 
 
 def _with_margins(keys: Keys, before: int, after: int) -> Keys:
