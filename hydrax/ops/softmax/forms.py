@@ -27,6 +27,7 @@ class Queries(NamedTuple):
     positions: Int[Array, "#B T"]
     segment_ids: Int[Array, "B T"] | None = None
     bias: Float[Array, "#B T #G #R S"] | None = None
+    kept: Bool[Array, "#B T #G #R S"] | None = None
 
 
 class Keys(NamedTuple):
@@ -88,6 +89,8 @@ def scores(queries: Queries, keys: Keys, rules: Rules) -> Float[Array, "B G T R 
         z = z + fp32(_by_head(keys.bias))[:, :, :, None]
     if rules.softcap is not None:
         z = rules.softcap * jnp.tanh(z / rules.softcap)
+    if queries.kept is not None:
+        z = jnp.where(jnp.moveaxis(queries.kept, 1, 2), z, MASKED)
     return jnp.where(visible(queries, keys, rules)[:, :, :, None], z, MASKED)
 
 
@@ -134,17 +137,17 @@ def chunked(
     apart = rules.aligned and not rules.sink_tokens and queries.bias is None
     if rules.dilation > 1 and apart and queries.q.shape[1] % rules.dilation == 0:
         return _dilated(queries, keys, sinks, rules, chunk_size)
-    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
 def chunked_weigh(
     queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """`weigh`, C queries at a time."""
-    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def _in_chunks(
+def in_chunks(
     f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
 ) -> tuple[Array, Array]:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""

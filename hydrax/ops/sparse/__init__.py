@@ -1,6 +1,7 @@
-"""Sparse attention: keys that live for a while, and what selects keys by their content."""
+"""Sparse attention: keys that live for a while, masks that are given, and what selects keys by their content."""
 
 from hydrax.ops.sparse.lifetimes import lifetime_attention
+from hydrax.ops.sparse.masks import block_mask_attention, masked_attention
 from hydrax.ops.sparse.ranked import ranked_ends
 
-__all__ = ["lifetime_attention", "ranked_ends"]
+__all__ = ["block_mask_attention", "lifetime_attention", "masked_attention", "ranked_ends"]
