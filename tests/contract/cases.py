@@ -49,7 +49,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pattern": "gna", "sink_tokens": 0, "gna": {"stride": 3, "dilation": 2}},
         {"pattern": "s2", "s2": {"block": 3, "local": 2, "vert_stride": 3}},
         {"pattern": "shifted_groups", "window": 6},
-        {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[0, 0.1], [6, 0]], [[3, 0], [0, 0.4]]]}},
+        {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[3, 0], [0, 0.4]]]}},
         {"pattern": "log_bands", "window": 3},
     ],
 }
