@@ -134,17 +134,17 @@ def chunked(
     apart = rules.aligned and not rules.sink_tokens and queries.bias is None
     if rules.dilation > 1 and apart and queries.q.shape[1] % rules.dilation == 0:
         return _dilated(queries, keys, sinks, rules, chunk_size)
-    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
 def chunked_weigh(
     queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """`weigh`, C queries at a time."""
-    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def _in_chunks(
+def in_chunks(
     f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
 ) -> tuple[Array, Array]:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
