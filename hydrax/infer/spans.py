@@ -29,7 +29,7 @@ CERTAIN = 1e-4
 
 
 def influence(model: LM, tokens: Int[Array, "B T"], *, block: int = 64) -> list[np.ndarray]:
-    """Per softmax layer [Hk,N,N]: the mean loss that dropping a block of keys from a block of queries adds, by first order.
+    """Per layer [Hk,N,N]: what dropping a block of keys from a block of queries adds to the loss, to first order.
 
     It is summed over the pairs of the block and the query heads that share keys.
 
