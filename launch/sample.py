@@ -2,6 +2,10 @@
 
 python -m launch.sample --workdir=runs/quickstart --prompt="def main(" --tokens=200
 python -m launch.sample --workdir=runs/quickstart --temperature=0
+python -m launch.sample --workdir=runs/quickstart --policy=streaming:window=256,sink_tokens=4
+
+A policy has softmax layers read a part of the keys: accumulated, dhsa, hip, hylra, lychee, sparge, star or streaming.
+The model then computes another function than the one that was trained.
 """
 
 from absl import flags
@@ -15,6 +19,7 @@ flags.DEFINE_string("prompt", "", "text to continue; empty: a new document", fla
 flags.DEFINE_integer("tokens", 256, "tokens to generate at most", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token every time", flag_values=FLAGS)
 flags.DEFINE_float("top_p", 0.95, "sample among the likeliest tokens of this mass; 1: all", flag_values=FLAGS)
+flags.DEFINE_string("policy", None, "keys that softmax layers read, <name>:<option>=<value>,...", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "another seed, another text", flag_values=FLAGS)
 
 
@@ -37,6 +42,7 @@ def main(overrides: cli.Overrides) -> None:
         temperature=FLAGS.temperature,
         top_p=FLAGS.top_p,
         seed=FLAGS.seed,
+        policy=FLAGS.policy,
     )
     print(FLAGS.prompt, end="", flush=True)
     for text in pieces:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
 from hydrax.data.loader import Data
 from hydrax.data.tokenizer import TextStream, Tokenizer
-from hydrax.models.cache import Cache
+from hydrax.infer import policy as policies
+from hydrax.infer.policy import Policy
+from hydrax.infer.policy.serve import Served, served_layers
 from hydrax.models.lm import LM
 
 if TYPE_CHECKING:
@@ -31,9 +33,15 @@ class _Structure:
     """A model without its parameters, as a key of the compilation cache (it holds dicts, so it has no hash itself)."""
 
     graph: nnx.GraphDef
+    policy: Policy | None = None
 
     def __hash__(self) -> int:
-        return hash(len(self.graph.nodes))
+        return hash((len(self.graph.nodes), self.policy))
+
+    def merge(self, params: PyTree) -> LM | Served:
+        """What makes a cache, reads a prompt and takes steps."""
+        model = nnx.merge(self.graph, params)
+        return model if self.policy is None else Served(model, self.policy)
 
 
 def generate(
@@ -46,6 +54,7 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
     lengths: ArrayLike | None = None,
+    policy: str | Policy | None = None,
 ) -> Int[np.ndarray, "B N"]:
     """Continuations int32 [B,N] of the prompts `tokens` [B,T], N = max_new_tokens.
 
@@ -54,9 +63,10 @@ def generate(
       top_p: nucleus; 1 keeps every token.
       stop: a row that has produced this token goes on with it.
       lengths: real tokens of each row [B] where prompts differ in length; the rest of a row is padding.
+      policy: which keys softmax layers read, see `infer.policy`: another function than the one that was trained.
 
     Raises:
-      ConfigError: a value out of its range, or no prompt.
+      ConfigError: a value out of its range, no prompt, or a policy that does not suit the model.
     """
     made = list(
         stream(
@@ -68,6 +78,7 @@ def generate(
             seed=seed,
             stop=stop,
             lengths=lengths,
+            policy=policy,
         )
     )
     ended = [made[-1]] * (max_new_tokens - len(made))  # every row has stopped
@@ -84,6 +95,7 @@ def stream(
     seed: int = 0,
     stop: int | None = None,
     lengths: ArrayLike | None = None,
+    policy: str | Policy | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
     prompt = jnp.asarray(tokens, jnp.int32)
@@ -96,11 +108,22 @@ def stream(
     valid = np.full(B, T) if lengths is None else np.asarray(lengths)
     if valid.shape != (B,) or valid.min() < 1 or valid.max() > T:
         raise ConfigError("lengths", valid.tolist(), f"expected a length from 1 to {T} for each of the {B} rows")
-    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop)
+    policy = policies.of(policy) if isinstance(policy, str) else policy
+    if policy is not None:
+        policy.check(served_layers(model))
+    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop, policy)
 
 
 def stream_text(
-    model: LM, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+    model: LM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    policy: str | Policy | None = None,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of whole characters, up to the end of the document.
 
@@ -115,6 +138,7 @@ def stream_text(
         top_p=top_p,
         seed=seed,
         stop=tokenizer.eos,
+        policy=policy,
     )
     text = TextStream(tokenizer)
     for token in ids:
@@ -161,9 +185,10 @@ def _stream(
     settings: Settings,
     seed: int,
     stop: int | None,
+    policy: Policy | None,
 ) -> Iterator[np.ndarray]:
     graph, params = nnx.split(model)
-    structure = _Structure(graph)
+    structure = _Structure(graph, policy)
     key = jax.random.key(seed)
     end = jnp.int32(-1 if stop is None else stop)
     token, cache = _prefill(
@@ -181,9 +206,9 @@ def _stream(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(
     structure: _Structure, params: PyTree, prompt: Array, lengths: Array, max_len: int, settings: Settings, key: Array
-) -> tuple[Array, Cache]:
-    model = nnx.merge(structure.graph, params)
-    cache = model.init_cache(prompt.shape[0], max_len, model.embed.weight.dtype)
+) -> tuple[Array, PyTree]:
+    model = structure.merge(params)
+    cache: Any = model.init_cache(prompt.shape[0], max_len, params["embed"]["weight"][...].dtype)
     real = jnp.arange(prompt.shape[1]) < lengths[:, None]
     logits, cache = model.prefill(prompt, cache, segment_ids=real.astype(jnp.int32))
     last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -192,9 +217,9 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
-    structure: _Structure, params: PyTree, token: Array, cache: Cache, stop: Array, settings: Settings, key: Array
-) -> tuple[Array, Cache]:
-    logits, cache = nnx.merge(structure.graph, params).step(token, cache)
+    structure: _Structure, params: PyTree, token: Array, cache: PyTree, stop: Array, settings: Settings, key: Array
+) -> tuple[Array, PyTree]:
+    logits, cache = structure.merge(params).step(token, cache)
     return jnp.where(token == stop, stop, _choose(logits, settings, key)), cache
 
 

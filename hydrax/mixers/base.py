@@ -31,6 +31,7 @@ class Context:
       noise: the key of a training step's random numbers, the same for all layers; None: nothing is drawn.
       shards: the tokens of rows are divided over devices, see `parallel.shards`; None: they are not.
       keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
+      attend: what softmax layers call in place of `nn.kv_cache.attend`: inference policies; None: that itself.
       impl: passed to the ops.
       records: where `record` puts what a layer has to say beside its output; None: nowhere.
       taps: functions applied to named intermediate arrays (interpretability, interventions): "heads", z before the
@@ -48,6 +49,7 @@ class Context:
     noise: Array | None = None
     shards: Shards | None = None
     keys: Any = None
+    attend: Callable[..., Array] | None = None
     records: dict[str, Any] | None = None
     impl: str | None = None
     taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)

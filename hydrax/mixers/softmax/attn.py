@@ -35,7 +35,8 @@ class Attention(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
         q, keys, state = self.qkv.see(x, ctx, state)
-        o = kv_cache.attend(
+        attend = ctx.attend or kv_cache.attend
+        o = attend(
             q,
             keys,
             positions=ctx.positions,

@@ -52,8 +52,8 @@ def masked_attention(
 
 def block_mask_attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    k: Float[Array, "B S Hk K"],
+    v: Float[Array, "B S Hk V"],
     bm: Int[ArrayLike, "#B #H NQ NK"],
     *,
     block: tuple[int, int],
@@ -70,6 +70,8 @@ def block_mask_attention(
     Args:
       bm: `SKIP`, `FULL` or `PARTIAL` for every block of block[0] queries by block[1] keys of the row. A numpy array is
         checked, and lets blocks be skipped; of a traced one FULL is PARTIAL.
+      positions, kv_positions: what the past is; the order of the row if None.
+      segment_ids: documents, where the keys are the queries' own.
       impl: "masked" forms all scores of a block of queries; "gather" reads only the blocks of keys that are kept, for
         which `bm` must be a numpy array. None: whichever forms fewer scores.
 
