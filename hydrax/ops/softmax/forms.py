@@ -199,9 +199,15 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     B, T, G, R, K = q.shape
     index = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros((B, T), jnp.int32) if seg is None else index - documents.document_positions(seg)
-    if rules.window is not None:
+    end = None if keys.ends is None else jnp.minimum(keys.ends, FUTURE - T) + (index - keys.positions)[..., None]
+    if rules.window is not None and rules.sink_tokens:
+        near = jnp.where(keys.positions < rules.sink_tokens, FUTURE, index + rules.window - 1)[..., None]
+        end = near if end is None else jnp.minimum(end, near)
+    elif rules.window is not None:
         first = jnp.maximum(first, index - rules.window + 1)
-    o, lse = gpu.attend(q.reshape(B, T, G * R, K), keys.k, keys.v, first, rules.scale)
+    bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
+    q = q.reshape(B, T, G * R, K)
+    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]
