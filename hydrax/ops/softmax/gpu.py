@@ -259,6 +259,10 @@ def _token(plan: Plan, row: Array) -> Array:
     return row if plan.choice.per == 1 else jax.lax.div(row, jnp.full_like(row, plan.choice.per))
 
 
+def _has(words: Array, bit: Array) -> Array:
+    return jax.lax.shift_right_logical(words, jnp.broadcast_to(bit, words.shape)) & 1 == 1
+
+
 def _as_workers(work: Callable, load: Callable) -> None:
     """`work(wg)` in the warpgroups that multiply, `load()` in the last."""
     wg = jax.lax.axis_index("wg")
@@ -343,16 +347,14 @@ class _Rows:
                 column = tiles.index(1, ROWS)
                 key = tiles.per_column(fact["at"]) if "at" in fact else start + column
                 query = _token(self.plan, i * ROWS + wg * BLOCK + tiles.index(0, ROWS))
-                seen = (key <= query) & (key >= tiles.spread(begin, ROWS))
-                if "end" in fact:
-                    seen &= tiles.per_column(fact["end"]) >= query
+                s = jnp.where((key <= query) & (key >= tiles.spread(begin, ROWS)), s, MASKED)
+                if "end" in fact:  # one after the other: each vector takes registers
+                    s = jnp.where(tiles.per_column(fact["end"]) >= query, s, MASKED)
                 if chosen is not None:
                     bit = choice.bit(start)
-                    shift = jnp.where(column < choice.size, bit, bit + 1) if choice.size < ROWS else bit
-                    seen &= (
-                        jax.lax.shift_right_logical(tiles.spread(bits, ROWS), jnp.broadcast_to(shift, s.shape)) & 1 == 1
-                    )
-                return jnp.where(seen, s, MASKED)
+                    bit = jnp.where(column < choice.size, bit, bit + 1) if choice.size < ROWS else bit
+                    s = jnp.where(_has(tiles.spread(bits, ROWS), bit), s, MASKED)
+                return s
 
             def score(s: Array) -> Array:
                 if "bias" in fact:
@@ -400,8 +402,8 @@ def _output_body(
         carry = tiles.zeros(V), tiles.row_vector(MASKED), tiles.row_vector(0.0)
         o, top, total = over.over_keys(step, carry, wg, key_s, fact_s, full, free)
         some = top > MASKED / 2
-        total = jnp.where(some, total, NOTHING)  # what was gathered from invisible keys becomes 0
-        out_s.at[wg][...] = (o / tiles.spread(total, V)).astype(out_s.dtype)
+        share = jnp.where(some, 1 / total, 0)  # nothing is kept of what was gathered from invisible keys
+        out_s.at[wg][...] = (o * tiles.spread(share, V)).astype(out_s.dtype)
         lse_s.at[wg][...] = jnp.where(some, top / LOG2E + jnp.log(total), NOTHING)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_s.at[wg], outputs[0].at[b, rows, h])
@@ -500,13 +502,12 @@ def _key_body(
             def hide(s: Array) -> Array:
                 key = tiles.spread(fact["at"]) if "at" in fact else key0 + tiles.index(0)
                 query = _token(plan, t + tiles.index(1))
-                seen = (key <= query) & (key >= tiles.per_column(of_row["first"]))
+                s = jnp.where((key <= query) & (key >= tiles.per_column(of_row["first"])), s, MASKED)
                 if "end" in fact:
-                    seen &= tiles.spread(fact["end"]) >= query
+                    s = jnp.where(tiles.spread(fact["end"]) >= query, s, MASKED)
                 if words:
-                    bit = jnp.broadcast_to(choice.bit(key0), s.shape)
-                    seen &= jax.lax.shift_right_logical(tiles.per_column(of_row["chosen"]), bit) & 1 == 1
-                return jnp.where(seen, s, MASKED)
+                    s = jnp.where(_has(tiles.per_column(of_row["chosen"]), choice.bit(key0)), s, MASKED)
+                return s
 
             pairs = [[(own[x], compat.transpose(row[y]))] for x, y in (("k", "q"), ("v", "do"))]
             s, dp = tiles.accumulate([tiles.zeros()] * 2, pairs)

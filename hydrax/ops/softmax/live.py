@@ -22,6 +22,9 @@ FOREVER = 2**30
 WORD = 32
 """Chosen blocks are the bits of words."""
 
+SHORT = 4 * BLOCK - 1
+"""Keys that live up to so long stay as they are: apart they would fill blocks that live longer."""
+
 _INDEX_BITS = 26  # of a key while it is sorted; the class of its life is above them
 
 
@@ -46,9 +49,9 @@ EVERYTHING = Choice()
 
 
 def order(end: Int[Array, "B G S"]) -> tuple[Int[Array, "B G S"], Int[Array, "B G S"]]:
-    """Keys by the power of two next to their life, then by index; and where each key went."""
+    """Keys by the power of two above their life, if it is long, then by index; and where each key went."""
     index = jnp.broadcast_to(jnp.arange(end.shape[-1], dtype=jnp.int32), end.shape)
-    power = WORD - jax.lax.clz(jnp.clip(end - index + 1, 0, FOREVER))
+    power = jnp.maximum(WORD - jax.lax.clz(jnp.clip(end - index + 1, 0, FOREVER)), SHORT.bit_length())
     if end.shape[-1] > 2**_INDEX_BITS:
         raise ValueError(f"{end.shape[-1]} keys: expected at most {2**_INDEX_BITS}")
     places = jnp.sort(power * 2**_INDEX_BITS + index, axis=-1) & (2**_INDEX_BITS - 1)
