@@ -44,9 +44,9 @@ def test_tables_against_every_pair(sorted_: bool) -> None:
 @pytest.mark.parametrize(("pattern", "most"), [(LogBands(32), 0.6), (Strided(64, 1, 8, 2), 0.6)])
 def test_keys_that_live_equally_long_lie_together(pattern: LogBands | Strided, most: float) -> None:
     """In the order of the row most blocks would stay for one long-lived key."""
-    end = jnp.moveaxis(pattern.ends(jnp.arange(8 * T)[None]), 1, 2)
-    first = jnp.zeros((1, 8 * T), jnp.int32)
-    places, _ = live.order(jnp.where(end >= 8 * T - 1, live.FOREVER, end))
+    end = jnp.moveaxis(pattern.ends(jnp.arange(32 * T)[None]), 1, 2)
+    first = jnp.zeros((1, 32 * T), jnp.int32)
+    places, _ = live.order(jnp.where(end >= 32 * T - 1, live.FOREVER, end))
     moved = jnp.take_along_axis(end, places, axis=-1)
-    plain = live.tables(live.EVERYTHING, first, 8 * T, None, end, None)[0].sum()
-    assert live.tables(live.EVERYTHING, first, 8 * T, places, moved, None)[0].sum() < most * plain
+    plain = live.tables(live.EVERYTHING, first, 32 * T, None, end, None)[0].sum()
+    assert live.tables(live.EVERYTHING, first, 32 * T, places, moved, None)[0].sum() < most * plain
