@@ -17,6 +17,7 @@ CASES = {
     "window": Case(1, 256, 1, 1, 64, 128, window=100),
     "sinks": Case(1, 129, 1, 1, 128, 64, window=40, sinks=True, documents=True),
     "sink_tokens": Case(1, 300, 2, 2, 64, 64, window=40, sink_tokens=3, documents=True),
+    "dilation": Case(1, 270, 2, 1, 64, 64, window=91, dilation=3, documents=True),
     "ends": Case(1, 290, 4, 2, 64, 64, ends=True, key_bias=True, documents=True),
 }
 
@@ -78,7 +79,7 @@ def test_blocks_that_no_query_sees_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 4, "dilation": 2}, "it has no dilation"),
+        ({"window": 4, "dilation": 3}, "it has no dilation"),
         ({"softcap": 2.0}, "it has no softcap"),
         ({"bias": jnp.zeros((1, 1, 8, 8))}, "it gives no gradient of a bias"),
         ({"kv_positions": jnp.arange(8)[None]}, "it serves self-attention only"),

@@ -15,9 +15,11 @@ from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 from tests.ops.test_softmax import documents
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
+BY_QUERY_HEAD = "heads_apart"
 CASES = {
     "heads": (Case(1, 200, 4, 1, 64, 64), 64),
     "documents": (Case(1, 270, 2, 2, 64, 64, documents=True), 64),
+    BY_QUERY_HEAD: (Case(1, 200, 2, 1, 64, 64), 64),
     "wide": (Case(1, 600, 2, 1, 64, 64), 256),
 }
 CHOSEN = 2
@@ -28,11 +30,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "TUNING", {jax.devices()[0].device_kind: Tuning()})
 
 
-def problem(case: Case, size: int) -> tuple[dict, jax.Array, jax.Array | None]:
+def problem(name: str) -> tuple[dict, jax.Array, jax.Array | None]:
     """q, k, v; random blocks of the past, some of them none or double; documents."""
+    case, size = CASES[name]
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in cases.inputs(case).items()}
+    heads = case.H if name == BY_QUERY_HEAD else case.Hk
     own = np.arange(case.T)[None, :, None, None] // size
-    idx = np.random.default_rng(2).integers(-1, own + 1, size=(case.B, case.T, case.Hk, CHOSEN))
+    idx = np.random.default_rng(2).integers(-1, own + 1, size=(case.B, case.T, heads, CHOSEN))
     return arrays, jnp.asarray(idx, jnp.int32), documents(case) if case.documents else None
 
 
@@ -44,15 +48,18 @@ def run(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: tuple, *
 
 def definition(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: tuple, *, size: int) -> tuple:
     """The same in fp32, with a mask of every pair."""
-    T, R = idx.shape[1], arrays["q"].shape[2] // idx.shape[2]
+    T, H = idx.shape[1], arrays["q"].shape[2]
     t, s = jnp.arange(T)[:, None], jnp.arange(T)
     mask = (s <= t) & (idx[..., None] == s // size).any(3).swapaxes(1, 2)[..., :, :]
     if ids is not None:
         mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None])[:, None]
-    mask = jnp.repeat(mask, R, axis=1)
+    mask = jnp.repeat(mask, H // mask.shape[1], axis=1)
 
     def f(arrays: dict) -> tuple:
-        q, k, v = (x.astype(jnp.float32) for x in (arrays["q"], *(jnp.repeat(arrays[n], R, axis=2) for n in "kv")))
+        q, k, v = (
+            x.astype(jnp.float32)
+            for x in (arrays["q"], *(jnp.repeat(arrays[n], H // arrays[n].shape[2], axis=2) for n in "kv"))
+        )
         z = jnp.where(mask, jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5, -1e30)
         some = mask.any(-1)
         p = jnp.where(some[..., None], jax.nn.softmax(z, -1), 0)
@@ -67,7 +74,7 @@ def definition(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: t
 @pytest.mark.usefixtures("emulated_gpu")
 def test_bodies_equal_the_definition(name: str) -> None:
     case, size = CASES[name]
-    arrays, idx, ids = problem(case, size)
+    arrays, idx, ids = problem(name)
     normal = np.random.default_rng(1).normal
     do = jnp.asarray(normal(size=(case.B, case.T, case.H, case.V)), jnp.bfloat16)
     dlse = jnp.asarray(normal(size=(case.B, case.T, case.H)), jnp.float32)
@@ -86,7 +93,7 @@ def test_bodies_equal_the_definition(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_lower_for_cuda(name: str) -> None:
     case, size = CASES[name]
-    arrays, idx, ids = problem(case, size)
+    arrays, idx, ids = problem(name)
     o = jnp.zeros((case.B, case.T, case.H, case.V), jnp.bfloat16)
     assert lowered_kernels(functools.partial(run, size=size), arrays, idx, ids, (o, o[..., 0].astype(jnp.float32))) == 3
 

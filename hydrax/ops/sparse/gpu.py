@@ -35,7 +35,7 @@ def block_topk_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hk V"],
-    idx: Int[Array, "B T Hk S"],
+    idx: Int[Array, "B T G S"],
     *,
     block_size: int,
     scale: float | None = None,
@@ -43,11 +43,12 @@ def block_topk_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """o and lse over the visible keys s <= t, of the query's document, in the blocks `idx`.
 
-    Blocks count from the start of the row, -1 is none, and one named twice counts once. A query that sees nothing has
-    o = 0 and lse = -inf; so has padding (id 0).
+    They are chosen by the head of keys (G = Hk) or by the query head (G = H). Blocks count from the start of the row, -1
+    is none, and one named twice counts once. A query that sees nothing has o = 0 and lse = -inf; so has padding (id 0).
     """
-    (B, T, H, K), G = q.shape, k.shape[2]
+    (B, T, H, K), G = q.shape, idx.shape[2]
     R = H // G
+    k, v = (jnp.repeat(x, G // x.shape[2], axis=2) for x in (k, v))
     seg = segment_ids
     index = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros((B, T), jnp.int32) if seg is None else index - documents.document_positions(seg)
