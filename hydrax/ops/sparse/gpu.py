@@ -43,7 +43,7 @@ def block_topk_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """o and lse over the visible keys s <= t, of the query's document, in the blocks `idx`.
 
-    They are chosen by the head of keys (G = Hk) or by the query head (G = H). Blocks count from the start of the row, -1
+    They are chosen by the head of keys (G = Hk) or by the query head (G = H). Blocks count from the row's start, -1
     is none, and one named twice counts once. A query that sees nothing has o = 0 and lse = -inf; so has padding (id 0).
     """
     (B, T, H, K), G = q.shape, idx.shape[2]
