@@ -9,13 +9,16 @@ from hydrax.ops.pallas.tuning import Tuning
 from hydrax.ops.softmax import attention, gpu
 from hydrax.ops.softmax.cases import Case
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
-from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, oracle
+from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, options_of, oracle
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 CASES = {
     "documents": Case(1, 250, 2, 1, 64, 64, documents=True),
     "window": Case(1, 256, 1, 1, 64, 128, window=100),
     "sinks": Case(1, 129, 1, 1, 128, 64, window=40, sinks=True, documents=True),
+    "sink_tokens": Case(1, 300, 2, 2, 64, 64, window=40, sink_tokens=3, documents=True),
+    "dilation": Case(1, 270, 2, 1, 64, 64, window=91, dilation=3, documents=True),
+    "ends": Case(1, 290, 4, 2, 64, 64, ends=True, key_bias=True, documents=True),
 }
 
 
@@ -55,7 +58,7 @@ def test_forward_and_backward_lower_for_cuda(name: str) -> None:
     arrays, ids = inputs(case, jnp.bfloat16)
 
     def run(arrays: dict, ids: jax.Array | None) -> dict:
-        f = lambda arrays: attention(**arrays, segment_ids=ids, window=case.window, impl="pallas_gpu").sum()  # noqa: E731
+        f = lambda arrays: attention(**arrays, segment_ids=ids, **options_of(case), impl="pallas_gpu").sum()  # noqa: E731
         return jax.grad(f)(arrays)
 
     assert lowered_kernels(run, arrays, ids) == 3
@@ -76,7 +79,7 @@ def test_blocks_that_no_query_sees_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 4, "sink_tokens": 2}, "it has no sink_tokens"),
+        ({"window": 4, "dilation": 3}, "it has no dilation"),
         ({"softcap": 2.0}, "it has no softcap"),
         ({"bias": jnp.zeros((1, 1, 8, 8))}, "it gives no gradient of a bias"),
         ({"kv_positions": jnp.arange(8)[None]}, "it serves self-attention only"),

@@ -206,10 +206,10 @@ def _refusal(queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> st
     reasons = {
         "serves self-attention only, without a cache": not rules.aligned,
         "has no softcap": rules.softcap is not None,
-        "has no sink_tokens": rules.sink_tokens > 0,
-        "has no dilation": rules.dilation > 1,
-        "has no ends of keys": keys.ends is not None,
-        "gives no gradient of a bias": queries.bias is not None or keys.bias is not None,
+        "gives no gradient of a bias of scores": queries.bias is not None,
+        "has no dilation with sink_tokens, or that does not divide the row": (
+            rules.dilation > 1 and not forms.separable(queries, rules)
+        ),
         "serves more than one token": queries.q.shape[1] == 1,
     }
     return next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
@@ -230,6 +230,9 @@ def _cudnn_refusal(
             queries.segment_ids is not None and (T > DENSE or T % 128 != 0)
         ),
         "has no sinks": sinks is not None,
+        "has no sink_tokens": rules.sink_tokens > 0,
+        "has no ends or biases of keys": keys.ends is not None or keys.bias is not None,
+        "has no dilation": rules.dilation > 1,
         "gives no differentiable lse": return_lse,
         "needs an even number of tokens": T % 2 != 0,
     }

@@ -5,6 +5,7 @@ query at a time (the definition), all at once, or C at a time with the scores of
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,9 +135,8 @@ def chunked(
     If at most `alive` keys live at once, only those that do and the C new ones. Tokens that a dilation keeps apart are
     rows of their own.
     """
-    apart = rules.aligned and not rules.sink_tokens and queries.bias is None
-    if rules.dilation > 1 and apart and queries.q.shape[1] % rules.dilation == 0:
-        return _dilated(queries, keys, sinks, rules, chunk_size)
+    if rules.dilation > 1 and separable(queries, rules):
+        return _dilated(functools.partial(chunked, chunk_size=chunk_size), queries, keys, sinks, rules)
     return in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
@@ -198,13 +198,21 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     """Kernels for Hopper GPUs, on which documents and windows cost what their visible keys cost."""
     from hydrax.ops.softmax import gpu
 
+    if rules.dilation > 1:
+        return _dilated(pallas_gpu, queries, keys, sinks, rules)
     q, seg = queries.q, queries.segment_ids
     B, T, G, R, K = q.shape
     index = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros((B, T), jnp.int32) if seg is None else index - documents.document_positions(seg)
-    if rules.window is not None:
+    end = None if keys.ends is None else jnp.minimum(keys.ends, FUTURE - T) + (index - keys.positions)[..., None]
+    if rules.window is not None and rules.sink_tokens:
+        near = jnp.where(keys.positions < rules.sink_tokens, FUTURE, index + rules.window - 1)[..., None]
+        end = near if end is None else jnp.minimum(end, near)
+    elif rules.window is not None:
         first = jnp.maximum(first, index - rules.window + 1)
-    o, lse = gpu.attend(q.reshape(B, T, G * R, K), keys.k, keys.v, first, rules.scale)
+    bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
+    q = q.reshape(B, T, G * R, K)
+    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]
@@ -232,8 +240,20 @@ def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tup
     return jax.tree.map(join, blocks)
 
 
-def _dilated(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, chunk_size: int) -> tuple[Array, Array]:
-    """`chunked` of δ rows for each: the tokens of one remainder mod δ, with positions ⌊p/δ⌋."""
+def separable(queries: Queries, rules: Rules) -> bool:
+    """Whether the tokens that a dilation keeps apart can be rows of their own."""
+    apart = rules.aligned and not rules.sink_tokens and queries.bias is None
+    return apart and queries.q.shape[1] % rules.dilation == 0
+
+
+def _dilated(
+    form: Callable[[Queries, Keys, Array | None, Rules], tuple[Array, Array]],
+    queries: Queries,
+    keys: Keys,
+    sinks: Array | None,
+    rules: Rules,
+) -> tuple[Array, Array]:
+    """A form of δ rows for each: the tokens of one remainder mod δ, with positions ⌊p/δ⌋."""
     (B, T), n = queries.q.shape[:2], rules.dilation
 
     def fold(x: Array) -> Array:
@@ -249,7 +269,7 @@ def _dilated(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, ch
     window = None if rules.window is None else -(-rules.window // n)
     rules = dataclasses.replace(rules, window=window, dilation=1, alive=None)
     queries, keys = jax.tree.map(fold, (queries, keys))
-    return jax.tree.map(unfold, chunked(queries, keys, sinks, rules, chunk_size=chunk_size))
+    return jax.tree.map(unfold, form(queries, keys, sinks, rules))
 
 
 def _living(keys: Keys, queries: Queries, start: Array, rules: Rules) -> Keys:
