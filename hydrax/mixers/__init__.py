@@ -177,7 +177,7 @@ TABLE: dict[str, Row] = {
     ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
-        about="softmax attention to keys that live for ever, until the next such key, or for a window, by a scorer",
+        about="softmax attention whose keys live for ever, until the next such key, or for a window",
         paper="2502.13251",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "sliding": 4},
@@ -222,7 +222,7 @@ TABLE: dict[str, Row] = {
     ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
-        about="softmax attention over a sliding window or another static pattern, with learned sinks or sink tokens",
+        about="softmax attention over a sliding window, or another static pattern of keys",
         paper="2309.17453",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},
