@@ -16,9 +16,9 @@ CASES = {
     "documents": Case(1, 250, 2, 1, 64, 64, documents=True),
     "window": Case(1, 256, 1, 1, 64, 128, window=100),
     "sinks": Case(1, 129, 1, 1, 128, 64, window=40, sinks=True, documents=True),
-    "sink_tokens": Case(1, 300, 2, 2, 64, 64, window=40, sink_tokens=3, documents=True),
+    "sink_tokens": Case(1, 300, 2, 1, 64, 64, window=40, sink_tokens=3, documents=True),
     "dilation": Case(1, 270, 2, 1, 64, 64, window=91, dilation=3, documents=True),
-    "ends": Case(1, 290, 4, 2, 64, 64, ends=True, key_bias=True, documents=True),
+    "ends": Case(1, 200, 4, 2, 64, 64, ends=True, key_bias=True, documents=True),
 }
 
 
