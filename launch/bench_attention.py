@@ -25,6 +25,7 @@ flags.DEFINE_integer("heads", 16, "of queries", lower_bound=1, flag_values=FLAGS
 flags.DEFINE_integer("check", 1024, "tokens of the row that is checked; 0: none is", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 20, "samples of a time, at most", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("seconds", 0.5, "of measuring, after which a time gets no further sample", flag_values=FLAGS)
+flags.DEFINE_integer("threads", 8, "programs compiled at the same time", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("out", "", "a .json file for the results; empty: print them only", flag_values=FLAGS)
 
 
@@ -37,7 +38,7 @@ def main(overrides: cli.Overrides) -> None:
         "subjects": list(attention.SUBJECTS) if FLAGS.subjects == "all" else FLAGS.subjects.split(","),
         "seq_lens": [Raw(length) for length in FLAGS.seq_lens.split(",")],
         "widths": [Raw(width) for width in FLAGS.widths.split(",")],
-        **{name: FLAGS[name].value for name in ("heads", "check", "repeats", "seconds")},
+        **{name: FLAGS[name].value for name in ("heads", "check", "repeats", "seconds", "threads")},
     }
     settings = build(attention.Settings, values)
     given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]

@@ -4,6 +4,7 @@ Another op is a line of `SUBJECTS`. First comes accuracy: outputs and all gradie
 definition in fp32. Then come time and memory, forward and forward + backward.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -140,6 +141,7 @@ class Settings:
     check: NonNegative  # tokens of the row on which results are compared; 0: they are not
     repeats: Positive  # samples of a program, at most
     seconds: PositiveFloat  # of measuring after which a program gets no further sample
+    threads: Positive  # programs compiled at the same time
 
     def __post_init__(self) -> None:
         for name in self.subjects:
@@ -194,43 +196,54 @@ class Op:
         return self.subject.op(**x, **facts, **options, impl=self.impl)
 
 
+class Plan:
+    """A subject at one width, while it is compiled: its check, and a program per length and pass."""
+
+    def __init__(self, name: str, width: int, settings: Settings, pool: concurrent.futures.Executor):
+        subject = SUBJECTS[name]
+        self.name, self.width, self.op = name, width, Op(subject, settings.heads, width, subject.impl)
+        self.check = pool.submit(compare, self.op, settings.check)
+        self.programs = {
+            (seq_len, which): pool.submit(Program, self.op, which, None, 1, seq_len)
+            for seq_len in sorted(set(settings.seq_lens))
+            for which in PASSES
+        }
+
+
 def bench(settings: Settings) -> Iterator[list[Row]]:
     """The rows of one subject and width after another, by length. What fails is a row with an error."""
-    for width in settings.widths:
-        for name in settings.subjects:
-            yield measure(name, width, settings)
+    with uncached(), concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+        plans = [Plan(name, width, settings, pool) for width in settings.widths for name in settings.subjects]
+    # Leaving the pool waits for all: compilers would disturb what is timed.
+    while plans:  # what was measured makes room
+        yield measure(plans.pop(0), settings)
 
 
-def measure(name: str, width: int, settings: Settings) -> list[Row]:
+def measure(plan: Plan, settings: Settings) -> list[Row]:
     """The rows of one subject and width."""
-    subject = SUBJECTS[name]
-    op = Op(subject, settings.heads, width, subject.impl)
-    verdict, errors = compare(op, settings.check) if settings.check else ("not checked", {})
+    verdict, errors = plan.check.result()
     programs: dict[tuple[int, str], Program] = {}
     failed: dict[int, str] = {}
     lengths = sorted(set(settings.seq_lens))
-    with uncached():
-        for seq_len in lengths:
-            try:
-                inputs = op.inputs(1, seq_len)
-                for which in PASSES:
-                    programs[seq_len, which] = _started(op, which, seq_len, inputs)
-            except Exception as error:  # out of memory, or whatever an op raises
-                failed[seq_len] = _line(error)
+    for seq_len in lengths:
+        try:
+            inputs = plan.op.inputs(1, seq_len)
+            for which in PASSES:
+                program = plan.programs[seq_len, which].result()
+                program.start(None, inputs)
+                programs[seq_len, which] = program
+        except Exception as error:  # out of memory, or whatever an op raises
+            failed[seq_len] = _line(error)
     times = side_by_side(programs, repeats=settings.repeats, seconds=settings.seconds)
     found = {key: Measured(p.compile_seconds, times[key], p.memory) for key, p in programs.items()}
     by_pass = {T: {which: found[T, which] for which in PASSES if (T, which) in found} for T in lengths}
-    return [Row(name, width, T, verdict, errors, by_pass[T], failed.get(T)) for T in lengths]
-
-
-def _started(op: Op, which: str, seq_len: int, inputs: Inputs) -> Program:
-    program = Program(op, which, None, 1, seq_len)
-    program.start(None, inputs)
-    return program
+    return [Row(plan.name, plan.width, T, verdict, errors, by_pass[T], failed.get(T)) for T in lengths]
 
 
 def compare(op: Op, seq_len: int) -> tuple[str, dict[str, float]]:
-    """How far the results of a short row are from those of the definition."""
+    """How far the results of a short row are from those of the definition; of no tokens nothing is known."""
+    if not seq_len:
+        return "not checked", {}
     inputs = op.inputs(1, seq_len)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), {"x": inputs["x"], "dy": inputs["dy"]})
     definition = Op(op.subject, op.heads, op.width, "recurrent")

@@ -10,7 +10,7 @@ import pytest
 
 from hydrax.core.build import ConfigError, build
 from hydrax.eval import attention, attention_report, report
-from hydrax.eval.attention import SUBJECTS, Op, Settings, Subject, measure
+from hydrax.eval.attention import SUBJECTS, Op, Settings, Subject, bench
 from hydrax.ops.softmax import attention as softmax_attention
 
 PASSES = {"forward", "forward_backward"}
@@ -18,7 +18,7 @@ PASSES = {"forward", "forward_backward"}
 
 def settings(**options) -> Settings:
     values = {"subjects": ["documents"], "seq_lens": [32, 16], "widths": [8], "heads": 2, "check": 16}
-    return build(Settings, {**values, "repeats": 1, "seconds": 0.01, **options})
+    return build(Settings, {**values, "repeats": 1, "seconds": 0.01, "threads": 2, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def cached(monkeypatch):
 
 
 def test_right_results_are_timed_at_every_length():
-    rows = measure("documents", 8, settings())
+    (rows,) = bench(settings())
     assert [(row.seq_len, row.verdict, row.error) for row in rows] == [(16, "right", None), (32, "right", None)]
     assert all(set(row.results) == PASSES and set(row.errors) == {"o", "dq", "dk", "dv"} for row in rows)
     assert all(r.seconds.median > 0 and r.memory.total > 0 for row in rows for r in row.results.values())
@@ -38,12 +38,13 @@ def test_wrong_results_are_named(monkeypatch):
         return softmax_attention(q, k, v, window=None if impl == "recurrent" else 3, impl=impl)
 
     monkeypatch.setitem(SUBJECTS, "documents", Subject(op))
-    (row,) = measure("documents", 8, settings(seq_lens=[16]))
+    ((row,),) = bench(settings(seq_lens=[16]))
     assert row.verdict == "wrong: o, dk, dq, dv" and set(row.results) == PASSES
 
 
 def test_what_fails_is_a_row_in_file_and_picture(tmp_path):
-    rows = [row for name in ("cudnn", "sink_tokens") for row in measure(name, 8, settings(seq_lens=[16], check=0))]
+    options = settings(subjects=["cudnn", "sink_tokens"], seq_lens=[16], check=0)
+    rows = [row for rows in bench(options) for row in rows]
     assert not rows[0].results and "runs on NVIDIA GPUs only" in rows[0].error
     assert (rows[1].verdict, rows[1].error) == ("not checked", None)
     written = report.Report(tmp_path / "x.json", "command", {}, settings(), attention_report.draw)

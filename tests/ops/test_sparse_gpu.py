@@ -22,6 +22,12 @@ CASES = {
     BY_QUERY_HEAD: (Case(1, 200, 2, 1, 64, 64), 64),
     "wide": (Case(1, 600, 2, 1, 64, 64), 256),
 }
+LONG = ("wide", BY_QUERY_HEAD)
+LARGE = {
+    "groups": (Case(2, 1000, 16, 1, 128, 128), 64),
+    "groups_documents": (Case(1, 900, 6, 2, 64, 64, documents=True), 128),
+}
+"""For a device."""
 CHOSEN = 2
 
 
@@ -32,7 +38,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem(name: str) -> tuple[dict, jax.Array, jax.Array | None]:
     """q, k, v; random blocks of the past, some of them none or double; documents."""
-    case, size = CASES[name]
+    case, size = (CASES | LARGE)[name]
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in cases.inputs(case).items()}
     heads = case.H if name == BY_QUERY_HEAD else case.Hk
     own = np.arange(case.T)[None, :, None, None] // size
@@ -70,10 +76,9 @@ def definition(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: t
     return out, pullback(cotangent)[0]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("emulated_gpu")
-def test_bodies_equal_the_definition(name: str) -> None:
-    case, size = CASES[name]
+def check_case(name: str) -> None:
+    """Outputs, lse and all gradients."""
+    case, size = (CASES | LARGE)[name]
     arrays, idx, ids = problem(name)
     normal = np.random.default_rng(1).normal
     do = jnp.asarray(normal(size=(case.B, case.T, case.H, case.V)), jnp.bfloat16)
@@ -90,9 +95,15 @@ def test_bodies_equal_the_definition(name: str) -> None:
         assert_close(f"d{what}", gradients[what], value, TOLERANCE["bf16_gradient"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES])
+@pytest.mark.usefixtures("emulated_gpu")
+def test_bodies_equal_the_definition(name: str) -> None:
+    check_case(name)
+
+
+@pytest.mark.parametrize("name", [*CASES, "groups_documents"])
 def test_forward_and_backward_lower_for_cuda(name: str) -> None:
-    case, size = CASES[name]
+    case, size = (CASES | LARGE)[name]
     arrays, idx, ids = problem(name)
     o = jnp.zeros((case.B, case.T, case.H, case.V), jnp.bfloat16)
     assert lowered_kernels(functools.partial(run, size=size), arrays, idx, ids, (o, o[..., 0].astype(jnp.float32))) == 3
