@@ -1,14 +1,14 @@
 """Rows whose tokens are divided over the mesh axis `context`: facts of the shards, and what serves which state."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hydrax.core.build import ConfigError
-from hydrax.core.typing import Array, Bool
+from hydrax.core.typing import Array, Bool, PyTree
 from hydrax.parallel import layout as layouts
 from hydrax.parallel.layout import T_
 
@@ -21,6 +21,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "diag": _STATE,
     "full": _STATE,
     "lse": ("allgather_kv", "ring", "ulysses"),
+    "groups": ("allgather_kv", "ulysses"),
     "window": ("ring", "allgather_kv", "ulysses"),
     "stabilised": _HEADS,
     "nonlinear": _HEADS,
@@ -96,6 +97,14 @@ def restore(x: T_, layout: str) -> T_:
     """The inverse of `place`."""
     P = shards_of(x.shape[1], layout)
     return x if P == 1 else layouts.restore(x, layout, P)
+
+
+def in_order(f: Callable, shards: "Shards | None", *x: PyTree) -> PyTree:
+    """f(*x) of arrays [B,T,...] in the order of the row; its results in that of the devices. For what is small."""
+    if shards is None:
+        return f(*x)
+    y = f(*jax.tree.map(lambda a: restore(a, shards.layout), x))
+    return jax.tree.map(lambda a: place(a, shards.layout), y)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "abc": [{"feature": "silu", "norm_affine": False}],
     "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
+    "evict_linear": [
+        {"memory": "gla", "fusion": "joint"},
+        {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},
+        {"memory": "kda", "window": 20},
+        {"memory": "linear_attn"},
+    ],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],

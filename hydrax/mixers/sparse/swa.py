@@ -58,6 +58,7 @@ class SlidingWindowAttention(Mixer):
             softcap=cfg.softcap,
             shards=ctx.shards,
             impl=ctx.impl,
+            tap_lse=ctx.taps.get("lse"),
             **ring,
         )
         return self.gate(ctx.tap("reads", o), x), state

@@ -105,19 +105,17 @@ def chunked(
     queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
-    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
 def chunked_weigh(
     queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """`weigh`, C queries at a time."""
-    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def _in_chunks(
-    f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
-) -> tuple[Array, Array]:
+def in_chunks(f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int) -> tuple:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
     T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
@@ -128,7 +126,7 @@ def _in_chunks(
     keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
-    def block(start: Array, rows: tuple) -> tuple[Array, Array]:
+    def block(start: Array, rows: tuple) -> tuple:
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
@@ -179,7 +177,7 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     return o * jnp.exp(lse - total)[..., None], total
 
 
-def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple[Array, Array]:
+def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple:
     """f(index of the first row, rows) for every block of C rows, one after the other."""
     T = jax.tree.leaves(rows)[0].shape[1]
     N = -(-T // C)
