@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
-from hydrax.ops.sparse import ranked
+from hydrax.ops.sparse import groups, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
+    "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "glu": rowwise.GLU,
+    "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
     "ranked_ends": ranked.FORMS,

@@ -21,6 +21,12 @@ from hydrax.ops.softmax import attention, forms, merge
 from hydrax.parallel import layout as layouts
 
 
+def whole(x: Array, axis: str, layout: str) -> Array:
+    """The tokens [B,T,...] of all shards in the order of the row, of which this one has [B,L,...]."""
+    x = jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    return layouts.restore(x, layout, jax.lax.axis_size(axis))
+
+
 def allgather_kv(
     q: Float[Array, "B L H K"],
     k: Float[Array, "B L Hk K"],

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import conv, delta, linear, scan, slots, softmax
+from hydrax.ops import conv, delta, linear, scan, slots, softmax, sparse
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
 from hydrax.parallel.shards import AXIS, NEEDS, Shards, strategy
@@ -35,6 +36,7 @@ class Op:
       x, state: what the dimensions of inputs and state are: b rows, t tokens, h heads, others are not divided. An
         input of one dimension is "h".
       summarize: (*x, segment_ids) -> (M, U), see `state_scan`.
+      in_order: it needs all keys in the order of the row; x begins with queries, keys, values and positions.
     """
 
     run: Callable
@@ -42,6 +44,7 @@ class Op:
     x: tuple[str, ...]
     state: str = "bh"
     summarize: Callable | None = None
+    in_order: bool = False
 
 
 def _summarize_sums(logits: Array, *, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -63,6 +66,15 @@ def _attention(q: Array, k: Array, v: Array, *facts: Array | None, initial_state
     return softmax.attention(q, k, v, **options), None
 
 
+def _of_groups(f: Callable) -> Callable:
+    """An op that weighs groups of keys, as an op of rows."""
+
+    def run(q: Array, k: Array, v: Array, positions: Array, *own: Array, initial_state: None, **options: Any) -> tuple:
+        return f(q, k, v, *own, positions=positions, **options), None
+
+    return run
+
+
 OPS = {
     "linear_attention": Op(linear.linear_attention, "diag", ("bth",) * 4, summarize=_writes(linear.summarize)),
     "delta_rule": Op(delta.delta_rule, "full", ("bth",) * 5, summarize=_writes(delta.summarize)),
@@ -79,6 +91,12 @@ OPS = {
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
+    "chunk_attention": Op(
+        _of_groups(sparse.chunk_attention), "groups", ("bth", "bth", "bth", "bt", "bth"), state="", in_order=True
+    ),
+    "landmark_attention": Op(
+        _of_groups(sparse.landmark_attention), "groups", ("bth", "bth", "bth", "bt"), state="", in_order=True
+    ),
 }
 
 MANY_SHARDS, WIDE_KEYS = 8, 1024
@@ -144,6 +162,16 @@ def _over_keys(f: Callable, op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]
     return f(q, k, v, **dict(zip(OF_TOKENS, own, strict=True)), **facts, **how), None
 
 
+def _allgather_kv(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
+    if not op.in_order:
+        return _over_keys(ring.allgather_kv, op, x, rows, how)
+    ids = jnp.ones(x[0].shape[:2], jnp.int32) if rows.segment_ids is None else rows.segment_ids
+    (q, k, v, positions, *own), ids = tree.alike((x, ids))
+    k, v, *of_keys = (ring.whole(a, AXIS, rows.layout) for a in (k, v, positions, ids))
+    facts = dict(zip(("kv_positions", "kv_segment_ids"), of_keys, strict=True))
+    return op.run(q, k, v, positions, *own, initial_state=None, segment_ids=ids, **facts, **how)
+
+
 def _ring(*args: Any, **how: Any) -> Array:
     return ring.ring_attention(*args, **{name: value for name, value in how.items() if name != "impl"})
 
@@ -152,7 +180,7 @@ LOCAL: dict[str, Callable] = {
     **{name: functools.partial(_carried_state, name) for name in state_scan.CARRIERS},
     "ulysses": _ulysses,
     "halo": _halo,
-    "allgather_kv": functools.partial(_over_keys, ring.allgather_kv),
+    "allgather_kv": _allgather_kv,
     "ring": functools.partial(_over_keys, _ring),
 }
 
@@ -165,7 +193,7 @@ def _run(
     name: str,
     x: tuple,
     *,
-    shards: Shards | None,
+    shards: Shards | None = None,
     initial_state: PyTree = None,
     segment_ids: Array | None = None,
     **how: Any,
@@ -281,3 +309,13 @@ def self_attention(
     if ends is None and (shards is None or not facts.get("sink_tokens")):
         positions = None  # the op finds those in the row, which give the same distances
     return _run(name, (q, k, v, sinks, positions, ends, key_bias), **facts)[0]
+
+
+def chunk_attention(q: Array, k: Array, v: Array, gate: Array, *, positions: Array, **facts: Any) -> Array:
+    """`ops.sparse.chunk_attention`."""
+    return _run("chunk_attention", (q, k, v, positions, gate), **facts)[0]
+
+
+def landmark_attention(q: Array, k: Array, v: Array, *, positions: Array, **facts: Any) -> Array:
+    """`ops.sparse.landmark_attention`."""
+    return _run("landmark_attention", (q, k, v, positions), **facts)[0]

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "diag": _STATE,
     "full": _STATE,
     "lse": ("allgather_kv", "ring", "ulysses"),
+    "groups": ("allgather_kv", "ulysses"),
     "window": ("ring", "allgather_kv", "ulysses"),
     "stabilised": _HEADS,
     "nonlinear": _HEADS,

@@ -51,7 +51,9 @@ def open_source(cfg: RunConfig) -> Source:
 
 def vocabulary_of(cfg: DataConfig) -> int:
     """Number of token ids of a config's data, without reading these."""
-    return open_tokenizer(cfg.tokenizer).vocab_size if cfg.task is None else make_task(cfg).vocabulary
+    if cfg.task is not None:
+        return make_task(cfg).vocabulary
+    return open_tokenizer(cfg.tokenizer).vocab_size + (cfg.landmark_every > 0)
 
 
 def make_task(cfg: DataConfig) -> Task:

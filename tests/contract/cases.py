@@ -26,6 +26,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
+    "evict_linear": [
+        {"memory": "gla", "fusion": "joint"},
+        {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},
+        {"memory": "kda", "window": 20},
+        {"memory": "linear_attn"},
+    ],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],

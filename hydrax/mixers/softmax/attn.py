@@ -45,6 +45,7 @@ class Attention(Mixer):
             softcap=cfg.softcap,
             shards=ctx.shards,
             impl=ctx.impl,
+            tap_lse=ctx.taps.get("lse"),
         )
         return self.gate(ctx.tap("reads", o), x), state
 

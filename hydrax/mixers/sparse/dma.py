@@ -73,7 +73,8 @@ class DynamicMaskAttention(Mixer):
         self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, facts = self.cfg, {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        cfg = self.cfg
+        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
         q, k, _ = self.qkv(x, ctx.positions)
         assert k is not None
         exact = self._values(x)

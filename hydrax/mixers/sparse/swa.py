@@ -191,6 +191,7 @@ class SlidingWindowAttention(Mixer):
             softcap=cfg.softcap,
             shards=ctx.shards,
             impl=ctx.impl,
+            tap_lse=ctx.taps.get("lse"),
             **window,
             **ends,
         )

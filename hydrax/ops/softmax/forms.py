@@ -147,9 +147,7 @@ def chunked_weigh(
     return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def in_chunks(
-    f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
-) -> tuple[Array, Array]:
+def in_chunks(f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int) -> tuple:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
     T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
@@ -162,7 +160,7 @@ def in_chunks(
     keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
-    def block(start: Array, rows: tuple) -> tuple[Array, Array]:
+    def block(start: Array, rows: tuple) -> tuple:
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
@@ -223,7 +221,7 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     return o * jnp.exp(lse - total)[..., None], total
 
 
-def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple[Array, Array]:
+def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple:
     """f(index of the first row, rows) for every block of C rows, one after the other."""
     T = jax.tree.leaves(rows)[0].shape[1]
     N = -(-T // C)
