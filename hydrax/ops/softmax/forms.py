@@ -210,7 +210,8 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
         first = jnp.maximum(first, index - rules.window + 1)
     bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
     q = q.reshape(B, T, G * R, K)
-    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, bias=bias)
+    by_life = keys.ends is not None and rules.window is None  # else only sinks live long
+    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]

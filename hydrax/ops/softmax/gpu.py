@@ -74,6 +74,7 @@ def attend(
     scale: float,
     *,
     end: Array | None = None,
+    by_life: bool = False,
     bias: Array | None = None,
     chosen: Array | None = None,
     choice: Choice = EVERYTHING,
@@ -85,6 +86,8 @@ def attend(
       q: [B,Q,H,K]; k, v: [B,T,Hk,K] and [B,T,Hk,V].
       first: int32 [B,T], never decreasing: the first key that each token sees.
       end: int32 [B,T,1 or Hk], the last token that sees each key, up to `live.FOREVER`.
+      by_life: whether keys that live equally long are brought together, as some outlive many that come after them. It
+        moves all keys and values once.
       bias: [B,T,Hk], added to the scores of each key; it has a gradient.
       chosen: int32 [B,Hk,W,T], of `live.words`: the blocks of keys that each token sees.
       choice: size of these blocks, and `per`.
@@ -102,7 +105,7 @@ def attend(
         end, index = jnp.moveaxis(_padded(end, more), 1, 2), jnp.arange(T + more, dtype=jnp.int32)
         end = jnp.where(end < index, -1, jnp.where(end >= T - 1, live.FOREVER, end))
         facts["end"] = jnp.broadcast_to(end, (k.shape[0], *end.shape[1:]))
-    if end is not None and chosen is None:  # chosen blocks are blocks of the row
+    if by_life:
         places, back = live.order(facts["end"])
         k, v, *others = (_move(places, back, x) for x in (k, v, *(jnp.moveaxis(x, 1, 2) for x in facts.values())))
         facts = {name: jnp.moveaxis(x, 1, 2) for name, x in zip(facts, others, strict=True)} | {"at": places}
