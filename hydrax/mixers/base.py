@@ -28,6 +28,7 @@ class Context:
       embeddings: [B,T,D], what the first layer read: the token embeddings.
       modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. -1, None: the
         block's own choice.
+      noise: the key of a training step's random numbers, the same for all layers; None: nothing is drawn.
       shards: the tokens of rows are divided over devices, see `parallel.shards`; None: they are not.
       keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
       impl: passed to the ops.
@@ -44,6 +45,7 @@ class Context:
     lower_bounds: Mapping[int, Array] = dataclasses.field(default_factory=dict)
     embeddings: Float[Array, "B T D"] | None = None
     modes: Int[Array, "B T"] | None = None
+    noise: Array | None = None
     shards: Shards | None = None
     keys: Any = None
     records: dict[str, Any] | None = None
