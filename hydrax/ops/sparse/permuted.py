@@ -44,7 +44,7 @@ def permuted_window(
 
     Args:
       q, k, v: kv head h serves the query heads h·R .. h·R + R - 1, R = H / Hk.
-      ranks: of the queries, different ones within a document; `kv_ranks` of the keys, if these are not the queries' own.
+      ranks: of the queries, different ones in a document; `kv_ranks` of the keys, if these are not the queries' own.
       positions, segment_ids, kv_positions, kv_segment_ids, scale: as of `ops.softmax.attention`.
       cached: how many keys are of a cache, wherever they are.
       impl: "recurrent" (the definition), "chunked", or None to choose.
