@@ -256,6 +256,17 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
+    "stochastic": Row(
+        path="hydrax.mixers.sparse.stochastic:StochasticAttention",
+        about="softmax attention over a sliding window, and over a window in a random order of the tokens",
+        paper="2604.00754",
+        transition="groups",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 4, "width": 8, "table": 16},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * (_visible(n, c.window, 0) + min(n, c.width + 1) / 2)
+        ),
+    ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
         about="softmax attention over a sliding window, or another static pattern of keys",

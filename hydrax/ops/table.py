@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
-from hydrax.ops.sparse import groups, ranked
+from hydrax.ops.sparse import groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
@@ -14,6 +14,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,

@@ -36,7 +36,8 @@ class Op:
       x, state: what the dimensions of inputs and state are: b rows, t tokens, h heads, others are not divided. An
         input of one dimension is "h".
       summarize: (*x, segment_ids) -> (M, U), see `state_scan`.
-      in_order: it needs all keys in the order of the row; x begins with queries, keys, values and positions.
+      in_order: it needs all keys in the order of the row, with these facts of theirs, which follow queries, keys and
+        values in x.
     """
 
     run: Callable
@@ -44,7 +45,7 @@ class Op:
     x: tuple[str, ...]
     state: str = "bh"
     summarize: Callable | None = None
-    in_order: bool = False
+    in_order: tuple[str, ...] = ()
 
 
 def _summarize_sums(logits: Array, *, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -66,11 +67,12 @@ def _attention(q: Array, k: Array, v: Array, *facts: Array | None, initial_state
     return softmax.attention(q, k, v, **options), None
 
 
-def _of_groups(f: Callable) -> Callable:
-    """An op that weighs groups of keys, as an op of rows."""
+def _of_keys(f: Callable, *names: str) -> Callable:
+    """An op over chosen keys, as an op of rows: its facts of these names follow queries, keys and values."""
 
-    def run(q: Array, k: Array, v: Array, positions: Array, *own: Array, initial_state: None, **options: Any) -> tuple:
-        return f(q, k, v, *own, positions=positions, **options), None
+    def run(q: Array, k: Array, v: Array, *x: Array, initial_state: None, **options: Any) -> tuple:
+        facts = dict(zip(names, x, strict=False))
+        return f(q, k, v, *x[len(names) :], **facts, **options), None
 
     return run
 
@@ -92,10 +94,25 @@ OPS = {
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "chunk_attention": Op(
-        _of_groups(sparse.chunk_attention), "groups", ("bth", "bth", "bth", "bt", "bth"), state="", in_order=True
+        _of_keys(sparse.chunk_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "bth"),
+        state="",
+        in_order=("positions",),
     ),
     "landmark_attention": Op(
-        _of_groups(sparse.landmark_attention), "groups", ("bth", "bth", "bth", "bt"), state="", in_order=True
+        _of_keys(sparse.landmark_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt"),
+        state="",
+        in_order=("positions",),
+    ),
+    "permuted_window": Op(
+        _of_keys(sparse.permuted_window, "positions", "ranks"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "bt"),
+        state="",
+        in_order=("positions", "ranks"),
     ),
 }
 
@@ -166,10 +183,11 @@ def _allgather_kv(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple
     if not op.in_order:
         return _over_keys(ring.allgather_kv, op, x, rows, how)
     ids = jnp.ones(x[0].shape[:2], jnp.int32) if rows.segment_ids is None else rows.segment_ids
-    (q, k, v, positions, *own), ids = tree.alike((x, ids))
-    k, v, *of_keys = (ring.whole(a, AXIS, rows.layout) for a in (k, v, positions, ids))
-    facts = dict(zip(("kv_positions", "kv_segment_ids"), of_keys, strict=True))
-    return op.run(q, k, v, positions, *own, initial_state=None, segment_ids=ids, **facts, **how)
+    (q, k, v, *own), ids = tree.alike((x, ids))
+    k, v, ids_of_keys, *of_keys = (ring.whole(a, AXIS, rows.layout) for a in (k, v, ids, *own[: len(op.in_order)]))
+    facts = {f"kv_{name}": a for name, a in zip(op.in_order, of_keys, strict=True)}
+    facts |= {"segment_ids": ids, "kv_segment_ids": ids_of_keys}
+    return op.run(q, k, v, *own, initial_state=None, **facts, **how)
 
 
 def _ring(*args: Any, **how: Any) -> Array:
@@ -319,3 +337,8 @@ def chunk_attention(q: Array, k: Array, v: Array, gate: Array, *, positions: Arr
 def landmark_attention(q: Array, k: Array, v: Array, *, positions: Array, **facts: Any) -> Array:
     """`ops.sparse.landmark_attention`."""
     return _run("landmark_attention", (q, k, v, positions), **facts)[0]
+
+
+def permuted_window(q: Array, k: Array, v: Array, *, positions: Array, ranks: Array, **facts: Any) -> Array:
+    """`ops.sparse.permuted_window`."""
+    return _run("permuted_window", (q, k, v, positions, ranks), **facts)[0]

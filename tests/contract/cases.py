@@ -35,7 +35,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
+    "hcam": [{"chunk": 3, "top": 2, "kv_heads": 4, "softcap": 20.0, "out_gate": "headwise", "rope": {"fraction": 0.0}}],
     "kda": [{"safe_gate": True, "gate_bias": True}],
+    "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
     "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
     "mamba": [{"bcdt_norm": True}],
@@ -49,6 +51,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nonapprox": [{"qk_norm": "head"}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
+    "stochastic": [{"window": 2, "width": 5, "table": 64, "qk_norm": "head", "out_gate": "headwise"}],
     # Without a norm of the keys, the gradient of their bias is that of a shift of all scores and nearly vanishes.
     "swa": [
         {"sinks": False, "qk_norm": "head", "out_gate": "headwise", "bias": True, "out_bias": True},

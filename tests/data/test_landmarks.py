@@ -6,6 +6,8 @@ import pytest
 from hydrax.core.build import ConfigError, build
 from hydrax.data.landmarks import tokens_per_row, with_landmarks
 from hydrax.data.loader import DataConfig, open_data
+from hydrax.train.config import RunConfig
+from hydrax.train.source import open_source
 
 LANDMARK, PAD = 99, 98
 
@@ -71,3 +73,12 @@ def test_landmarks_are_of_text_without_a_prefix() -> None:
         build(DataConfig, {"task": "mqar", "landmark_every": 4})
     with pytest.raises(ConfigError, match=r"data.landmark_every = 4: expected 0 with model.prefix.meta_tokens = 2"):
         open_data(build(DataConfig, {"landmark_every": 4}), prefix=2)
+
+
+@pytest.mark.parametrize(("every", "given"), [(0, {}), (3, {"landmark_every": 3})])
+def test_landmark_layers_and_data_agree(every: int, given: dict[str, int]) -> None:
+    model = {"d_model": 16, "pattern": "attn,landmark", "mixers": {"landmark": {"section": 4}}}
+    with pytest.raises(
+        ConfigError, match=rf"data.landmark_every = {every}: expected 4, the section of landmark layers"
+    ):
+        open_source(build(RunConfig, {"model": model, "data": given}))

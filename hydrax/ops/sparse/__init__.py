@@ -3,6 +3,7 @@
 from hydrax.ops.sparse.groups import chunk_attention, landmark_attention
 from hydrax.ops.sparse.lifetimes import lifetime_attention
 from hydrax.ops.sparse.masks import block_mask_attention, masked_attention
+from hydrax.ops.sparse.permuted import permuted_window
 from hydrax.ops.sparse.ranked import ranked_ends
 from hydrax.ops.sparse.window import leaving
 
@@ -13,5 +14,6 @@ __all__ = [
     "leaving",
     "lifetime_attention",
     "masked_attention",
+    "permuted_window",
     "ranked_ends",
 ]
