@@ -26,10 +26,12 @@ flags.DEFINE_integer("seed", 0, "another seed, another text", flag_values=FLAGS)
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
     from hydrax.data.tokenizer import open_tokenizer
+    from hydrax.infer import policy as policies
     from hydrax.infer.sample import check_settings, stream_text
     from hydrax.train.checkpoint import load_run
 
     check_settings(FLAGS.temperature, FLAGS.top_p)
+    policy = None if FLAGS.policy is None else policies.of(FLAGS.policy)
     model, cfg = load_run(FLAGS.workdir)
     if cfg.data.task is not None:
         raise ConfigError("workdir", FLAGS.workdir, f"expected a run on text; it learnt the task {cfg.data.task}")
@@ -42,7 +44,7 @@ def main(overrides: cli.Overrides) -> None:
         temperature=FLAGS.temperature,
         top_p=FLAGS.top_p,
         seed=FLAGS.seed,
-        policy=FLAGS.policy,
+        policy=policy,
     )
     print(FLAGS.prompt, end="", flush=True)
     for text in pieces:

@@ -31,7 +31,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def of(text: str) -> Policy:
-    """The policy `<name>` or `<name>:<option>=<value>,...`.
+    """The policy `<name>` or `<name>:<option>=<value>,...`, with commas or semicolons.
 
     Raises:
       ConfigError: an unknown name or option, or a value that is not allowed.
@@ -40,7 +40,7 @@ def of(text: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError("policy", name, f"expected one of {', '.join(POLICIES)}")
     options = {}
-    for piece in filter(None, re.split(r",(?=\s*\w+\s*=)", rest)):
+    for piece in filter(None, re.split(r"[,;](?=\s*\w+\s*=)", rest)):
         key, given, value = piece.partition("=")
         if not given:
             raise ConfigError("policy", piece, f"expected <option>=<value>; options of {name}: {_options(name)}")
