@@ -264,7 +264,7 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 4, "width": 8, "table": 16},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: (
-            2 * c.heads * (c.key_dim + c.value_dim) * (_visible(n, c.window, 0) + min(n, c.width + 1) / 2)
+            2 * c.heads * (c.key_dim + c.value_dim) * (lifetimes.Window(c.window).visible(n) + min(n, c.width + 1) / 2)
         ),
     ),
     "swa": Row(
