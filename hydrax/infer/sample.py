@@ -19,6 +19,8 @@ from hydrax.infer import policy as policies
 from hydrax.infer.policy import Policy
 from hydrax.infer.policy.serve import Served, served_layers
 from hydrax.models.lm import LM
+from hydrax.models.mix import landmarks
+from hydrax.models.spec import resolve
 
 if TYPE_CHECKING:
     from hydrax.train.config import RunConfig
@@ -98,6 +100,8 @@ def stream(
     policy: str | Policy | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
+    if any(landmarks(layer.mix) for layer in resolve(model.cfg)):
+        raise ConfigError("model.pattern", model.cfg.pattern, "landmark layers: generation does not put landmarks yet")
     prompt = jnp.asarray(tokens, jnp.int32)
     check_settings(temperature, top_p)
     if max_new_tokens < 1:
@@ -158,9 +162,10 @@ def check_settings(temperature: float, top_p: float, path: str = "") -> None:
 
 
 def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
-    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder; nothing for tasks."""
+    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder; nothing for tasks
+    and for data with landmarks, which `stream` does not serve."""
     s = cfg.sample
-    if not s.tokens or not isinstance(data, Data):
+    if not s.tokens or not isinstance(data, Data) or data.landmark_every:
         return
     pieces = stream_text(
         model,
