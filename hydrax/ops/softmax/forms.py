@@ -192,9 +192,14 @@ def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tu
     return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
 
 
+def intervals(keys: Keys, rules: Rules) -> bool:
+    """Whether the keys that a query sees are an interval which ends at it, without a bias."""
+    return keys.ends is None and keys.bias is None and not rules.sink_tokens
+
+
 def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
     """Kernels for Hopper GPUs, on which documents and windows cost what their visible keys cost."""
-    from hydrax.ops.softmax import gpu
+    from hydrax.ops.softmax import gpu, gpu_intervals
 
     if rules.dilation > 1:
         return _dilated(pallas_gpu, queries, keys, sinks, rules)
@@ -211,7 +216,10 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
     q = q.reshape(B, T, G * R, K)
     by_life = keys.ends is not None and rules.window is None  # else only sinks live long
-    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
+    if intervals(keys, rules):
+        o, lse = gpu_intervals.attend(q, keys.k, keys.v, first, rules.scale)
+    else:
+        o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]
