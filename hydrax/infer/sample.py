@@ -162,8 +162,10 @@ def check_settings(temperature: float, top_p: float, path: str = "") -> None:
 
 
 def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
-    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder; nothing for tasks
-    and for data with landmarks, which `stream` does not serve."""
+    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder.
+
+    Nothing for tasks, and for data with landmarks, which `stream` does not serve.
+    """
     s = cfg.sample
     if not s.tokens or not isinstance(data, Data) or data.landmark_every:
         return
