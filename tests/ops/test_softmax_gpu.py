@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hydrax.ops.pallas.tuning import Tuning
-from hydrax.ops.softmax import attention, gpu
+from hydrax.ops.softmax import attention, gpu, gpu_intervals
 from hydrax.ops.softmax.cases import Case
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, options_of, oracle
@@ -26,7 +26,8 @@ CASES = {
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`attention` can run its kernels, whatever the device."""
     monkeypatch.setattr("hydrax.ops.softmax.hopper_refusal", lambda *_: None)
-    monkeypatch.setattr(gpu, "TUNING", {jax.devices()[0].device_kind: Tuning()})
+    for module in (gpu, gpu_intervals):
+        monkeypatch.setattr(module, "TUNING", {jax.devices()[0].device_kind: Tuning()})
 
 
 def check_case(case: Case) -> None:
@@ -108,8 +109,8 @@ def test_other_shapes_and_dtypes_are_refused(q: jax.Array, message: str) -> None
     assert message in gpu.refusal(q, q, q)
 
 
-def test_documents_take_the_kernels_and_plain_rows_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN forms a dense mask of documents."""
+def test_documents_take_the_kernels_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN forms a dense mask of documents; kernels for lives of keys are taken by name."""
     taken = []
     monkeypatch.setattr("hydrax.ops.softmax.on_one_device", lambda: True)
     monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: None)
@@ -119,4 +120,6 @@ def test_documents_take_the_kernels_and_plain_rows_do_not(monkeypatch: pytest.Mo
     x = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
     attention(x, x, x)
     attention(x, x, x, segment_ids=documents(Case(1, 8, 1, 1, 64, 64)))
-    assert taken == ["cudnn", "pallas_gpu"]
+    monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: "no")
+    attention(x, x, x, ends=jnp.full((1, 8, 1), 4))
+    assert taken == ["cudnn", "pallas_gpu", "xla"]
