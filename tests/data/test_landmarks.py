@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import hydrax
 from hydrax.core.build import ConfigError, build
 from hydrax.data.landmarks import tokens_per_row, with_landmarks
 from hydrax.data.loader import DataConfig, open_data
@@ -82,3 +83,9 @@ def test_landmark_layers_and_data_agree(every: int, given: dict[str, int]) -> No
         ConfigError, match=rf"data.landmark_every = {every}: expected 4, the section of landmark layers"
     ):
         open_source(build(RunConfig, {"model": model, "data": given}))
+
+
+def test_text_of_landmark_layers_is_not_generated() -> None:
+    model = hydrax.build({"d_model": 16, "vocab_size": 9, "pattern": "landmark", "mixers": {"landmark": {"heads": 2}}})
+    with pytest.raises(ConfigError, match=r"model.pattern = 'landmark': landmark layers: generation does not"):
+        hydrax.generate(model, np.ones((1, 3), np.int32), max_new_tokens=1)
