@@ -9,6 +9,8 @@ WINDOW = 8
 LEARN = {
     "attn": ({"heads": 2}, 400),
     "dma": ({"heads": 2, "keep": 16, "keep_last": 2}, 400),
+    "evict_linear": ({"heads": 2, "window": WINDOW}, 2400),
+    "hcam": ({"heads": 2, "chunk": 4, "top": 4}, 2400),
     "nats": ({"heads": 2, "sliding": WINDOW}, 1200),
 }
 """The options of every mixer that has to learn it, and the steps that it may take: a line for each."""
