@@ -21,7 +21,8 @@ from hydrax.nn.norm import NORMS
 from tests.contract.cases import VARIANTS, D, tiny
 
 VOCABULARY = 67
-ORDER = 2  # with which the first ten models have all mixers
+ANY = tuple(name for name in FUSIONS if name != "flat")  # which joins attn and swa alone: tests/models/test_fusion.py
+ORDER = 2  # with which the fixed models have all mixers
 COMPOSITIONS = ("heads", "parallel", "modes", "route")
 AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
@@ -141,7 +142,7 @@ class _Draw:
         self.blocks[name] = {"mixer": expression, "options": options, **fields}
         return name
 
-    def fusion(self, parts: int, among: tuple[str, ...] = tuple(FUSIONS)) -> dict[str, Any]:
+    def fusion(self, parts: int, among: tuple[str, ...] = ANY) -> dict[str, Any]:
         options: dict[str, Any] = {"fusion": self.pick(among)}
         if options["fusion"] == "weighted":
             options["learned"] = self.chance(0.5)
@@ -170,7 +171,7 @@ class _Draw:
         for _ in range(self.pick([1, 1, 1, 1, 2])):
             parts.append(self.partner(parts[0], LENDERS if lends else ()) if self.chance(0.7) else self.single(*LINEAR))
         equal = len({part.width for part in parts}) == 1
-        options = self.fusion(len(parts), tuple(FUSIONS) if equal else ("concat",))
+        options = self.fusion(len(parts), ANY if equal else ("concat",))
         whole = sum(part.width for part in parts)
         inner = whole if options["fusion"] == "concat" else parts[0].width
         return Piece(f"parallel({','.join(map(self.part, parts))})", inner, options)

@@ -130,9 +130,9 @@ def test_groups_do_not_see_the_end_of_the_row() -> None:
 
 
 def test_spans_come_from_a_file(tmp_path: pathlib.Path) -> None:
-    """[[[α, β] per head] per layer]: the last ⌊α/block⌋ + ⌊β N/block⌋ blocks, at least the query's own."""
+    """{"layers": [[[α, β] per head] per layer]}: the last ⌊α/block⌋ + ⌊β N/block⌋ blocks, at least the query's own."""
     path = tmp_path / "spans.json"
-    path.write_text(json.dumps([[[0, 0.25], [9, 0]], [[-64, 1], [1, 0]]]))
+    path.write_text(json.dumps({"layers": [[[0, 0.25], [9, 0]], [[-64, 1], [1, 0]]]}))
     options = {"heads": 4, "kv_heads": 2, "pattern": "spans", "spans": {"file": str(path), "length": 64, "block": 4}}
     cfg = build(mixers.get("swa").Config, options).fill(D)
     assert cfg.lifetimes.blocks == ((4, 2), (1, 1))

@@ -54,8 +54,8 @@ class S2:
 
 @dataclasses.dataclass(frozen=True)
 class SpanOptions:
-    file: str | None = None  # JSON: [[[α, β], one for each head of keys], one for each layer], or one for all layers
-    rules: Rules = ()  # the same, written out
+    file: str | None = None  # JSON, {"layers": as rules}: what infer.spans writes
+    rules: Rules = ()  # [[[α, β], one for each head of keys], one for each layer], or one for all layers
     length: Positive = 8192  # N: a head sees the last α + β N tokens, in whole blocks
     block: Positive = 64  # tokens per block
 
@@ -95,9 +95,9 @@ class Config(AttentionConfig, MixerConfig):
 
 def _read_rules(path: str) -> Rules:
     try:
-        rules = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("spans.file", path, f"expected a JSON file of spans: {error}") from None
+        rules = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["layers"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError("spans.file", path, f"expected a JSON file of spans, with layers: {error}") from None
     return convert(Rules, rules, "spans.file")
 
 
