@@ -122,10 +122,12 @@ def write(
     segment_ids: Int[Array, "B T"] | None,
     window: int | None = None,
     sink_tokens: int = 0,
+    **others: Array,
 ) -> Cache | None:
     """The cache after these tokens: it holds the last real document of each row. None stays None.
 
-    Positions that fit no slot are dropped (a full cache has a maximal length).
+    `others` [B,T,...] are what a cache holds beside keys and values. Positions that fit no slot are dropped (a full
+    cache has a maximal length).
     """
     if cache is None:
         return None
@@ -146,7 +148,7 @@ def write(
         return jax.vmap(lambda o, i, n: o.at[i].set(n.astype(o.dtype), mode="drop"))(old, slots, new)
 
     taken = jnp.ones_like(segment_ids)
-    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken})
+    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken, **others})
 
 
 def evict(

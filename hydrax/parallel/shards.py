@@ -23,6 +23,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "full": _STATE,
     "lse": ("allgather_kv", "ring", "ulysses"),
     "window": ("ring", "allgather_kv", "ulysses"),
+    "chosen": ("allgather_kv",),
     "stabilised": _HEADS,
     "nonlinear": _HEADS,
     "taps": ("halo",),

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hydrax.core import tree
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.ops.dispatch import select
@@ -132,7 +133,7 @@ def index_scores(
         z = jax.nn.relu(einsum("btd,bsd->bts", q, k) * k.shape[-1] ** -0.5)
         return total + w[..., None] * z, None
 
-    zeros = jnp.zeros((*q.shape[:2], k.shape[1]), jnp.result_type(q, k, w))
+    zeros = tree.alike(jnp.zeros((*q.shape[:2], k.shape[1]), jnp.result_type(q, k, w)), q)
     total, _ = jax.lax.scan(head, zeros, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(w, 2, 0)))
     return jnp.where(total == 0, 0, total)  # -0 would lose ties
 
