@@ -26,7 +26,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
-    "dsa": [{"keep": 100, "index_rope": {"fraction": 0.0}, "qk_norm": "head", "softcap": 20.0, "bias": True}],
+    "dsa": [{"keep": 100, "index_rope": 0.0, "qk_norm": "head", "softcap": 20.0, "bias": True}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],

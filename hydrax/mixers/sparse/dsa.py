@@ -45,7 +45,7 @@ class Config(AttentionConfig, MixerConfig):
     keep: Positive = 512  # tokens that a query sees
     index_heads: Positive = 4  # I
     index_dim: Positive = 32  # d
-    index_rope: Rope = dataclasses.field(default_factory=lambda: Rope(fraction=0.5))
+    index_rope: Fraction = 0.5  # of the d channels that turn, by `rope.theta`, always in halves
     index_loss: NonNegativeFloat = 1.0  # weight of the indexer's loss
     warmup: Fraction = 0.1  # share of the training steps with dense attention
 
@@ -65,7 +65,7 @@ class Indexer(nnx.Module):
         n, d = cfg.index_heads, cfg.index_dim
         fan_in = jax.nn.initializers.truncated_normal(d_model**-0.5 / 0.87962566)
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        self.rope = cfg.index_rope
+        self.rope = Rope(cfg.rope.theta, cfg.index_rope)
         self.q = param(rngs, fan_in, (d_model, n, d), ("embed", "gates", "norm"), decay=True)
         self.k = param(rngs, fan_in, (d_model, d), ("embed", "norm"), decay=True)
         self.w = param(rngs, fan_in, (d_model, n), ("embed", "gates"), decay=True)
