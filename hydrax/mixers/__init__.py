@@ -46,6 +46,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=3),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.slots(n)).visible(n),
     ),
+    "dsa": Row(
+        path="hydrax.mixers.sparse.dsa:IndexedAttention",
+        about="softmax attention of each query to the tokens that a small indexer scores best",
+        paper="2512.02556",
+        transition="chosen",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "keep": 5, "index_heads": 2, "index_dim": 8},
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * n * c.index_dim,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(min(n, c.keep)).visible(n)
+            + c.index_heads * (2 * c.index_dim + 2) * (n + 1) / 2
+        ),
+    ),
     "evict_linear": Row(
         path="hydrax.mixers.sparse.evict_linear:EvictLinear",
         about="softmax attention over a window, and a matrix state of what has left it",

@@ -23,7 +23,7 @@ from hydrax.core.typing import Array, PyTree
 from hydrax.ops import conv, delta, linear, scan, slots, softmax, sparse
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
-from hydrax.parallel.shards import AXIS, NEEDS, Shards, strategy
+from hydrax.parallel.shards import AXIS, NEEDS, Shards, restore, strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,25 @@ LOCAL: dict[str, Callable] = {
     "allgather_kv": _allgather_kv,
     "ring": functools.partial(_over_keys, _ring),
 }
+
+
+def over_all_keys(f: Callable[[PyTree, PyTree], PyTree], rows: PyTree, keys: PyTree, shards: Shards | None) -> PyTree:
+    """f(rows, keys), of arrays [B,T,...] and [B,S,...]: every device does its rows, and has the keys of the whole row.
+
+    `keys` reach f in the order of the row, whatever the layout. Both must hold all arrays that f reads.
+    """
+    if shards is None:
+        return f(rows, keys)
+    strategy("chosen keys", "chosen", shards.wanted, shards.layout)
+    keys = jax.tree.map(lambda a: restore(a, shards.layout), keys)
+    arrays = [(a, "bt") for a in jax.tree.leaves((rows, keys))]
+    on = _axes(jax.sharding.get_abstract_mesh(), _sizes(arrays))
+    by_rows = PartitionSpec(on.get("b"), AXIS)
+
+    def local(rows: PyTree, keys: PyTree) -> PyTree:
+        return f(*tree.alike((rows, keys)))
+
+    return jax.shard_map(local, in_specs=(by_rows, PartitionSpec(on.get("b"))), out_specs=by_rows)(rows, keys)
 
 
 def _letters(op: Op, i: int, x: Array | None) -> str:

@@ -24,6 +24,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "lse": ("allgather_kv", "ring", "ulysses"),
     "groups": ("allgather_kv", "ulysses"),
     "window": ("ring", "allgather_kv", "ulysses"),
+    "chosen": ("allgather_kv",),
     "stabilised": _HEADS,
     "nonlinear": _HEADS,
     "taps": ("halo",),

@@ -26,6 +26,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
+    "dsa": [{"keep": 100, "index_rope": 0.0, "qk_norm": "head", "softcap": 20.0, "bias": True}],
     "evict_linear": [
         {"memory": "gla", "fusion": "joint"},
         {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},

@@ -5,6 +5,8 @@ from hydrax.ops.sparse.lifetimes import lifetime_attention
 from hydrax.ops.sparse.masks import block_mask_attention, masked_attention
 from hydrax.ops.sparse.permuted import permuted_window
 from hydrax.ops.sparse.ranked import ranked_ends
+from hydrax.ops.sparse.sets import token_set_attention
+from hydrax.ops.sparse.tokens import token_topk_attention
 from hydrax.ops.sparse.window import leaving
 
 __all__ = [
@@ -16,4 +18,6 @@ __all__ = [
     "masked_attention",
     "permuted_window",
     "ranked_ends",
+    "token_set_attention",
+    "token_topk_attention",
 ]
