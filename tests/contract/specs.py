@@ -22,12 +22,13 @@ from tests.contract.cases import VARIANTS, D, tiny
 
 VOCABULARY = 67
 ANY = tuple(name for name in FUSIONS if name != "flat")  # which joins attn and swa alone: tests/models/test_fusion.py
-ORDER = 2  # with which the fixed models have all mixers
+ORDER = 16  # with which the first ten models have all mixers
 COMPOSITIONS = ("heads", "parallel", "modes", "route")
 AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
 """Every pair of axes once. The first ten hold every axis."""
 
+OWN_KEYS = {"dma", "dsa", "nats"}  # of those with keys, mixers that choose among their own
 LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
@@ -339,7 +340,7 @@ class _Draw:
             kinds: dict[str, list[int]] = {}
             for i, layer in enumerate(section.layers, section.start):
                 facts = key_facts(layer.mix)
-                if len(facts) == 1 and not layer.shared:
+                if len(facts) == 1 and not layer.shared and not _of_mix(layer.mix) & OWN_KEYS:
                     kinds.setdefault(str(facts), []).append(i)
             for members in kinds.values():
                 size = 2 if self.chance(0.6) else len(members)
