@@ -9,6 +9,7 @@ WINDOW = 8
 LEARN = {
     "attn": ({"heads": 2}, 400),
     "dma": ({"heads": 2, "keep": 16, "keep_last": 2}, 400),
+    "dsa": ({"heads": 2, "keep": 8, "index_heads": 4, "index_dim": 16}, 1200),
     "evict_linear": ({"heads": 2, "window": WINDOW}, 2400),
     "hcam": ({"heads": 2, "chunk": 4, "top": 4}, 2400),
     "nats": ({"heads": 2, "sliding": WINDOW}, 1200),
