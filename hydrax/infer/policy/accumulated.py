@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from hydrax.core.build import Fraction, Positive
 from hydrax.core.numerics import fp32
-from hydrax.core.typing import Array, Float, PyTree
+from hydrax.core.typing import Array, PyTree
 from hydrax.infer.policy.base import Choice, Policy, Seen
 from hydrax.nn.attention import AttentionConfig
 
@@ -67,8 +67,3 @@ class Accumulated(Policy):
         rows = (importance, forgotten, seen.positions, seen.real)
         final, gone = jax.lax.scan(one, memory["forgotten"], jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rows))
         return jnp.moveaxis(gone, 0, 1), final
-
-
-def head_importance(o: Float[Array, "B T H V"]) -> Float[Array, "H"]:
-    """Σ |o| of every head: SpAtten prunes those of the least."""
-    return jnp.abs(fp32(o)).sum((0, 1, 3))
