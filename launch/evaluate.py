@@ -9,6 +9,7 @@ Suites: perplexity (nats and bits per byte); extrapolation (nats by position, to
 recall_slices[:n] (the loss on n-grams that the text has shown before, and on the rest; n = 2, or 6 to 8 for bytes);
 recall:<kind>=<file> (completion of facts; kinds fda, swde, squad, each also with _twice, and the fields of the file are
 in docs/evaluation.md); task (the run's own task), task:<name>[;option=value] (one in bytes);
+policy:<name>[;option=value] (what softmax layers miss that read a part of the keys: recall of attention mass, errors);
 lm_eval:<task> (a task or group of lm-evaluation-harness; `pip install 'hydrax[eval]'`). Text is the validation split of
 each run, or --data. Writes evaluation.json and pictures.
 """

@@ -2,6 +2,10 @@
 
 python -m launch.sample --workdir=runs/quickstart --prompt="def main(" --tokens=200
 python -m launch.sample --workdir=runs/quickstart --temperature=0
+python -m launch.sample --workdir=runs/quickstart --policy=streaming:window=256,sink_tokens=4
+
+A policy has softmax layers read a part of the keys: accumulated, dhsa, hip, hylra, lychee, sparge, star or streaming.
+The model then computes another function than the one that was trained.
 """
 
 from absl import flags
@@ -15,16 +19,19 @@ flags.DEFINE_string("prompt", "", "text to continue; empty: a new document", fla
 flags.DEFINE_integer("tokens", 256, "tokens to generate at most", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token every time", flag_values=FLAGS)
 flags.DEFINE_float("top_p", 0.95, "sample among the likeliest tokens of this mass; 1: all", flag_values=FLAGS)
+flags.DEFINE_string("policy", None, "keys that softmax layers read, <name>:<option>=<value>,...", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "another seed, another text", flag_values=FLAGS)
 
 
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
     from hydrax.data.tokenizer import open_tokenizer
+    from hydrax.infer import policy as policies
     from hydrax.infer.sample import check_settings, stream_text
     from hydrax.train.checkpoint import load_run
 
     check_settings(FLAGS.temperature, FLAGS.top_p)
+    policy = None if FLAGS.policy is None else policies.of(FLAGS.policy)
     model, cfg = load_run(FLAGS.workdir)
     if cfg.data.task is not None:
         raise ConfigError("workdir", FLAGS.workdir, f"expected a run on text; it learnt the task {cfg.data.task}")
@@ -37,6 +44,7 @@ def main(overrides: cli.Overrides) -> None:
         temperature=FLAGS.temperature,
         top_p=FLAGS.top_p,
         seed=FLAGS.seed,
+        policy=policy,
     )
     print(FLAGS.prompt, end="", flush=True)
     for text in pieces:

@@ -18,6 +18,7 @@ import numpy as np
 
 from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive, PositiveFloat, build
 from hydrax.data.corpus import Corpus, sha256
+from hydrax.data.landmarks import tokens_per_row, with_landmarks
 from hydrax.data.modes import ModesConfig, modes
 from hydrax.data.pack import Batch, PackedRows, Rows
 from hydrax.data.source import open_corpus
@@ -41,6 +42,7 @@ class DataConfig:
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
+    landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind the tokenizer's; 0: no landmarks
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
     task: str | None = None  # a synthetic task, in place of text: its rows have seq_len tokens, seed is of validation
@@ -51,6 +53,8 @@ class DataConfig:
             for name in ("path", "sources"):
                 if value := getattr(self, name):
                     raise ConfigError(name, value, f"expected none with data.task = {self.task}")
+            if self.landmark_every:
+                raise ConfigError("landmark_every", self.landmark_every, f"expected 0 with data.task = {self.task}")
         elif self.task_options:
             raise ConfigError("task_options", dict(self.task_options), "expected none without data.task")
         if self.sources and self.path is not None:
@@ -81,6 +85,8 @@ class Data:
     threads: int
     modes: ModesConfig
     documents: bool = True  # of the config
+    seq_len: int = 0  # places of a row with landmarks
+    landmark_every: int = 0
 
     slices = ()
     """Parts of the validation data with names."""
@@ -88,7 +94,7 @@ class Data:
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
-        return self.tokenizer.vocab_size
+        return self.tokenizer.vocab_size + (self.landmark_every > 0)
 
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)
@@ -132,6 +138,9 @@ class Data:
     def _batch(self, split: Split, rows: np.ndarray, numbers: np.ndarray, seed: int) -> Batch:
         """Rows of a split; their modes depend on (seed, numbers)."""
         batch = split.rows.batch(rows)
+        if self.landmark_every:
+            ids = {"landmark": self.tokenizer.vocab_size, "pad": self.tokenizer.pad}
+            batch = with_landmarks(batch, self.landmark_every, **ids, length=self.seq_len)
         chosen = modes(self.modes, batch, numbers, seed=seed)
         return batch if chosen is None else {**batch, "modes": chosen}
 
@@ -141,12 +150,16 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
 
     Raises:
       ConfigError: nothing to read, a split without documents, rows that the prefix fills, a prefix of documents that
-        are not told apart, or fewer training tokens than one row.
+        are not told apart or with landmarks, or fewer training tokens than one row.
     """
     if prefix >= cfg.seq_len:
         raise ConfigError("model.prefix.meta_tokens", prefix, f"expected less than data.seq_len = {cfg.seq_len}")
     if prefix and not cfg.documents:
         raise ConfigError("data.documents", False, f"expected True with model.prefix.meta_tokens = {prefix}")
+    if prefix and cfg.landmark_every:
+        raise ConfigError(
+            "data.landmark_every", cfg.landmark_every, f"expected 0 with model.prefix.meta_tokens = {prefix}"
+        )
     tokenizer = open_tokenizer(cfg.tokenizer)
     sources = {f"data.sources.{name}": build(SourceConfig, values) for name, values in sorted(cfg.sources.items())}
     sources = sources or {"data": SourceConfig(cfg.path)}
@@ -160,7 +173,8 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
             raise ConfigError("data.seq_len", cfg.seq_len, f"{allowed}{_named(key)}")
     weights = tuple(source.weight for source in sources.values())
     names = sha256(corpus.records for corpus, _ in opened)
-    return Data(tokenizer, train, val, weights, names, cfg.threads, cfg.modes, cfg.documents)
+    landmarks = {"seq_len": cfg.seq_len, "landmark_every": cfg.landmark_every}
+    return Data(tokenizer, train, val, weights, names, cfg.threads, cfg.modes, cfg.documents, **landmarks)
 
 
 def _open(key: str, source: SourceConfig, cfg: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, np.ndarray]:
@@ -212,7 +226,7 @@ def _split(
                 corpus,
                 chosen,
                 tokenizer,
-                cfg.seq_len,
+                tokens_per_row(cfg.seq_len, cfg.landmark_every) if cfg.landmark_every else cfg.seq_len,
                 seed=cfg.seed,
                 partial=partial,
                 prefix=prefix,

@@ -16,6 +16,8 @@ from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
 from hydrax.eval.scoring import Advance, Scorer
 from hydrax.eval.tasks import accuracy, eval_rows
 from hydrax.eval.texts import Texts, open_texts
+from hydrax.infer import policy as policies
+from hydrax.infer.policy.report import report
 from hydrax.models.lm import LM, blueprint
 from hydrax.tasks.base import Task
 from hydrax.train.checkpoint import read_params
@@ -190,6 +192,17 @@ def _task(subject: Subject, argument: str, settings: Settings, advance: Advance)
     return accuracy(subject.scorer, eval_rows(task, name, rows, data.seed), rows, task.slices, advance)
 
 
+def _policy(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    policy = policies.of(argument.replace(";", ":", 1))
+    sequences = _texts(subject, settings).cut(subject.trained, settings.sequences)
+    width = max(map(len, sequences))
+    rows, ids = np.zeros((2, len(sequences), width), np.int32)
+    for i, tokens in enumerate(sequences):
+        rows[i, : len(tokens)], ids[i, : len(tokens)] = tokens, 1
+    at_once = max(settings.tokens_at_once // (8 * width), 1)  # it forms all scores
+    return dataclasses.asdict(report(subject.model, rows, policy, ids, rows_at_once=at_once, advance=advance))
+
+
 def _texts(subject: Subject, settings: Settings, split: Literal["train", "val"] = "val") -> Texts:
     """What the settings say, or a split of the run's own text."""
     if subject.cfg.data.task is not None:
@@ -245,6 +258,14 @@ SUITES: Mapping[str, Suite] = {
         lambda r: {k: r[k] for k in ("accuracy", "stderr", "sequence_accuracy", "rows")} | r.get("slices", {}),
         argument="name[;option=value]",
         optional=True,
+    ),
+    "policy": Suite(
+        _policy,
+        lambda r: (
+            {k: float(np.mean(r[k])) for k in ("recall", "error", "density")}
+            | {k: r[k] for k in ("logits", "loss", "full_loss")}
+        ),
+        argument="name[;option=value]",
     ),
     "lm_eval": Suite(_lm_eval, _shown_harness, argument="task"),
 }

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,14 @@ from hydrax.core.typing import Array, PyTree
 
 Inputs = dict[str, Any]
 """Arguments of a layer beside its parameters: x, the cotangent dy of y, and what a model tells its layers (facts)."""
+
+
+class Callee(Protocol):
+    """What can be measured."""
+
+    def inputs(self, batch: int, seq_len: int) -> Inputs: ...
+
+    def __call__(self, params: PyTree, x: PyTree, facts: dict[str, Array]) -> Array: ...
 
 
 class Layer:
@@ -72,12 +80,12 @@ def default_config(name: str, d_model: int) -> mixers.MixerConfig:
         raise error.under(f"mixers.{name}") from None
 
 
-def forward(layer: Layer, params: PyTree, x: Array, dy: Array, facts: dict[str, Array]) -> Array:
+def forward(layer: Callee, params: PyTree, x: PyTree, dy: Array, facts: dict[str, Array]) -> Array:
     """y."""
     return layer(params, x, facts)
 
 
-def forward_backward(layer: Layer, params: PyTree, x: Array, dy: Array, facts: dict[str, Array]) -> PyTree:
+def forward_backward(layer: Callee, params: PyTree, x: PyTree, dy: Array, facts: dict[str, Array]) -> PyTree:
     """y, which the next layer needs, and the gradients of all parameters and x."""
     y, pullback = jax.vjp(lambda params, x: layer(params, x, facts), params, x)
     return y, pullback(dy)
@@ -113,7 +121,7 @@ class Program:
       MemoryError: it needs more than the machine has.
     """
 
-    def __init__(self, layer: Layer, name: str, params: PyTree, batch: int, seq_len: int):
+    def __init__(self, layer: Callee, name: str, params: PyTree, batch: int, seq_len: int):
         began = time.perf_counter()
         inputs = jax.eval_shape(functools.partial(layer.inputs, batch, seq_len))
         self._compiled = jax.jit(functools.partial(PASSES[name].call, layer)).lower(params, **inputs).compile()

@@ -51,8 +51,8 @@ class Trigram:
 
 
 def bits_per_byte(data: Source, batches: Iterable[Batch]) -> float | None:
-    """Bits per byte of `batches` under a trigram of the training split; None unless tokens are bytes."""
-    if not isinstance(data, Data) or not isinstance(data.tokenizer, ByteTokenizer):
+    """Bits per byte of `batches` under a trigram of the training split; None unless all tokens are bytes."""
+    if not isinstance(data, Data) or not isinstance(data.tokenizer, ByteTokenizer) or data.landmark_every:
         return None
     model, bits, size = Trigram(data.train.rows, data.tokenizer), 0.0, 0.0
     for batch in batches:

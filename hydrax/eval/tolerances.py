@@ -15,6 +15,9 @@ TOLERANCE = {
 }
 """Relative RMS per tensor, rms(actual - expected) / rms(expected)."""
 
+EXPONENTS = ("dbeta", "dlog_decay", "dscore")
+"""Gradients of ops that flow through an exponent; keys of score s get the bias e^s."""
+
 FLOOR = 1e-6
 """The rms below which an expected tensor counts as zero."""
 
@@ -31,5 +34,5 @@ def op_tolerance(what: str, dtype: str) -> float:
     """For one tensor of an op whose values have that dtype: "o", "state", or "d<input>"."""
     if dtype == "float32":
         return TOLERANCE["fp32_op"]
-    kinds = {"o": "output", "state": "output", "dbeta": "gate_gradient", "dlog_decay": "gate_gradient"}
+    kinds = {"o": "output", "state": "output", **dict.fromkeys(EXPONENTS, "gate_gradient")}
     return TOLERANCE[f"bf16_{kinds.get(what, 'gradient')}"]

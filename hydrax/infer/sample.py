@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,12 @@ from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
 from hydrax.data.loader import Data
 from hydrax.data.tokenizer import TextStream, Tokenizer
-from hydrax.models.cache import Cache
+from hydrax.infer import policy as policies
+from hydrax.infer.policy import Policy
+from hydrax.infer.policy.serve import Served, served_layers
 from hydrax.models.lm import LM
+from hydrax.models.mix import landmarks
+from hydrax.models.spec import resolve
 
 if TYPE_CHECKING:
     from hydrax.train.config import RunConfig
@@ -31,9 +35,15 @@ class _Structure:
     """A model without its parameters, as a key of the compilation cache (it holds dicts, so it has no hash itself)."""
 
     graph: nnx.GraphDef
+    policy: Policy | None = None
 
     def __hash__(self) -> int:
-        return hash(len(self.graph.nodes))
+        return hash((len(self.graph.nodes), self.policy))
+
+    def merge(self, params: PyTree) -> LM | Served:
+        """What makes a cache, reads a prompt and takes steps."""
+        model = nnx.merge(self.graph, params)
+        return model if self.policy is None else Served(model, self.policy)
 
 
 def generate(
@@ -46,6 +56,7 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
     lengths: ArrayLike | None = None,
+    policy: str | Policy | None = None,
 ) -> Int[np.ndarray, "B N"]:
     """Continuations int32 [B,N] of the prompts `tokens` [B,T], N = max_new_tokens.
 
@@ -54,9 +65,10 @@ def generate(
       top_p: nucleus; 1 keeps every token.
       stop: a row that has produced this token goes on with it.
       lengths: real tokens of each row [B] where prompts differ in length; the rest of a row is padding.
+      policy: which keys softmax layers read, see `infer.policy`: another function than the one that was trained.
 
     Raises:
-      ConfigError: a value out of its range, or no prompt.
+      ConfigError: a value out of its range, no prompt, or a policy that does not suit the model.
     """
     made = list(
         stream(
@@ -68,6 +80,7 @@ def generate(
             seed=seed,
             stop=stop,
             lengths=lengths,
+            policy=policy,
         )
     )
     ended = [made[-1]] * (max_new_tokens - len(made))  # every row has stopped
@@ -84,8 +97,11 @@ def stream(
     seed: int = 0,
     stop: int | None = None,
     lengths: ArrayLike | None = None,
+    policy: str | Policy | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
+    if any(landmarks(layer.mix) for layer in resolve(model.cfg)):
+        raise ConfigError("model.pattern", model.cfg.pattern, "landmark layers: generation does not put landmarks yet")
     prompt = jnp.asarray(tokens, jnp.int32)
     check_settings(temperature, top_p)
     if max_new_tokens < 1:
@@ -96,11 +112,22 @@ def stream(
     valid = np.full(B, T) if lengths is None else np.asarray(lengths)
     if valid.shape != (B,) or valid.min() < 1 or valid.max() > T:
         raise ConfigError("lengths", valid.tolist(), f"expected a length from 1 to {T} for each of the {B} rows")
-    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop)
+    policy = policies.of(policy) if isinstance(policy, str) else policy
+    if policy is not None:
+        policy.check(served_layers(model))
+    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop, policy)
 
 
 def stream_text(
-    model: LM, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+    model: LM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    policy: str | Policy | None = None,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of whole characters, up to the end of the document.
 
@@ -115,6 +142,7 @@ def stream_text(
         top_p=top_p,
         seed=seed,
         stop=tokenizer.eos,
+        policy=policy,
     )
     text = TextStream(tokenizer)
     for token in ids:
@@ -134,9 +162,12 @@ def check_settings(temperature: float, top_p: float, path: str = "") -> None:
 
 
 def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
-    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder; nothing for tasks."""
+    """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder.
+
+    Nothing for tasks, and for data with landmarks, which `stream` does not serve.
+    """
     s = cfg.sample
-    if not s.tokens or not isinstance(data, Data):
+    if not s.tokens or not isinstance(data, Data) or data.landmark_every:
         return
     pieces = stream_text(
         model,
@@ -161,9 +192,10 @@ def _stream(
     settings: Settings,
     seed: int,
     stop: int | None,
+    policy: Policy | None,
 ) -> Iterator[np.ndarray]:
     graph, params = nnx.split(model)
-    structure = _Structure(graph)
+    structure = _Structure(graph, policy)
     key = jax.random.key(seed)
     end = jnp.int32(-1 if stop is None else stop)
     token, cache = _prefill(
@@ -181,9 +213,9 @@ def _stream(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(
     structure: _Structure, params: PyTree, prompt: Array, lengths: Array, max_len: int, settings: Settings, key: Array
-) -> tuple[Array, Cache]:
-    model = nnx.merge(structure.graph, params)
-    cache = model.init_cache(prompt.shape[0], max_len, model.embed.weight.dtype)
+) -> tuple[Array, PyTree]:
+    model = structure.merge(params)
+    cache: Any = model.init_cache(prompt.shape[0], max_len, params["embed"]["weight"][...].dtype)
     real = jnp.arange(prompt.shape[1]) < lengths[:, None]
     logits, cache = model.prefill(prompt, cache, segment_ids=real.astype(jnp.int32))
     last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -192,9 +224,9 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
-    structure: _Structure, params: PyTree, token: Array, cache: Cache, stop: Array, settings: Settings, key: Array
-) -> tuple[Array, Cache]:
-    logits, cache = nnx.merge(structure.graph, params).step(token, cache)
+    structure: _Structure, params: PyTree, token: Array, cache: PyTree, stop: Array, settings: Settings, key: Array
+) -> tuple[Array, PyTree]:
+    logits, cache = structure.merge(params).step(token, cache)
     return jnp.where(token == stop, stop, _choose(logits, settings, key)), cache
 
 

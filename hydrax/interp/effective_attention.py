@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Float, Int
+from hydrax.infer.policy import serve
 from hydrax.mixers import Context, Mixer
 from hydrax.models.block import Block
 from hydrax.models.lm import LM
-from hydrax.models.stack import Made, Visit, run_period
+from hydrax.models.stack import Visit
 from hydrax.ops.identity import LONGEST
 
 # ------------------------------------------------------------------------------------------------------------ matrices
@@ -87,15 +87,7 @@ def walk(
     """
     if any(section.loops > 1 for section in lm.sections):
         raise ValueError("walk: expected a model without loops")
-    x, ctx = lm.enter(tokens, Context.of(tokens, segment_ids))
-    made: Made = {}
-    for group, period in zip(lm.groups, lm.periods, strict=True):
-        graph, params = nnx.split(period)
-        for r in range(group.repeats):
-            own = nnx.merge(graph, jax.tree.map(lambda p, r=r: p[r], params))
-            run = run_period(group, own, x, ctx, r, None, shared=lm.shared, made=made, visit=visit)
-            x, made = run.x, made | run.made
-    return lm.norm(x)
+    return serve.walk(lm, tokens, Context.of(tokens, segment_ids), visit)[0]
 
 
 def matrices(

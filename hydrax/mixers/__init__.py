@@ -55,6 +55,33 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=3),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.slots(n)).visible(n),
     ),
+    "dsa": Row(
+        path="hydrax.mixers.sparse.dsa:IndexedAttention",
+        about="softmax attention of each query to the tokens that a small indexer scores best",
+        paper="2512.02556",
+        transition="chosen",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "keep": 5, "index_heads": 2, "index_dim": 8},
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * n * c.index_dim,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(min(n, c.keep)).visible(n)
+            + c.index_heads * (2 * c.index_dim + 2) * (n + 1) / 2
+        ),
+    ),
+    "evict_linear": Row(
+        path="hydrax.mixers.sparse.evict_linear:EvictLinear",
+        about="softmax attention over a window, and a matrix state of what has left it",
+        paper="2507.09025",
+        transition="lse",
+        tiny={"heads": 4, "key_dim": 8, "value_dim": 8, "window": 5, "norm_eps": 1e-3},
+        state_bytes=lambda c, n, b: (
+            min(n, c.window) * (c.heads * (c.key_dim + c.value_dim) * b + 8 + 4 * sum(map(math.prod, c.gates.values())))
+            + 4 * math.prod(c.state_shape)
+        ),
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.window).visible(n)
+            + (6 if "beta" in c.gates else 4) * math.prod(c.state_shape)
+        ),
+    ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",
         about="softmax attention with weights that depend on positions alone: an ablation",
@@ -100,6 +127,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
         flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
     ),
+    "hcam": Row(
+        path="hydrax.mixers.sparse.hcam:HierarchicalChunkAttention",
+        about="softmax attention over the last chunks, and inside the chunks whose mean keys score highest",
+        paper="2105.14039",
+        transition="groups",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "chunk": 4, "top": 4},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * min((n + 1) / 2, c.chunk * (1.5 + c.top))
+            + 2 * c.heads * c.key_dim * n / (2 * c.chunk)
+        ),
+    ),
     "hgrn": Row(
         path="hydrax.mixers.linear.hgrn:HGRN",
         about="gated recurrence per channel, forget gates bounded by depth",
@@ -137,6 +176,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
         state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
         flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
+    "landmark": Row(
+        path="hydrax.mixers.sparse.landmark:LandmarkAttention",
+        about="softmax attention in which the last token of every section weighs its section",
+        paper="2305.16300",
+        transition="groups",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "section": 3},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
     "linear_attn": Row(
         path="hydrax.mixers.linear.linear_attn:LinearAttention",
@@ -186,7 +234,7 @@ TABLE: dict[str, Row] = {
     ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
-        about="softmax attention to keys that live for ever, until the next such key, or for a window, by a scorer",
+        about="softmax attention whose keys live for ever, until the next such key, or for a window",
         paper="2502.13251",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "sliding": 4},
@@ -229,9 +277,20 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
+    "stochastic": Row(
+        path="hydrax.mixers.sparse.stochastic:StochasticAttention",
+        about="softmax attention over a sliding window, and over a window in a random order of the tokens",
+        paper="2604.00754",
+        transition="groups",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 4, "width": 8, "table": 16},
+        state_bytes=lambda c, n, b: _cache(c, n, b),
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * (lifetimes.Window(c.window).visible(n) + min(n, c.width + 1) / 2)
+        ),
+    ),
     "swa": Row(
         path="hydrax.mixers.sparse.swa:SlidingWindowAttention",
-        about="softmax attention over a sliding window or another static pattern, with learned sinks or sink tokens",
+        about="softmax attention over a sliding window, or another static pattern of keys",
         paper="2309.17453",
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 7, "sinks": True, "sink_tokens": 2},

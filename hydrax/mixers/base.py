@@ -29,8 +29,11 @@ class Context:
       modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. -1, None: the
         block's own choice.
       noise: the key of a training step's random numbers, the same for all layers; None: nothing is drawn.
+      progress: fp32 scalar, the share of the training steps that lie behind; None: this is no training step, or one of
+        an unknown number.
       shards: the tokens of rows are divided over devices, see `parallel.shards`; None: they are not.
       keys: what a layer without keys and values of its own attends to, see `nn.kv_cache.Keys`.
+      attend: what softmax layers call in place of `nn.kv_cache.attend`: inference policies; None: that itself.
       impl: passed to the ops.
       records: where `record` puts what a layer has to say beside its output; None: nowhere.
       taps: functions applied to named intermediate arrays (interpretability, interventions): "heads", z before the
@@ -46,8 +49,10 @@ class Context:
     embeddings: Float[Array, "B T D"] | None = None
     modes: Int[Array, "B T"] | None = None
     noise: Array | None = None
+    progress: Array | None = None
     shards: Shards | None = None
     keys: Any = None
+    attend: Callable[..., Array] | None = None
     records: dict[str, Any] | None = None
     impl: str | None = None
     taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
@@ -155,7 +160,8 @@ class Row:
     Attributes:
       path: `module:Class`.
       about, paper: one phrase and the arXiv number.
-      transition: none | scalar | diag | full | lse | stabilised | nonlinear, how states of token ranges compose.
+      transition: none | scalar | diag | full | lse | chosen | stabilised | nonlinear, how states of token ranges
+        compose.
       tiny: options for tests at d_model 32.
       state_bytes: (filled config, max_len, bytes per element of the compute dtype) -> bytes of one row's state.
       flops: (filled config, document length) -> forward FLOPs per token of the mixing itself, without projections.

@@ -11,7 +11,7 @@ from flax import nnx
 from hydrax import mixers
 from hydrax.core.build import ConfigError, build
 from hydrax.models import pattern as patterns
-from hydrax.models.fusion import FusionConfig, Heads, HeadsOptions, Parallel
+from hydrax.models.fusion import WITH_LSE, FusionConfig, Heads, HeadsOptions, Parallel
 from hydrax.models.layers import BlockConfig
 from hydrax.models.mix import Mix, Single, take_projection
 from hydrax.models.modes import READABLE, Modes, ModesOptions
@@ -74,12 +74,26 @@ def _key(path: str) -> str:
 
 def _parallel(expression: str, members: tuple[Mix, ...], options: Mapping[str, Any], where: str, width: int) -> Mix:
     fusion = _fusion(build(FusionConfig, options, where), "mean_norm", len(members), where)
+    if fusion.fusion == "flat":
+        _check_flat(members, where, width)
     widths = [math.prod(_out_shape(member, width)) for member in members]
     if fusion.fusion != "concat" and len(set(widths)) > 1:
         raise ConfigError(
             where, expression, f"parts that are added must be equally wide, and are {_listed(members, widths)}"
         )
     return Parallel(members, fusion)
+
+
+def _check_flat(members: tuple[Mix, ...], where: str, width: int) -> None:
+    """Raises `ConfigError` for branches that cannot be one softmax."""
+    for member in members:
+        if not isinstance(member, Single) or member.mixer not in WITH_LSE or member.options.out_gate != "none":  # type: ignore[attr-defined]
+            allowed = f"{member.label} has no lse beside what it averages: expected {' or '.join(WITH_LSE)}"
+            raise ConfigError(f"{where}.fusion", "flat", f"{allowed} without out_gate")
+    shapes = [_out_shape(member, width) for member in members]
+    if len(set(shapes)) > 1:
+        allowed = f"expected parts of equal heads and value_dim, and they have {', '.join(map(str, shapes))}"
+        raise ConfigError(f"{where}.fusion", "flat", allowed)
 
 
 def _modes(expression: str, members: tuple[Mix, ...], options: Mapping[str, Any], where: str, width: int) -> Mix:
@@ -164,6 +178,8 @@ def _heads(
         (place, tuple(i for indices in assigned for i in indices))
         for place, assigned in zip(places, split, strict=True)
     )
+    if options.fusion == "flat":
+        raise ConfigError(f"{where}.fusion", "flat", "heads have no keys in common: expected parallel(...)")
     return Heads(tuple(members), _fusion(options, "scale_norm", len(parts), where), orders)
 
 

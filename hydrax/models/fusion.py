@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive, PositiveFloat
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers import Context, Mixer
 from hydrax.models.mix import Mix, take_projection
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.nn.param import param
+from hydrax.ops.softmax import merge
 
-Name = Literal["concat", "mean_norm", "scale_norm", "weighted", "softmax_gate"]
+Name = Literal["concat", "mean_norm", "scale_norm", "weighted", "softmax_gate", "hierarchical", "flat"]
 Shapes = list[tuple[int, int]]
 """Heads and values per head of every part."""
 
@@ -34,6 +35,7 @@ class FusionConfig:
     weights: tuple[float, ...] = ()  # of the parts under fusion = weighted; 1 if not given
     learned: bool = False  # whether these weights are trained
     norm_eps: PositiveFloat = 1e-6  # of the norms of mean_norm and scale_norm
+    width: Positive = 64  # K of the scores of hierarchical
 
     def check(self, parts: int) -> None:
         """Raises `ConfigError` for weights that do not fit that many parts."""
@@ -102,7 +104,44 @@ class SoftmaxGate(nnx.Module):
         return [(fp32(z) * shares[..., i, None, None]).astype(z.dtype) for i, z in enumerate(zs)]
 
 
+class Hierarchical(nnx.Module):
+    """P softmax_p(K^-½ (x W_q)·(z_p W_p)) z_p: a second softmax per token, over the branches (after arXiv 1811.04716).
+
+    K is `width`. Where all branches score alike, each of them counts once.
+    """
+
+    def __init__(self, shapes: Shapes, cfg: FusionConfig, d_model: int, *, rngs: nnx.Rngs):
+        axes = ("parts", "inner", "rank")
+        self.q = Linear(d_model, cfg.width, axes=("embed", "rank"), rngs=rngs)
+        self.keys = nnx.List([Linear((1, math.prod(shape)), cfg.width, axes=axes, rngs=rngs) for shape in shapes])
+
+    def __call__(self, zs: list[Array], x: Array) -> list[Array]:
+        q = self.q(x)
+        keys = [key(z.reshape(*z.shape[:2], 1, -1)) for key, z in zip(self.keys, zs, strict=True)]
+        scores = jnp.stack([einsum("btk,btk->bt", q, key) for key in keys], axis=-1) * q.shape[-1] ** -0.5
+        shares = len(zs) * jax.nn.softmax(scores, axis=-1)
+        return [(fp32(z) * shares[..., i, None, None]).astype(z.dtype) for i, z in enumerate(zs)]
+
+
+class Flat(nnx.Module):
+    """e^(l_p) z_p / Σ e^(l_p), l_p [B,T,H] the logarithm of a branch's denominator: one softmax over all their keys.
+
+    Branches tap "lse", those in `WITH_LSE` do, and leave z_p as it was averaged (after arXiv 1811.04716).
+    """
+
+    def __init__(self, shapes: Shapes, cfg: FusionConfig, d_model: int, *, rngs: nnx.Rngs):
+        del shapes, cfg, d_model, rngs
+
+    def __call__(self, zs: list[Array], x: Array, lses: list[Array]) -> list[Array]:
+        return [merge(*zip(zs, lses, strict=True))[0]]
+
+
+WITH_LSE = ("attn", "swa")
+"""Mixers that tap the logarithm of their softmax's denominator."""
+
 FUSIONS: dict[str, Any] = {
+    "flat": Flat,
+    "hierarchical": Hierarchical,
     "concat": Concat,
     "mean_norm": MeanNorm,
     "scale_norm": ScaleNorm,
@@ -165,9 +204,17 @@ class _Composed(Mixer):
     def _read(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[list[Array], list[PyTree]]:
         """What every part reads [B,T,H_p,V_p], after the fusion, and the parts' states."""
         states = [None] * len(self.parts) if state is None else state
+        lses: list[Array] = []
+
+        def keep(lse: Array) -> Array:
+            lses.append(lse)
+            return lse
+
+        if isinstance(self.fusion, Flat):
+            ctx = dataclasses.replace(ctx, taps={**ctx.taps, "lse": keep})
         results = [part.mix(x, ctx, s) for part, s in zip(self.parts, states, strict=True)]
         zs = [z.reshape(*z.shape[:2], *shape) for (z, _), shape in zip(results, self.shapes, strict=True)]
-        return self.fusion(zs, x), [s for _, s in results]
+        return self.fusion(zs, x, *([lses] if lses else [])), [s for _, s in results]
 
     def out(self, z: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
         return self.project(z)

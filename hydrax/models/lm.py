@@ -94,6 +94,7 @@ class LM(nnx.Module):
         *,
         modes: Array | None = None,
         noise: Array | None = None,
+        progress: Array | None = None,
         impl: str | None = None,
         taps: Mapping[str, Callable[[Array], Array]] | None = None,
         placed: bool = False,
@@ -107,14 +108,16 @@ class LM(nnx.Module):
         `segment_ids` lay out: tokens at the first positions of each are replaced by it. Rows without `segment_ids`
         get theirs here, and only the tokens' own outputs are returned.
 
-        `noise` is the key of a training step's random numbers, for mixers that draw some.
+        `noise` is the key of a training step's random numbers, for mixers that draw some; `progress` is the share of
+        the steps that lie behind it.
         """
         prefix = 0 if segment_ids is not None or positions is not None else self.cfg.prefix.meta_tokens
         if prefix:
             tokens = jnp.pad(tokens, ((0, 0), (prefix, 0)))
             modes = None if modes is None else jnp.pad(modes, ((0, 0), (prefix, 0)))
         shards = Shards.of(tokens.shape, segment_ids, self.strategies, self.layout)
-        facts = {"modes": modes, "taps": taps or {}, "shards": shards, "noise": noise, "impl": impl or self.cfg.impl}
+        drawn = {"noise": noise, "progress": progress}
+        facts = {"modes": modes, "taps": taps or {}, "shards": shards, "impl": impl or self.cfg.impl, **drawn}
         ctx = mixers.Context.of(tokens, segment_ids, **facts)
         if positions is not None:
             ctx = dataclasses.replace(ctx, positions=positions)

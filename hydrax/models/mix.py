@@ -104,6 +104,11 @@ def key_facts(mix: Mix) -> list[dict[str, Any]]:
     return [{name: getattr(options, name, None) for name in names} for options in found]
 
 
+def landmarks(mix: Mix) -> list[int]:
+    """After how many tokens of a document each mixer in a layer expects a landmark, for those that do."""
+    return [single.options.section for single in mix.singles() if hasattr(single.options, "section")]
+
+
 def take_projection(mixer: Mixer) -> tuple[int, int]:
     """Removes the output projection of a part, and tells the heads and values per head that it read."""
     shape = mixer.project.shape_in

@@ -8,6 +8,7 @@ Where keys leave in another order, and each head of keys lets go of its own, a n
 (`evict`): positions and documents are [B,S,n], for all heads (n = 1) or for each, beside other facts of keys [B,S,n].
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,9 +97,18 @@ def attend(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
     shards: Shards | None = None,
+    tap_lse: Callable[[Array], Array] | None = None,
     **options: Any,
-) -> Float[Array, "B T H V"]:
-    """`attention` of the queries over `collect`ed keys; plain self-attention where these are the queries' own."""
+) -> Any:
+    """`attention` of the queries over `collect`ed keys; plain self-attention where these are the queries' own.
+
+    `tap_lse` is told the logarithm of the denominator.
+    """
+    if tap_lse is not None:
+        facts: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids, "shards": shards}
+        o, lse = attend(q, keys, return_lse=True, **facts, **options)
+        tap_lse(lse)
+        return o
     if keys.segment_ids is None:
         options |= {"segment_ids": segment_ids, "positions": positions}
         return self_attention(q, keys.k, keys.v, shards=shards, **options)
@@ -114,6 +124,21 @@ def attend(
     )
 
 
+def sides(
+    keys: Keys, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, shards: Shards | None
+) -> dict[str, Any]:
+    """Positions and documents of the queries and of `collect`ed keys, as ops that look for groups of keys take them.
+
+    The first `cached` keys are those of a cache. Only rows without one are divided over devices.
+    """
+    own = {"positions": positions, "segment_ids": segment_ids}
+    if keys.segment_ids is None:
+        return {**own, "shards": shards}
+    own["segment_ids"] = _ids(positions, segment_ids)
+    of_keys = {"kv_positions": keys.positions, "kv_segment_ids": keys.segment_ids}
+    return {**own, **of_keys, "cached": keys.k.shape[1] - positions.shape[1]}
+
+
 def write(
     cache: Cache | None,
     k: Float[Array, "B T Hk K"],
@@ -122,9 +147,11 @@ def write(
     segment_ids: Int[Array, "B T"] | None,
     window: int | None = None,
     sink_tokens: int = 0,
+    **facts: Array,
 ) -> Cache | None:
     """The cache after these tokens: it holds the last real document of each row. None stays None.
 
+    `facts` [B,T,...] are what it keeps beside keys and values.
     Positions that fit no slot are dropped (a full cache has a maximal length).
     """
     if cache is None:
@@ -146,7 +173,7 @@ def write(
         return jax.vmap(lambda o, i, n: o.at[i].set(n.astype(o.dtype), mode="drop"))(old, slots, new)
 
     taken = jnp.ones_like(segment_ids)
-    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken})
+    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken, **facts})
 
 
 def evict(

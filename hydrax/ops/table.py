@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
-from hydrax.ops.sparse import ranked
+from hydrax.ops.sparse import groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
+    "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "glu": rowwise.GLU,
+    "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,

@@ -21,6 +21,12 @@ from hydrax.ops.softmax import attention, forms, merge
 from hydrax.parallel import layout as layouts
 
 
+def whole(x: Array, axis: str, layout: str) -> Array:
+    """The tokens [B,T,...] of all shards in the order of the row, of which this one has [B,L,...]."""
+    x = jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    return layouts.restore(x, layout, jax.lax.axis_size(axis))
+
+
 def allgather_kv(
     q: Float[Array, "B L H K"],
     k: Float[Array, "B L Hk K"],
@@ -91,6 +97,7 @@ def ring_attention(
     segment_ids: Int[Array, "B L"] | None = None,
     positions: Int[Array, "B L"] | None = None,
     ends: Int[Array, "B L Hk"] | None = None,
+    alive: int | None = None,
     key_bias: Float[Array, "B L Hk"] | None = None,
     return_lse: bool = False,
     chunk_size: int = 128,
@@ -100,7 +107,7 @@ def ring_attention(
     Slots of the layout that see nothing of a visiting slot cost nothing. With a window (and no `sink_tokens`) only
     scores near the diagonal are formed, and in the contiguous layout keys go only as far as it reaches. The backward
     pass is a second ring, in which the gradients of keys travel with them; what lives in between is q, k, v, the output
-    and its log-sum-exp. Arguments and errors are those of `allgather_kv`.
+    and its log-sum-exp. Arguments and errors are those of `allgather_kv`; `alive` saves nothing here.
     """
     sink_tokens = 0 if window is None else sink_tokens
     _check({"sink_tokens": sink_tokens, "ends": ends is not None}, segment_ids, positions)

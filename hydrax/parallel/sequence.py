@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import conv, delta, linear, scan, slots, softmax
+from hydrax.ops import conv, delta, linear, scan, slots, softmax, sparse
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
-from hydrax.parallel.shards import AXIS, NEEDS, Shards, strategy
+from hydrax.parallel.shards import AXIS, NEEDS, Shards, restore, strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Op:
       x, state: what the dimensions of inputs and state are: b rows, t tokens, h heads, others are not divided. An
         input of one dimension is "h".
       summarize: (*x, segment_ids) -> (M, U), see `state_scan`.
+      in_order: it needs all keys in the order of the row, with these facts of theirs, which follow queries, keys and
+        values in x.
     """
 
     run: Callable
@@ -42,6 +45,7 @@ class Op:
     x: tuple[str, ...]
     state: str = "bh"
     summarize: Callable | None = None
+    in_order: tuple[str, ...] = ()
 
 
 def _summarize_sums(logits: Array, *, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -63,6 +67,16 @@ def _attention(q: Array, k: Array, v: Array, *facts: Array | None, initial_state
     return softmax.attention(q, k, v, **options), None
 
 
+def _of_keys(f: Callable, *names: str) -> Callable:
+    """An op over chosen keys, as an op of rows: its facts of these names follow queries, keys and values."""
+
+    def run(q: Array, k: Array, v: Array, *x: Array, initial_state: None, **options: Any) -> tuple:
+        facts = dict(zip(names, x, strict=False))
+        return f(q, k, v, *x[len(names) :], **facts, **options), None
+
+    return run
+
+
 OPS = {
     "linear_attention": Op(linear.linear_attention, "diag", ("bth",) * 4, summarize=_writes(linear.summarize)),
     "delta_rule": Op(delta.delta_rule, "full", ("bth",) * 5, summarize=_writes(delta.summarize)),
@@ -79,6 +93,27 @@ OPS = {
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
+    "chunk_attention": Op(
+        _of_keys(sparse.chunk_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "bth"),
+        state="",
+        in_order=("positions",),
+    ),
+    "landmark_attention": Op(
+        _of_keys(sparse.landmark_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt"),
+        state="",
+        in_order=("positions",),
+    ),
+    "permuted_window": Op(
+        _of_keys(sparse.permuted_window, "positions", "ranks"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "bt"),
+        state="",
+        in_order=("positions", "ranks"),
+    ),
 }
 
 MANY_SHARDS, WIDE_KEYS = 8, 1024
@@ -144,6 +179,17 @@ def _over_keys(f: Callable, op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]
     return f(q, k, v, **dict(zip(OF_TOKENS, own, strict=True)), **facts, **how), None
 
 
+def _allgather_kv(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
+    if not op.in_order:
+        return _over_keys(ring.allgather_kv, op, x, rows, how)
+    ids = jnp.ones(x[0].shape[:2], jnp.int32) if rows.segment_ids is None else rows.segment_ids
+    (q, k, v, *own), ids = tree.alike((x, ids))
+    k, v, ids_of_keys, *of_keys = (ring.whole(a, AXIS, rows.layout) for a in (k, v, ids, *own[: len(op.in_order)]))
+    facts = {f"kv_{name}": a for name, a in zip(op.in_order, of_keys, strict=True)}
+    facts |= {"segment_ids": ids, "kv_segment_ids": ids_of_keys}
+    return op.run(q, k, v, *own, initial_state=None, **facts, **how)
+
+
 def _ring(*args: Any, **how: Any) -> Array:
     return ring.ring_attention(*args, **{name: value for name, value in how.items() if name != "impl"})
 
@@ -152,9 +198,28 @@ LOCAL: dict[str, Callable] = {
     **{name: functools.partial(_carried_state, name) for name in state_scan.CARRIERS},
     "ulysses": _ulysses,
     "halo": _halo,
-    "allgather_kv": functools.partial(_over_keys, ring.allgather_kv),
+    "allgather_kv": _allgather_kv,
     "ring": functools.partial(_over_keys, _ring),
 }
+
+
+def over_all_keys(f: Callable[[PyTree, PyTree], PyTree], rows: PyTree, keys: PyTree, shards: Shards | None) -> PyTree:
+    """f(rows, keys), of arrays [B,T,...] and [B,S,...]: every device does its rows, and has the keys of the whole row.
+
+    `keys` reach f in the order of the row, whatever the layout. Both must hold all arrays that f reads.
+    """
+    if shards is None:
+        return f(rows, keys)
+    strategy("chosen keys", "chosen", shards.wanted, shards.layout)
+    keys = jax.tree.map(lambda a: restore(a, shards.layout), keys)
+    arrays = [(a, "bt") for a in jax.tree.leaves((rows, keys))]
+    on = _axes(jax.sharding.get_abstract_mesh(), _sizes(arrays))
+    by_rows = PartitionSpec(on.get("b"), AXIS)
+
+    def local(rows: PyTree, keys: PyTree) -> PyTree:
+        return f(*tree.alike((rows, keys)))
+
+    return jax.shard_map(local, in_specs=(by_rows, PartitionSpec(on.get("b"))), out_specs=by_rows)(rows, keys)
 
 
 def _letters(op: Op, i: int, x: Array | None) -> str:
@@ -165,7 +230,7 @@ def _run(
     name: str,
     x: tuple,
     *,
-    shards: Shards | None,
+    shards: Shards | None = None,
     initial_state: PyTree = None,
     segment_ids: Array | None = None,
     **how: Any,
@@ -281,3 +346,18 @@ def self_attention(
     if ends is None and (shards is None or not facts.get("sink_tokens")):
         positions = None  # the op finds those in the row, which give the same distances
     return _run(name, (q, k, v, sinks, positions, ends, key_bias), **facts)[0]
+
+
+def chunk_attention(q: Array, k: Array, v: Array, gate: Array, *, positions: Array, **facts: Any) -> Array:
+    """`ops.sparse.chunk_attention`."""
+    return _run("chunk_attention", (q, k, v, positions, gate), **facts)[0]
+
+
+def landmark_attention(q: Array, k: Array, v: Array, *, positions: Array, **facts: Any) -> Array:
+    """`ops.sparse.landmark_attention`."""
+    return _run("landmark_attention", (q, k, v, positions), **facts)[0]
+
+
+def permuted_window(q: Array, k: Array, v: Array, *, positions: Array, ranks: Array, **facts: Any) -> Array:
+    """`ops.sparse.permuted_window`."""
+    return _run("permuted_window", (q, k, v, positions, ranks), **facts)[0]

@@ -122,6 +122,7 @@ class Run:
             z_loss=cfg.optim.z_loss,
             frozen=frozen(cfg.optim, self.plan.meta),
             spike=cfg.optim.spike,
+            steps=cfg.train.steps,
         )
         # Metrics are left to the compiler: scalars come out replicated.
         self._step = jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None), donate_argnums=0)

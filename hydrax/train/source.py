@@ -15,6 +15,8 @@ from hydrax.data.loader import DataConfig, open_data
 from hydrax.data.modes import ModesConfig, modes
 from hydrax.data.pack import Batch
 from hydrax.data.tokenizer import open_tokenizer
+from hydrax.models.mix import landmarks
+from hydrax.models.spec import resolve
 from hydrax.tasks.base import BLOCK, Split, Task, block, sha256
 from hydrax.train.config import RunConfig
 
@@ -42,8 +44,11 @@ def open_source(cfg: RunConfig) -> Source:
     """The data of a run.
 
     Raises:
-      ConfigError: as `open_data` and `open_task`.
+      ConfigError: as `open_data` and `open_task`, or layers whose landmarks the data does not have.
     """
+    every = cfg.data.landmark_every
+    for section in {section for layer in resolve(cfg.model) for section in landmarks(layer.mix)} - {every}:
+        raise ConfigError("data.landmark_every", every, f"expected {section}, the section of landmark layers")
     if cfg.data.task is None:
         return open_data(cfg.data, cfg.model.prefix.meta_tokens)
     return open_task(cfg.data, cfg.train.seed)
@@ -51,7 +56,9 @@ def open_source(cfg: RunConfig) -> Source:
 
 def vocabulary_of(cfg: DataConfig) -> int:
     """Number of token ids of a config's data, without reading these."""
-    return open_tokenizer(cfg.tokenizer).vocab_size if cfg.task is None else make_task(cfg).vocabulary
+    if cfg.task is not None:
+        return make_task(cfg).vocabulary
+    return open_tokenizer(cfg.tokenizer).vocab_size + (cfg.landmark_every > 0)
 
 
 def make_task(cfg: DataConfig) -> Task:

@@ -91,6 +91,7 @@ class Stack:
                 z_loss=cfg.optim.z_loss,
                 frozen=frozen(cfg.optim, self.plan.meta),
                 spike=cfg.optim.spike,
+                steps=cfg.train.steps,
             )
             return one(state, batch)
 

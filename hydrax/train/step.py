@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ Metrics = dict[str, Array]
 Totals = tuple[Sums, dict[str, Array]]
 """Sums over the predictions, and the layers' own losses by name, times the number of predictions."""
 
+Told = dict[str, Array]
+"""What a training step tells its layers beside the batch: `noise` and `progress` of their context."""
+
 NORM_STEPS = 100
 """Steps over which the mean of gradient norms runs."""
 
@@ -34,6 +38,7 @@ def make_train_step(
     z_loss: float = 0.0,
     frozen: Collection[str] = (),
     spike: float | None = None,
+    steps: int | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """(state, batch) -> (state, fp32 metrics), to be jitted with the state donated.
 
@@ -41,14 +46,16 @@ def make_train_step(
     not depend on how counted tokens are spread. A step is skipped if loss or gradient norm is not finite, or the norm
     is above `spike` times its running mean over `NORM_STEPS` steps: parameters and optimizer stay bit-equal, and only
     `step`, `skipped` and that mean advance; "taken" is then 0. `frozen` parameters count in no norm. Random numbers
-    that mixers draw follow from the step alone.
+    that mixers draw follow from the step alone. `steps` is how many there will be, for mixers that begin otherwise.
     """
 
     rules = {name: meta.rule for name, meta in plan.meta.items()}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        noise = jax.random.split(jax.random.fold_in(jax.random.key(0), state["step"]), accumulate)
-        grads, (sums, losses) = _accumulated(plan, plan.cast(state["params"], dtype), batch, noise, z_loss)
+        told: Told = {"noise": jax.random.split(jax.random.fold_in(jax.random.key(0), state["step"]), accumulate)}
+        if steps is not None:
+            told["progress"] = jnp.full((accumulate,), state["step"] / steps, jnp.float32)
+        grads, (sums, losses) = _accumulated(plan, plan.cast(state["params"], dtype), batch, told, z_loss)
         count = jnp.maximum(sums.tokens, 1.0)
         grads = {name: jnp.zeros_like(g) if name in frozen else g / count for name, g in grads.items()}
         norm, loss = optax.tree.norm([g for name, g in grads.items() if rules[name] == "gradient"]), sums.nll / count
@@ -126,25 +133,25 @@ def _bits_per_byte(sums: Sums, batch: Batch) -> Metrics:
 
 
 def _accumulated(
-    plan: Blueprint, params: dict[str, Array], batch: Batch, noise: Array, z_loss: float
+    plan: Blueprint, params: dict[str, Array], batch: Batch, told: Told, z_loss: float
 ) -> tuple[dict[str, Array], Totals]:
     """Gradients of the summed loss with respect to the cast parameters, in fp32, and its sums.
 
-    `noise` has a key for each of the microbatches into which the batch is cut.
+    `told` has an entry for each of the microbatches into which the batch is cut.
     """
 
     axes = {name: meta.axes for name, meta in plan.meta.items()}
 
-    def objective(params: dict[str, Array], part: tuple[Batch, Array]) -> tuple[Array, Totals]:
+    def objective(params: dict[str, Array], part: tuple[Batch, Told]) -> tuple[Array, Totals]:
         return _objective(plan, params, *part, z_loss)
 
-    def add(carry: tuple, part: tuple[Batch, Array]) -> tuple[tuple, None]:
+    def add(carry: tuple, part: tuple[Batch, Told]) -> tuple[tuple, None]:
         grads, sums = jax.grad(objective, has_aux=True)(params, part)
         grads = {name: constrain(g.astype(jnp.float32), axes[name]) for name, g in grads.items()}
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-    accumulate = len(noise)
-    parts = ({name: _microbatches(x, accumulate) for name, x in batch.items()}, noise)
+    accumulate = len(told["noise"])
+    parts = ({name: _microbatches(x, accumulate) for name, x in batch.items()}, told)
     zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
     shapes = jax.eval_shape(lambda: objective(params, jax.tree.map(lambda x: x[0], parts))[1])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -157,7 +164,7 @@ def _microbatches(x: Array, n: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
-def _forward(model: LM, batch: Batch, noise: Array | None = None) -> tuple[Array, Array, Array, dict[str, Array]]:
+def _forward(model: LM, batch: Batch, told: Told | None = None) -> tuple[Array, Array, Array, dict[str, Array]]:
     """Hidden states, the targets that they predict, their weights, and the layers' own losses.
 
     In the order in which the tokens lie on the devices. Where the batch says which places are asked for (`asked` int32
@@ -166,19 +173,20 @@ def _forward(model: LM, batch: Batch, noise: Array | None = None) -> tuple[Array
     """
     asked, targets, weights = batch.get("asked"), batch["targets"], batch["weights"]
     facts = (batch.get("segment_ids"), batch.get("positions"))
-    x, losses = model.forward(batch["tokens"], *facts, modes=batch.get("modes"), noise=noise, placed=asked is None)
+    more: dict[str, Any] = {"modes": batch.get("modes"), **(told or {})}
+    x, losses = model.forward(batch["tokens"], *facts, **more, placed=asked is None)
     if asked is not None:
         return jnp.take_along_axis(x, asked[..., None], axis=1), targets, weights, losses
     return x, model.place(targets), model.place(weights), losses
 
 
 def _objective(
-    plan: Blueprint, params: dict[str, Array], batch: Batch, noise: Array, z_loss: float
+    plan: Blueprint, params: dict[str, Array], batch: Batch, told: Told, z_loss: float
 ) -> tuple[Array, Totals]:
     """What training minimises, and its parts. The layers' own losses are means, which count as much as all tokens
     together."""
     model = plan.merge(params)
-    x, targets, weights, losses = _forward(model, batch, noise)
+    x, targets, weights, losses = _forward(model, batch, told)
     total, sums = chunked_cross_entropy(x, model.logits, targets, weights, z_loss=z_loss)
     tokens = jax.lax.stop_gradient(sums.tokens)
     losses = {name: value * tokens for name, value in losses.items()}

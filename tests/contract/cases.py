@@ -27,10 +27,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
+    "dsa": [{"keep": 100, "index_rope": 0.0, "qk_norm": "head", "softcap": 20.0, "bias": True}],
+    "evict_linear": [
+        {"memory": "gla", "fusion": "joint"},
+        {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},
+        {"memory": "kda", "window": 20},
+        {"memory": "linear_attn"},
+    ],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
+    "hcam": [{"chunk": 3, "top": 2, "kv_heads": 4, "softcap": 20.0, "out_gate": "headwise", "rope": {"fraction": 0.0}}],
     "kda": [{"safe_gate": True, "gate_bias": True}],
+    "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
     "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
     "mamba": [{"bcdt_norm": True}],
@@ -44,13 +53,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nonapprox": [{"qk_norm": "head"}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
+    "stochastic": [{"window": 2, "width": 5, "table": 64, "qk_norm": "head", "out_gate": "headwise"}],
     # Without a norm of the keys, the gradient of their bias is that of a shift of all scores and nearly vanishes.
     "swa": [
         {"sinks": False, "qk_norm": "head", "out_gate": "headwise", "bias": True, "out_bias": True},
         {"pattern": "gna", "sink_tokens": 0, "gna": {"stride": 3, "dilation": 2}},
         {"pattern": "s2", "s2": {"block": 3, "local": 2, "vert_stride": 3}},
         {"pattern": "shifted_groups", "window": 6},
-        {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[0, 0.1], [6, 0]], [[3, 0], [0, 0.4]]]}},
+        {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[3, 0], [0, 0.4]]]}},
         {"pattern": "log_bands", "window": 3},
     ],
 }

@@ -21,12 +21,14 @@ from hydrax.nn.norm import NORMS
 from tests.contract.cases import VARIANTS, D, tiny
 
 VOCABULARY = 67
-ORDER = 5  # with which the first ten models have all mixers
+ANY = tuple(name for name in FUSIONS if name != "flat")  # which joins attn and swa alone: tests/models/test_fusion.py
+ORDER = 16  # with which the first ten models have all mixers
 COMPOSITIONS = ("heads", "parallel", "modes", "route")
 AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
 """Every pair of axes once. The first ten hold every axis."""
 
+OWN_KEYS = {"dma", "dsa", "nats"}  # of those with keys, mixers that choose among their own
 LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
@@ -36,6 +38,7 @@ LINEAR = ("aaren", "abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "ligh
 
 SPLIT = {
     **{name: {"kv_heads": 1, "value_dim": 16} for name in LENDERS},
+    "swa": {"kv_heads": 1, "value_dim": 16, "pattern": "window"},
     "gdn": {"value_heads": None},
     "mamba2": {"heads": 1},
 }
@@ -140,7 +143,7 @@ class _Draw:
         self.blocks[name] = {"mixer": expression, "options": options, **fields}
         return name
 
-    def fusion(self, parts: int, among: tuple[str, ...] = tuple(FUSIONS)) -> dict[str, Any]:
+    def fusion(self, parts: int, among: tuple[str, ...] = ANY) -> dict[str, Any]:
         options: dict[str, Any] = {"fusion": self.pick(among)}
         if options["fusion"] == "weighted":
             options["learned"] = self.chance(0.5)
@@ -169,7 +172,7 @@ class _Draw:
         for _ in range(self.pick([1, 1, 1, 1, 2])):
             parts.append(self.partner(parts[0], LENDERS if lends else ()) if self.chance(0.7) else self.single(*LINEAR))
         equal = len({part.width for part in parts}) == 1
-        options = self.fusion(len(parts), tuple(FUSIONS) if equal else ("concat",))
+        options = self.fusion(len(parts), ANY if equal else ("concat",))
         whole = sum(part.width for part in parts)
         inner = whole if options["fusion"] == "concat" else parts[0].width
         return Piece(f"parallel({','.join(map(self.part, parts))})", inner, options)
@@ -337,7 +340,7 @@ class _Draw:
             kinds: dict[str, list[int]] = {}
             for i, layer in enumerate(section.layers, section.start):
                 facts = key_facts(layer.mix)
-                if len(facts) == 1 and not layer.shared:
+                if len(facts) == 1 and not layer.shared and not _of_mix(layer.mix) & OWN_KEYS:
                     kinds.setdefault(str(facts), []).append(i)
             for members in kinds.values():
                 size = 2 if self.chance(0.6) else len(members)

@@ -20,14 +20,13 @@ from hydrax import mixers
 from hydrax.core import tree
 from hydrax.core.typing import Array
 from hydrax.models import cost, lm
-from hydrax.models.fusion import FUSIONS
 from hydrax.models.layers import FFN, Place
 from hydrax.models.spec import ModelConfig, resolve
 from hydrax.nn.norm import NORMS
 from hydrax.train.optim import OptimConfig, make_optimizer, make_schedule
 from hydrax.train.step import make_train_step
 from tests.contract.cases import CHUNK, D, inside, segments
-from tests.contract.specs import AXES, VOCABULARY, features, random_spec
+from tests.contract.specs import ANY, AXES, VOCABULARY, features, random_spec
 from tests.models.small import unstacked
 from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
@@ -369,7 +368,7 @@ def test_the_fixed_ones_cover_the_grammar():
     assert set(mixers.names()) <= first, "try another specs.ORDER"
     assert set(AXES) <= first
     assert [pair for pair in itertools.combinations(AXES, 2) if not any(set(pair) <= f for f in found)] == []
-    wanted = {f"{kind} {name}" for kind in ("heads", "parallel") for name in FUSIONS}
+    wanted = {f"{kind} {name}" for kind in ("heads", "parallel") for name in ANY}
     wanted |= {f"ffn {name}" for name in get_args(FFN)} | {f"norm {name}" for name in NORMS}
     wanted |= {f"place {name}" for name in get_args(Place)} | {f"gate {name}" for name in ("none", "scalar", "channel")}
     wanted |= {f"{name} {value}" for name in ("tie", "softcap", "bias", "eta", "renorm") for value in (True, False)}

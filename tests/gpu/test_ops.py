@@ -28,6 +28,7 @@ from tests.ops import (
     test_scan_gpu as scan_kernels,
     test_sharded_kernels as sharded_kernels,
     test_softmax_gpu as softmax_kernels,
+    test_sparse_gpu as sparse_kernels,
     test_step_gpu as step_kernels,
     test_vector_gpu as vector_kernels,
 )
@@ -249,3 +250,8 @@ def test_glu_kernels_equal_the_definition(case: Rows, dtype: str) -> None:
 @pytest.mark.parametrize("case", [*softmax_kernels.CASES.values(), *ATTENTIONS.values()], ids=str)
 def test_softmax_kernels_equal_the_definition(case: Attention, documents: bool) -> None:
     softmax_kernels.check_case(dataclasses.replace(case, documents=documents))
+
+
+@pytest.mark.parametrize("name", [*sparse_kernels.CASES, *sparse_kernels.LARGE])
+def test_kernels_of_chosen_blocks_equal_the_definition(name: str) -> None:
+    sparse_kernels.check_case(name)

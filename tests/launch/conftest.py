@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 import launch.bench
+import launch.bench_attention
 import launch.bench_kernels
 import launch.bench_train
 import launch.compile_time
@@ -26,6 +27,7 @@ MAINS = {
     "sample": launch.sample.main,
     "cost": launch.cost.main,
     "bench": launch.bench.main,
+    "bench_attention": launch.bench_attention.main,
     "bench_kernels": launch.bench_kernels.main,
     "bench_train": launch.bench_train.main,
     "compile_time": launch.compile_time.main,
@@ -108,6 +110,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "sample": {"workdir": workdir},
         "evaluate": {"workdir": workdir, "out": workdir.parent / "evaluation"},
         "bench": {},
+        "bench_attention": {},
         "bench_kernels": {},
         "bench_train": {"config": config},
         "compile_time": {"config": config},

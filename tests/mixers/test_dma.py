@@ -115,3 +115,16 @@ def test_the_cache_does_not_grow() -> None:
 def test_refusals(options: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         build(mixers.get("dma").Config, options)
+
+
+def test_long_rows_meet_the_kept_keys_alone() -> None:
+    """Chunks of queries with the few living keys give what all scores at once give, with all gradients."""
+    mixer, x = made(), normal(0, 1, 300, D)
+    graph, state = nnx.split(mixer)
+
+    def loss(state: Any, x: jax.Array, impl: str) -> jax.Array:
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x, Context.of(x, impl=impl))[0]))
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    got, want = (jax.tree.leaves(run(state, x, f"attention={form}")) for form in ("chunked", "xla"))
+    assert_trees_close("loss and gradients", got, want, TOLERANCE["fp32_op"])

@@ -76,8 +76,11 @@ def test_lifetimes_by_type() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(GLOBAL, {}), (LOCAL, {}), (SLIDING, {"window": L + 1, "sink_tokens": 1})],  # the first token is global
-    ids=["global", "local", "sliding"],
+    [
+        pytest.param(GLOBAL, {}, id="global"),
+        pytest.param(LOCAL, {}, id="local", marks=pytest.mark.slow),
+        pytest.param(SLIDING, {"window": L + 1, "sink_tokens": 1}, id="sliding"),  # the first token is global
+    ],
 )
 def test_one_type_alone(kind: int, options: dict[str, Any]) -> None:
     """All global, or all local and nothing that ends them: causal attention; all sliding: a window. Equal gradients."""

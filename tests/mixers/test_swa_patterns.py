@@ -24,7 +24,13 @@ EACH = pytest.mark.parametrize("pattern", PATTERNS)
 T = 31
 
 
-@EACH
+def some(*patterns: str) -> pytest.MarkDecorator:
+    """Each pattern, these ones in the default tier."""
+    marks = {name: [] if name in patterns else [pytest.mark.slow] for name in PATTERNS}
+    return pytest.mark.parametrize("pattern", [pytest.param(name, marks=marks[name]) for name in PATTERNS])
+
+
+@some("s2", "log_bands")
 def test_prefill_then_steps(pattern: str) -> None:
     """At every split of a packed row: what leaves the cache is what no later token sees."""
     contract.test_prefill_then_steps_at_every_split(case("swa", PATTERNS[pattern]), (1, 8, 1, 6, 5), jnp.float32)
@@ -35,7 +41,7 @@ def test_the_state(pattern: str) -> None:
     contract.test_state_is_what_the_table_says(case("swa", PATTERNS[pattern]), jnp.bfloat16)
 
 
-@EACH
+@some("gna", "spans")
 def test_documents(pattern: str) -> None:
     contract.test_packed_equals_separate(case("swa", PATTERNS[pattern]))
 
@@ -67,7 +73,7 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@EACH
+@some("s2", "shifted_groups")
 def test_a_pattern_that_hides_nothing_is_causal_attention(pattern: str) -> None:
     """With the parameters of attn: equal outputs, and equal gradients of parameters and inputs."""
     sizes = {"heads": 4, "kv_heads": 2, "key_dim": 8}
@@ -124,9 +130,9 @@ def test_groups_do_not_see_the_end_of_the_row() -> None:
 
 
 def test_spans_come_from_a_file(tmp_path: pathlib.Path) -> None:
-    """[[[α, β] per head] per layer]: the last ⌊α/block⌋ + ⌊β N/block⌋ blocks, at least the query's own."""
+    """{"layers": [[[α, β] per head] per layer]}: the last ⌊α/block⌋ + ⌊β N/block⌋ blocks, at least the query's own."""
     path = tmp_path / "spans.json"
-    path.write_text(json.dumps([[[0, 0.25], [9, 0]], [[-64, 1], [1, 0]]]))
+    path.write_text(json.dumps({"layers": [[[0, 0.25], [9, 0]], [[-64, 1], [1, 0]]]}))
     options = {"heads": 4, "kv_heads": 2, "pattern": "spans", "spans": {"file": str(path), "length": 64, "block": 4}}
     cfg = build(mixers.get("swa").Config, options).fill(D)
     assert cfg.lifetimes.blocks == ((4, 2), (1, 1))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array
 from hydrax.mixers import Context
 from tests.models.small import (
@@ -25,7 +26,7 @@ from tests.models.small import (
     tokens,
     unstacked,
 )
-from tests.tolerances import TOLERANCE, assert_close, assert_equal
+from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 pytestmark = pytest.mark.thorough
 
@@ -40,13 +41,14 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "weighted fixed": {"weights": [0.5, -2.0]},
     "weighted learned": {"weights": [0.5, -2.0], "learned": True},
     "softmax_gate": {},
+    "hierarchical": {"width": 3},
 }
 WIDTHS = {"swa": {"heads": 4, "key_dim": 4, "value_dim": 2, "window": 3}}
 
 
 def layer(mixer: str, fusion: str, pattern: str = "x", index: int = 0, **values: Any) -> Layer:
     """A composition as it is in layer `index` of a pattern, with parameters."""
-    options = {"fusion": fusion.split()[0], **FUSIONS[fusion], **values.pop("options", {})}
+    options = {"fusion": fusion.split()[0], **FUSIONS.get(fusion, {}), **values.pop("options", {})}
     return Layer.of(layers(pattern, blocks={"x": {"mixer": mixer, "options": options}}, **values)[index].mix)
 
 
@@ -76,6 +78,11 @@ def fused(zs: list[Array], p: dict[str, np.ndarray], fusion: str) -> list[np.nda
         case "softmax_gate":
             shares = 2 * softmax(np.asarray(X, np.float64) @ p["fusion/gate/kernel"])[..., None, None]
             return [shares[:, :, 0] * a, shares[:, :, 1] * b]
+        case "hierarchical":
+            q, flat = np.asarray(X, np.float64) @ p["fusion/q/kernel"], [z.reshape(*z.shape[:2], -1) for z in (a, b)]
+            keys = [z @ p[f"fusion/keys/{i}/kernel"][0] for i, z in enumerate(flat)]
+            shares = 2 * softmax(np.stack([(q * k).sum(-1) for k in keys], -1) * 3**-0.5)[..., None, None]
+            return [shares[:, :, 0] * a, shares[:, :, 1] * b]
     raise AssertionError(fusion)
 
 
@@ -99,6 +106,66 @@ def test_branches_are_fused_and_added(fusion: str):
     flat = [z.reshape(*z.shape[:2], 8) for z in fused(zs, p, fusion)]
     joined = np.concatenate(flat, axis=-1) if fusion == "concat" else flat[0] + flat[1]
     assert_close("y", y, joined @ p["project/kernel"][0], TOLERANCE["fp32_op"])
+
+
+def union(mixer: Any, x: Array) -> Array:
+    """y of one softmax over the keys of two branches of heads of their own."""
+    zs = []
+    for part in mixer.parts:
+        q, k, v = part.qkv(x, Context.of(x, SEG).positions)
+        index = jnp.arange(T)
+        seen = (SEG[:, :, None] == SEG[:, None]) & (SEG != 0)[:, None] & (index[:, None] >= index)
+        seen &= index[:, None] - index < getattr(part.cfg, "window", T)
+        z = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+        zs.append((jnp.where(seen[:, None], z, -jnp.inf), v))
+    z = jnp.concatenate([z for z, _ in zs], axis=-1)
+    z = jnp.where((SEG != 0)[:, None, :, None], z, 0)
+    v = jnp.concatenate([v for _, v in zs], axis=1)
+    o = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(z), v)
+    return mixer.out(o.reshape(*x.shape[:2], 1, -1))
+
+
+def test_a_flat_fusion_is_one_softmax_over_the_keys_of_all_branches():
+    """Outputs and gradients, of whole rows and, outputs, in steps."""
+    made = layer("parallel(attn,swa)", "flat")
+    real, dy = (SEG != 0)[..., None], normal("dy", 2, T, D)
+
+    def fusion(params: Params, x: Array) -> Array:
+        return jnp.where(real, made.merge(params)(x, Context.of(x, SEG))[0], 0)
+
+    def formula(params: Params, x: Array) -> Array:
+        return jnp.where(real, union(made.merge(params), x), 0)
+
+    def graded(f: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(dy * f(p, x)), argnums=(0, 1)))(made.params, X)
+
+    assert_close("y", jax.jit(fusion)(made.params, X), jax.jit(formula)(made.params, X), TOLERANCE["fp32_op"])
+    assert_trees_close("gradients", graded(fusion), graded(formula), TOLERANCE["fp32_op"])
+    state = made.merge().init_state(2, T, jnp.float32)
+    whole, _ = jax.jit(made)(made.params, X)
+    step = jax.jit(lambda p, x, s, t: made.merge(p)(x, Context(positions=t), s))
+    for t in range(T):
+        y, state = step(made.params, X[:, t : t + 1], state, jnp.full((2, 1), t, jnp.int32))
+        assert_close(f"y at {t}", y[:, 0], whole[:, t], TOLERANCE["fp32_op"])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mixers", "line"),
+    [
+        ("parallel(attn,gla)", {}, "gla has no lse beside what it averages: expected attn or swa without out_gate"),
+        (
+            "parallel(attn,swa)",
+            {"attn": {"heads": 2, "key_dim": 4, "out_gate": "headwise"}},
+            "attn has no lse beside what it averages: expected attn or swa without out_gate",
+        ),
+        ("parallel(attn,swa)", WIDTHS, "expected parts of equal heads and value_dim, and they have (2, 4), (4, 2)"),
+        ("heads(2*attn,2*swa)", {}, "heads have no keys in common: expected parallel(...)"),
+    ],
+)
+def test_a_flat_fusion_needs_branches_of_one_softmax(mixer: str, mixers: dict[str, Any], line: str):
+    with pytest.raises(ConfigError) as error:
+        layer(mixer, "flat", mixers=mixers)
+    assert str(error.value) == f"blocks.x.options.fusion = 'flat': {line}"
 
 
 def test_fixed_weights_are_no_parameters_and_learned_ones_start_there():

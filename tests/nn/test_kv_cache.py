@@ -124,3 +124,40 @@ def test_tokens_without_ids_are_one_document() -> None:
 def test_keys_that_nobody_lends_are_missed() -> None:
     with pytest.raises(ValueError, match=r"kv = 'shared': expected the keys of another layer in ctx\.keys"):
         kv_cache.shared(None)
+
+
+@pytest.mark.parametrize("by_head", [1, 2])
+@pytest.mark.parametrize("pieces", [(T,), (3, 1, 1, 6), (1,) * T], ids=str)
+def test_keys_that_nobody_will_see_leave_room(pieces: tuple[int, ...], by_head: int) -> None:
+    """Each head holds the keys of the last document that are alive, and what belongs to them, in slots of any order."""
+    cache = kv_cache.empty(len(IDS), T, 2, 1, 1, jnp.float32, by_head=(by_head,), score=jnp.float32)
+    ends = np.random.default_rng(0).integers(0, 2 * T, (*IDS.shape, by_head))
+    k = jnp.repeat(marked(IDS.shape), 2, axis=2)
+    score = jnp.broadcast_to(marked(IDS.shape)[..., 0], (*IDS.shape, by_head))
+    evict = jax.jit(kv_cache.evict)
+    by_mark = {float(k[b, t, 0, 0]): ends[b, t] for b, t in np.ndindex(IDS.shape)}
+    start = 0
+    for n in pieces:
+        part = slice(start, start + n)
+        start += n
+        marks = np.asarray(cache["k"])[:, :, 0, 0] if by_head == 1 else np.asarray(cache["k"])[..., 0]
+        old = np.vectorize(lambda m, h: by_mark.get(float(m), ends[0, 0])[h])(
+            marks.reshape(*marks.shape[:2], -1), np.arange(by_head)
+        )
+        new = {"k": k[:, part], "v": -k[:, part], "score": score[:, part]}
+        if start > n:  # a document that starts with a call finds an empty cache
+            starts = (IDS[:, part][:, :1] != IDS[:, start - n - 1 : start - n]) & (IDS[:, part][:, :1] != 0)
+            cache = jax.tree.map(lambda x, s=starts: jnp.where(s.reshape(-1, *[1] * (x.ndim - 1)), 0, x), cache)
+        cache = evict(
+            cache, new, PLACES[:, part], IDS[:, part], ends=jnp.asarray(ends[:, part]), old_ends=jnp.asarray(old)
+        )
+    for b, h in np.ndindex(len(IDS), by_head):
+        real = np.flatnonzero(IDS[b])
+        own = [t for t in real if IDS[b, t] == IDS[b, real[-1]]]
+        alive = {int(PLACES[b, t]) for t in own if ends[b, t, h] > PLACES[b, own[-1]]} if own else set()
+        taken = np.flatnonzero(cache["segment_ids"][b, :, h])
+        assert sorted(np.asarray(cache["positions"])[b, taken, h]) == sorted(alive)
+        for s in taken:
+            t = next(t for t in own if PLACES[b, t] == cache["positions"][b, s, h])
+            held = [cache["k"][b, s, h, 0], -cache["v"][b, s, h, 0], cache["score"][b, s, h]]
+            assert_equal("what is held", held, np.repeat(k[b, t, 0, 0], 3))

@@ -85,8 +85,10 @@ def selective_formula(x: ms.Inputs, ids: np.ndarray) -> np.ndarray:
 def softmax_formula(x: ms.Inputs, ids: np.ndarray, case: Case) -> np.ndarray:
     z = np.einsum("bthk,bshk->bhts", x["q"], np.repeat(x["k"], case.H // case.Hk, axis=2)) * case.K**-0.5
     z = z + x.get("bias", 0)
+    if case.key_bias:
+        z = z + np.moveaxis(np.repeat(x["key_bias"], case.H // case.Hk, axis=2), 1, 2)[:, :, None]
     z = z if case.softcap is None else case.softcap * np.tanh(z / case.softcap)
-    e = np.where(test_softmax.mask_of(case, ids)[:, None], np.exp(z), 0)
+    e = np.where(test_softmax.mask_of(case, ids), np.exp(z), 0)
     total = e.sum(-1) + (np.exp(x["sinks"])[:, None] if case.sinks else 0)
     return e / np.where(total > 0, total, 1)[..., None]
 
@@ -134,7 +136,7 @@ def attention(name: str) -> Problem:
     x, ids = test_softmax.inputs(case)
     x = {n: np.asarray(a, np.float64) for n, a in x.items()}
     ids = np.ones((case.B, case.T), np.int32) if ids is None else np.asarray(ids)
-    options = {n: getattr(case, n) for n in test_softmax.OPTIONS}
+    options = test_softmax.options_of(case)
     matrix = functools.partial(softmax.attention_matrix, **options)
     formula = functools.partial(softmax_formula, case=case)
     return Problem(matrix, functools.partial(softmax.attention, **options), x, x.pop("v"), ids, formula)

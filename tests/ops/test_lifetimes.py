@@ -1,6 +1,7 @@
 """Every pattern of lifetimes against the words of its definition, pair by pair; and what a cache needs for it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ from hydrax.ops.sparse.lifetimes import (
     Window,
 )
 from tests.contract.cases import normal, segments
+from tests.parallel.devices import shapes
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 T, HEADS = 40, 2
@@ -189,3 +191,37 @@ def test_a_dilation_below_one_is_refused() -> None:
     x = jnp.zeros((1, 5, 2, 4))
     with pytest.raises(ValueError, match="dilation = 0: expected at least 1"):
         attention(x, x, x, dilation=0)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("name", ["window_sinks", "strided", "log_bands"])
+def test_blocks_of_queries_meet_the_living_keys_alone(name: str, documents: bool) -> None:
+    """With the number of these, chunks of 4 tokens give what all scores at once give, with all gradients."""
+    pattern = TABLE[name][0]
+    q, k, v, do = (jnp.asarray(normal(i, 2, T, heads, 4)) for i, heads in enumerate((4, HEADS, HEADS, 4)))
+    bias, facts = jnp.asarray(normal(4, 2, T, HEADS)), {}
+    positions = jnp.broadcast_to(jnp.arange(T), (2, T))
+    if documents:
+        ids = np.stack([segments((14, 1, 18), T), segments((3, 37), T)])
+        facts["segment_ids"] = jnp.asarray(ids)
+        positions = jnp.asarray([[list(row[:t]).count(row[t]) for t in range(T)] for row in ids])
+    facts |= {"ends": pattern.ends(positions), "positions": positions, "return_lse": True}
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, how: tuple) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v, b: attention(q, k, v, key_bias=b, **facts, **dict(how)), q, k, v, bias)
+        seen = jnp.isfinite(out[1])
+        return jnp.where(seen, out[1], 0), out[0], *pull((do, jnp.where(seen, do[..., 0], 0)))
+
+    chunks = (("impl", "chunked"), ("chunk_size", 4))
+    want = run(q, k, v, bias, (("impl", "xla"),))
+    got = run(q, k, v, bias, (*chunks, ("alive", pattern.slots(T))))
+    for what, a, b in zip(("lse", "o", "dq", "dk", "dv", "dbias"), got, want, strict=True):
+        assert_close(what, a, b, TOLERANCE["fp32_op"])
+
+    def widths(how: tuple) -> set[int]:
+        """Last dimensions of the scores of a block [B,G,4,R,·]."""
+        program = run.lower(q, k, v, bias, how).compile().as_text()
+        return {shape[-1] for shape in shapes(program) if len(shape) == 5 and shape[2:4] == [4, 2]}
+
+    assert max(widths(chunks)) == T and max(widths((*chunks, ("alive", pattern.slots(T))))) == pattern.slots(T) + 4

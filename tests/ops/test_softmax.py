@@ -35,9 +35,10 @@ def mask_of(case: Case, ids: np.ndarray) -> np.ndarray:
     mask = np.zeros((case.B, case.H, case.T, case.T), bool)
     ends = cases.lifetimes(case).repeat(case.H // case.Hk, axis=2)
     for b in range(case.B):
+        firsts = [np.flatnonzero(ids[b] == i)[0] for i in ids[b]]
         for t in range(case.T):
             for s in range(t + 1):
-                first = next(i for i in range(case.T) if ids[b, i] == ids[b, s])
+                first = firsts[s]
                 near = case.window is None or t - s < case.window or s - first < case.sink_tokens
                 near = near and (t - s) % case.dilation == 0
                 alive = not case.ends or t - first <= ends[b, s]

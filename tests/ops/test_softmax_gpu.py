@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 
 from hydrax.ops.pallas.tuning import Tuning
-from hydrax.ops.softmax import attention, gpu
+from hydrax.ops.softmax import attention, gpu, gpu_intervals
 from hydrax.ops.softmax.cases import Case
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
-from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, oracle
+from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, options_of, oracle
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 CASES = {
     "documents": Case(1, 250, 2, 1, 64, 64, documents=True),
     "window": Case(1, 256, 1, 1, 64, 128, window=100),
     "sinks": Case(1, 129, 1, 1, 128, 64, window=40, sinks=True, documents=True),
+    "sink_tokens": Case(1, 300, 2, 1, 64, 64, window=40, sink_tokens=3, documents=True),
+    "dilation": Case(1, 270, 2, 1, 64, 64, window=91, dilation=3, documents=True),
+    "ends": Case(1, 200, 4, 2, 64, 64, ends=True, key_bias=True, documents=True),
 }
 
 
@@ -23,7 +26,8 @@ CASES = {
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`attention` can run its kernels, whatever the device."""
     monkeypatch.setattr("hydrax.ops.softmax.hopper_refusal", lambda *_: None)
-    monkeypatch.setattr(gpu, "TUNING", {jax.devices()[0].device_kind: Tuning()})
+    for module in (gpu, gpu_intervals):
+        monkeypatch.setattr(module, "TUNING", {jax.devices()[0].device_kind: Tuning()})
 
 
 def check_case(case: Case) -> None:
@@ -55,28 +59,34 @@ def test_forward_and_backward_lower_for_cuda(name: str) -> None:
     arrays, ids = inputs(case, jnp.bfloat16)
 
     def run(arrays: dict, ids: jax.Array | None) -> dict:
-        f = lambda arrays: attention(**arrays, segment_ids=ids, window=case.window, impl="pallas_gpu").sum()  # noqa: E731
+        f = lambda arrays: attention(**arrays, segment_ids=ids, **options_of(case), impl="pallas_gpu").sum()  # noqa: E731
         return jax.grad(f)(arrays)
 
     assert lowered_kernels(run, arrays, ids) == 3
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"segment_ids": jnp.asarray(np.repeat([[1, 2]], 256, axis=1), jnp.int32)},
+        {"ends": jnp.asarray(np.repeat([255, 2**30], 256)[None, :, None], jnp.int32)},
+    ],
+    ids=["documents", "ends"],
+)
 @pytest.mark.usefixtures("emulated_gpu")
-def test_blocks_that_no_query_sees_are_not_read() -> None:
-    """NaN in the values of another document would show."""
-    case = Case(1, 512, 1, 1, 64, 64)
-    arrays, _ = inputs(case, jnp.bfloat16)
-    ids = jnp.asarray(np.repeat([[1, 2]], 256, axis=1), jnp.int32)
+def test_blocks_that_no_query_sees_are_not_read(rules: dict) -> None:
+    """NaN in the values of keys that are gone would show."""
+    arrays, _ = inputs(Case(1, 512, 1, 1, 64, 64), jnp.bfloat16)
     poisoned = arrays | {"v": arrays["v"].at[:, :256].set(jnp.nan)}
-    o = attention(**poisoned, segment_ids=ids, impl="pallas_gpu")
+    o = attention(**poisoned, **rules, impl="pallas_gpu")
     assert np.isnan(o[:, :256]).all()
-    assert_equal("o", o[:, 256:], attention(**arrays, segment_ids=ids, impl="pallas_gpu")[:, 256:])
+    assert_equal("o", o[:, 256:], attention(**arrays, **rules, impl="pallas_gpu")[:, 256:])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 4, "sink_tokens": 2}, "it has no sink_tokens"),
+        ({"window": 4, "dilation": 3}, "it has no dilation"),
         ({"softcap": 2.0}, "it has no softcap"),
         ({"bias": jnp.zeros((1, 1, 8, 8))}, "it gives no gradient of a bias"),
         ({"kv_positions": jnp.arange(8)[None]}, "it serves self-attention only"),
@@ -99,8 +109,8 @@ def test_other_shapes_and_dtypes_are_refused(q: jax.Array, message: str) -> None
     assert message in gpu.refusal(q, q, q)
 
 
-def test_documents_take_the_kernels_and_plain_rows_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN forms a dense mask of documents."""
+def test_documents_take_the_kernels_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN forms a dense mask of documents; kernels for lives of keys are taken by name."""
     taken = []
     monkeypatch.setattr("hydrax.ops.softmax.on_one_device", lambda: True)
     monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: None)
@@ -110,4 +120,6 @@ def test_documents_take_the_kernels_and_plain_rows_do_not(monkeypatch: pytest.Mo
     x = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
     attention(x, x, x)
     attention(x, x, x, segment_ids=documents(Case(1, 8, 1, 1, 64, 64)))
-    assert taken == ["cudnn", "pallas_gpu"]
+    monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: "no")
+    attention(x, x, x, ends=jnp.full((1, 8, 1), 4))
+    assert taken == ["cudnn", "pallas_gpu", "xla"]

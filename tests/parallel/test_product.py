@@ -46,6 +46,7 @@ COVERING = [
     ("swa", "ulysses", "contiguous", 2),
     ("dma", "allgather_kv", "zigzag", 4),
     ("nats", "ring", "zigzag", 4),
+    ("dsa", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),

@@ -200,7 +200,7 @@ def test_several_folders_and_names_that_would_be_equal(tmp_path):
         (["--runs={tmp}/none", "--out={tmp}/out"], r"runs = '.*/none': no such folder"),
         (["--runs={tmp}/empty", "--out={tmp}/out"], r"runs = '.*/empty': no runs found; expected folders of runs"),
         (["--runs={tmp}/half", "--out={tmp}/out"], r"runs = '.*/half': no finished run \(1 broken\)"),
-        (["--runs={tmp}/good", "--evaluation={tmp}/file", "--out={tmp}/out"], "evaluation = .*/file': expected an eval"),
+        (["--runs={tmp}/good", "--evaluation={tmp}/file", "--out={tmp}/out"], "evaluation = .*/file': expected"),
         (["--runs={tmp}/good", "--out={tmp}/file"], r"out = '.*/file': expected a folder"),
         (
             ["--runs={tmp}/good", "--out={tmp}/out", "--x=model.d_model"],

@@ -191,3 +191,19 @@ def test_rows_of_one_document_need_not_say_so():
     (bare, metrics), (told, expected) = train_step()(state, rows), train_step()(state, rows | facts)
     assert_trees_close("parameters", bare["params"], told["params"], TOLERANCE["fp32_op"])
     assert_close("loss", metrics["loss"], expected["loss"], TOLERANCE["fp32_op"])
+
+
+def test_what_a_step_draws_follows_from_its_number():
+    """A mixer that draws: equal steps are equal, another number is another draw, and what it draws with is trained."""
+    plan = tiny.plan(pattern="2*nats", mixers={"nats": {"heads": 2, "key_dim": 8, "sliding": 2}})
+    tx, schedule = make_optimizer(CONFIG, 10, plan.meta), make_schedule(CONFIG, 10)
+    step = jax.jit(make_train_step(plan, tx, schedule, accumulate=2))
+    state = new_state(plan, tx, 0, parts()[2])
+    batch = tiny.batch(ROWS, TOKENS)
+    (new, metrics), (again, _), (_, other) = (step({**state, "step": jnp.int32(n)}, batch) for n in (3, 3, 4))
+    for name, value in new["params"].items():
+        assert_equal(name, again["params"][name], value)
+    assert metrics["loss"] != other["loss"] and metrics["nats_sparsity"] > 0
+    scorer = next(name for name in plan.shapes if name.endswith("scorer"))
+    moved = np.abs(np.asarray(new["params"][scorer] - state["params"][scorer])).max((1, 2, 3))
+    assert np.all(moved > CONFIG.lr / 2)  # by a gradient: its decay is far smaller

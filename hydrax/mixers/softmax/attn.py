@@ -35,7 +35,8 @@ class Attention(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
         q, keys, state = self.qkv.see(x, ctx, state)
-        o = kv_cache.attend(
+        attend = ctx.attend or kv_cache.attend
+        o = attend(
             q,
             keys,
             positions=ctx.positions,
@@ -44,6 +45,7 @@ class Attention(Mixer):
             softcap=cfg.softcap,
             shards=ctx.shards,
             impl=ctx.impl,
+            tap_lse=ctx.taps.get("lse"),
         )
         return self.gate(ctx.tap("reads", o), x), state
 

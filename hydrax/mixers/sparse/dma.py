@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, NonNegative, Positive
-from hydrax.core.numerics import einsum, fp32
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import kv_cache
@@ -73,11 +73,12 @@ class DynamicMaskAttention(Mixer):
         self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, facts = self.cfg, {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        cfg = self.cfg
+        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
         q, k, _ = self.qkv(x, ctx.positions)
         assert k is not None
-        wide = self._values(x)
-        score, v = self._score(wide), ctx.tap("values", wide.astype(x.dtype))
+        exact = self._values(x)
+        score, v = self._score(exact), ctx.tap("values", exact.astype(x.dtype))
         keys = kv_cache.collect(k, v, state, **facts)
         scores, ends = self._rank(score, keys, state, ctx)
         o = kv_cache.attend(
@@ -85,6 +86,7 @@ class DynamicMaskAttention(Mixer):
             keys,
             **facts,
             ends=ends,
+            alive=cfg.slots(x.shape[1]),
             key_bias=BIASES[cfg.bias_form](scores),
             scale=cfg.scale,
             softcap=cfg.softcap,
@@ -129,4 +131,4 @@ class DynamicMaskAttention(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        return cfg.init_cache(batch, cfg.slots(max_len), dtype, by_head=(cfg.kv_heads,), score=jnp.float32)
+        return cfg.init_cache(batch, cfg.slots(max_len), dtype, by_head=(cfg.kv_heads,), score=wide(dtype))

@@ -48,18 +48,16 @@ class S2:
     vert_stride: Positive = 8  # of all blocks, one in so many stays visible
     num_dense_heads: NonNegative = 0  # heads of keys, the last ones, that keep everything
     homo_head: bool = False  # all heads keep the same blocks
-    head_step: Positive | None = (
-        None  # blocks from what one head keeps to the next; max(1, vert_stride // heads) if None
-    )
-    head_offset: NonNegative = 0  # the same for the first head
+    head_step: Positive | None = None  # blocks between what heads keep; max(1, vert_stride // heads) if None
+    head_offset: NonNegative = 0  # head h keeps block c if vert_stride divides c + h·head_step + head_offset
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanOptions:
-    file: str | None = None  # JSON: [[[α, β], one for each head of keys], one for each layer], or one for all layers
-    rules: Rules = ()  # the same, written out
+    file: str | None = None  # JSON, {"layers": as rules}: what infer.spans writes
+    rules: Rules = ()  # [[[α, β], one for each head of keys], one for each layer], or one for all layers
     length: Positive = 8192  # N: a head sees the last α + β N tokens, in whole blocks
-    block: Positive = 64
+    block: Positive = 64  # tokens per block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Config(AttentionConfig, MixerConfig):
         if self.pattern == "spans" and self.spans.file is not None:
             rules = _read_rules(self.spans.file)
             filled = dataclasses.replace(filled, spans=dataclasses.replace(self.spans, rules=rules))
-        assert filled.lifetimes is not None  # whatever does not fit is refused here
+        _ = filled.lifetimes  # whatever does not fit is refused here
         return filled
 
     @property
@@ -97,9 +95,9 @@ class Config(AttentionConfig, MixerConfig):
 
 def _read_rules(path: str) -> Rules:
     try:
-        rules = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("spans.file", path, f"expected a JSON file of spans: {error}") from None
+        rules = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["layers"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError("spans.file", path, f"expected a JSON file of spans, with layers: {error}") from None
     return convert(Rules, rules, "spans.file")
 
 
@@ -182,6 +180,7 @@ class SlidingWindowAttention(Mixer):
             q, keys, state = self.qkv.see(x, ctx, state, pattern=alive)
             positions = ctx.positions if keys.positions is None else keys.positions
             ends = {"ends": alive.ends(positions, ctx.layer_index), "dilation": alive.dilation}
+            ends["alive"] = alive.slots(x.shape[1])
         o = kv_cache.attend(
             q,
             keys,
@@ -192,6 +191,7 @@ class SlidingWindowAttention(Mixer):
             softcap=cfg.softcap,
             shards=ctx.shards,
             impl=ctx.impl,
+            tap_lse=ctx.taps.get("lse"),
             **window,
             **ends,
         )

@@ -51,8 +51,8 @@ def per_row(ref: PyTree, width: int = BLOCK) -> Array:
 
 
 def per_column(ref: PyTree) -> Array:
-    """A vector [64] in memory as [64,64], one value per column."""
-    return jax.lax.broadcast_in_dim(compat.load(ref, TILED.reduce(0)), SQUARE, [1])
+    """A vector [width] in memory as [64,width], one value per column."""
+    return jax.lax.broadcast_in_dim(compat.load(ref, TILED.reduce(0)), (BLOCK, ref.shape[0]), [1])
 
 
 def spread(x: Array, width: int = BLOCK) -> Array:

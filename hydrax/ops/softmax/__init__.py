@@ -49,6 +49,7 @@ def attention(
     softcap: float | None = None,
     bias: Float[Array, "#B #H T S"] | None = None,
     ends: Int[Array, "#B S #Hk"] | None = None,
+    alive: int | None = None,
     key_bias: Float[Array, "#B S #Hk"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
@@ -69,6 +70,7 @@ def attention(
       dilation: only keys at a multiple of so many tokens before the query are visible.
       softcap: c·tanh(z/c), after the biases and before the mask.
       ends: position in the document of the last query that sees the key, for each head of keys.
+      alive: most keys of one document that live at once by these ends, if that is known: it saves work.
       key_bias: added to all scores of a key.
       segment_ids, positions: document of each query and its index in the document; 0, 1, 2, ... per document if None.
       kv_segment_ids, kv_positions: the same for the keys, or for each head of keys; if None, those of the queries
@@ -99,14 +101,14 @@ def attention(
     queries = forms.Queries(q.reshape(B, T, *groups, K), _positions(positions, segment_ids, T), segment_ids, bias)
     keys = forms.Keys(k, v, _positions(kv_positions, kv_segment_ids, S), kv_segment_ids, ends, key_bias)
     sink_tokens = 0 if window is None else sink_tokens
-    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation)
+    rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation, alive)
     refusals = {
         "cudnn": _cudnn_refusal(queries, keys, sinks, rules, return_lse),
         "pallas_gpu": _refusal(queries, keys, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
     }
     if refusal := refusals.get(named("attention", impl) or ""):
         raise ValueError(f"attention: impl = {named('attention', impl)!r} cannot serve: {refusal}")
-    form = select("attention", impl, FORMS, _default(refusals, queries, keys), q.shape)
+    form = select("attention", impl, FORMS, _default(refusals, queries, keys, rules), q.shape)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     o, lse = form(queries, keys, None if sinks is None else sinks.reshape(groups), rules)
@@ -192,9 +194,13 @@ def _check_keys(k: Array, dilation: int, **of_keys: Array | None) -> None:
             raise ValueError(f"{name} {x.shape}: expected [{B} or 1, {S}, {G} or 1]")
 
 
-def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys) -> str:
-    """The form that serves, fastest first: of documents cuDNN forms a dense mask."""
-    kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device()), ("cudnn", True)]
+def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> str:
+    """The form that serves, fastest first: of documents cuDNN forms a dense mask.
+
+    Kernels for lives and biases of keys are taken by name alone until they have been run on a device.
+    """
+    run = forms.intervals(keys, rules) and rules.dilation == 1
+    kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device() and run), ("cudnn", True)]
     slow = "chunked" if queries.q.shape[1] > 1 and keys.k.shape[1] >= LONG else "xla"
     return next((name for name, suits in kernels if suits and refusals[name] is None), slow)
 
@@ -204,10 +210,10 @@ def _refusal(queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> st
     reasons = {
         "serves self-attention only, without a cache": not rules.aligned,
         "has no softcap": rules.softcap is not None,
-        "has no sink_tokens": rules.sink_tokens > 0,
-        "has no dilation": rules.dilation > 1,
-        "has no ends of keys": keys.ends is not None,
-        "gives no gradient of a bias": queries.bias is not None or keys.bias is not None,
+        "gives no gradient of a bias of scores": queries.bias is not None,
+        "has no dilation with sink_tokens, or that does not divide the row": (
+            rules.dilation > 1 and not forms.separable(queries, rules)
+        ),
         "serves more than one token": queries.q.shape[1] == 1,
     }
     return next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
@@ -228,6 +234,9 @@ def _cudnn_refusal(
             queries.segment_ids is not None and (T > DENSE or T % 128 != 0)
         ),
         "has no sinks": sinks is not None,
+        "has no sink_tokens": rules.sink_tokens > 0,
+        "has no ends or biases of keys": keys.ends is not None or keys.bias is not None,
+        "has no dilation": rules.dilation > 1,
         "gives no differentiable lse": return_lse,
         "needs an even number of tokens": T % 2 != 0,
     }

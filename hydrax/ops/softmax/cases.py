@@ -38,6 +38,8 @@ CASES = {
     "window_bias": Case(2, 32, 2, 2, 8, 8, window=7, bias=(2, 1)),
     "one_token": Case(2, 1, 4, 2, 8, 8, sinks=True),
     "dilation": Case(2, 33, 2, 1, 8, 8, window=13, dilation=3, documents=True),
+    "dilation_ends": Case(2, 33, 2, 2, 8, 8, dilation=2, ends=True, key_bias=True, sinks=True),
+    "dilation_ends_apart": Case(2, 33, 4, 2, 8, 8, dilation=3, ends=True, key_bias=True, sinks=True, documents=True),
     "ends": Case(2, 33, 4, 2, 8, 8, ends=True, key_bias=True, softcap=5.0, documents=True),
     "ends_window": Case(2, 45, 4, 2, 8, 8, window=9, ends=True, key_bias=True, sinks=True),
 }
@@ -47,6 +49,10 @@ KERNELS = {
     "window": Case(1, 700, 2, 1, 128, 128, window=150),
     "sinks": Case(1, 257, 2, 2, 128, 64, window=40, sinks=True),
     "wider": Case(1, 500, 2, 2, 64, 128),
+    "sink_tokens": Case(2, 700, 4, 2, 128, 128, window=150, sink_tokens=4, sinks=True),
+    "dilation": Case(1, 600, 2, 1, 64, 64, window=200, dilation=3),
+    "ends": Case(2, 900, 8, 2, 128, 128, ends=True, key_bias=True),
+    "ends_window": Case(1, 500, 2, 2, 64, 64, window=200, ends=True, sinks=True),
 }
 """What kernels are examined on."""
 

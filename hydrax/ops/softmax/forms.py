@@ -5,6 +5,7 @@ query at a time (the definition), all at once, or C at a time with the scores of
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Queries(NamedTuple):
     positions: Int[Array, "#B T"]
     segment_ids: Int[Array, "B T"] | None = None
     bias: Float[Array, "#B T #G #R S"] | None = None
+    kept: Bool[Array, "#B T #G #R S"] | None = None
 
 
 class Keys(NamedTuple):
@@ -42,7 +44,12 @@ class Keys(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How scores become weights; `aligned`: key i is the key of query i (self-attention without a cache)."""
+    """How scores become weights.
+
+    Attributes:
+      aligned: key i is the key of query i (self-attention without a cache).
+      alive: most keys of a document and head that live at once, by their ends.
+    """
 
     scale: float
     softcap: float | None
@@ -50,6 +57,7 @@ class Rules:
     sink_tokens: int
     aligned: bool
     dilation: int = 1
+    alive: int | None = None
 
 
 def visible(queries: Queries, keys: Keys, rules: Rules) -> Bool[Array, "#B #G T S"]:
@@ -82,6 +90,8 @@ def scores(queries: Queries, keys: Keys, rules: Rules) -> Float[Array, "B G T R 
         z = z + fp32(_by_head(keys.bias))[:, :, :, None]
     if rules.softcap is not None:
         z = rules.softcap * jnp.tanh(z / rules.softcap)
+    if queries.kept is not None:
+        z = jnp.where(jnp.moveaxis(queries.kept, 1, 2), z, MASKED)
     return jnp.where(visible(queries, keys, rules)[:, :, :, None], z, MASKED)
 
 
@@ -120,34 +130,42 @@ def recurrent(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -
 def chunked(
     queries: Queries, keys: Keys, sinks: Array | None, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
-    """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys."""
-    return _in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
+    """C queries at a time (arXiv 2112.05682): memory O(C·S), and with a window only the C + window - 1 nearest keys.
+
+    If at most `alive` keys live at once, only those that do and the C new ones. Tokens that a dilation keeps apart are
+    rows of their own.
+    """
+    if rules.dilation > 1 and separable(queries, rules):
+        return _dilated(functools.partial(chunked, chunk_size=chunk_size), queries, keys, sinks, rules)
+    return in_chunks(lambda rows, keys: attend(rows[0], keys, sinks, rules), (queries,), keys, rules, chunk_size)
 
 
 def chunked_weigh(
     queries: Queries, keys: Keys, lse: Array, rules: Rules, *, chunk_size: int = 128
 ) -> tuple[Array, Array]:
     """`weigh`, C queries at a time."""
-    return _in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
+    return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
-def _in_chunks(
-    f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int
-) -> tuple[Array, Array]:
+def in_chunks(f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int) -> tuple:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
     T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
     C = min(chunk_size, T)
     near = S if w is None or rules.sink_tokens or rows[0].bias is not None or not rules.aligned else C + w - 1
+    few = near == S and rules.aligned and rows[0].bias is None and keys.ends is not None
+    few = few and rules.alive is not None and rules.alive + C < S
     if near < S:
         keys = _with_margins(keys, near - C, -T % C)
     k_dtype, v_dtype = keys.k.dtype, keys.v.dtype
     keys = keys._replace(k=fp32(keys.k), v=fp32(keys.v))  # the gradients of all blocks add up in fp32
 
     @jax.checkpoint  # the slice is inside, or the backward pass would keep every block's keys
-    def block(start: Array, rows: tuple) -> tuple[Array, Array]:
+    def block(start: Array, rows: tuple) -> tuple:
         own = keys
         if near < S:
             own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, near, axis=1), keys)
+        elif few:
+            own = _living(keys, rows[0], start, rules)
         return f(rows, own._replace(k=own.k.astype(k_dtype), v=own.v.astype(v_dtype)))
 
     return _by_blocks(block, rows, C)
@@ -174,17 +192,34 @@ def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tu
     return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
 
 
+def intervals(keys: Keys, rules: Rules) -> bool:
+    """Whether the keys that a query sees are an interval which ends at it, without a bias."""
+    return keys.ends is None and keys.bias is None and not rules.sink_tokens
+
+
 def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
     """Kernels for Hopper GPUs, on which documents and windows cost what their visible keys cost."""
-    from hydrax.ops.softmax import gpu
+    from hydrax.ops.softmax import gpu, gpu_intervals
 
+    if rules.dilation > 1:
+        return _dilated(pallas_gpu, queries, keys, sinks, rules)
     q, seg = queries.q, queries.segment_ids
     B, T, G, R, K = q.shape
     index = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros((B, T), jnp.int32) if seg is None else index - documents.document_positions(seg)
-    if rules.window is not None:
+    end = None if keys.ends is None else jnp.minimum(keys.ends, FUTURE - T) + (index - keys.positions)[..., None]
+    if rules.window is not None and rules.sink_tokens:
+        near = jnp.where(keys.positions < rules.sink_tokens, FUTURE, index + rules.window - 1)[..., None]
+        end = near if end is None else jnp.minimum(end, near)
+    elif rules.window is not None:
         first = jnp.maximum(first, index - rules.window + 1)
-    o, lse = gpu.attend(q.reshape(B, T, G * R, K), keys.k, keys.v, first, rules.scale)
+    bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
+    q = q.reshape(B, T, G * R, K)
+    by_life = keys.ends is not None and rules.window is None  # else only sinks live long
+    if intervals(keys, rules):
+        o, lse = gpu_intervals.attend(q, keys.k, keys.v, first, rules.scale)
+    else:
+        o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]
@@ -195,7 +230,7 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     return o * jnp.exp(lse - total)[..., None], total
 
 
-def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple[Array, Array]:
+def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tuple:
     """f(index of the first row, rows) for every block of C rows, one after the other."""
     T = jax.tree.leaves(rows)[0].shape[1]
     N = -(-T // C)
@@ -210,6 +245,59 @@ def _by_blocks(f: Callable[[Array, PyTree], tuple], rows: PyTree, C: int) -> tup
 
     blocks = jax.lax.map(lambda x: f(*x), (jnp.arange(N) * C, jax.tree.map(split, rows)))
     return jax.tree.map(join, blocks)
+
+
+def separable(queries: Queries, rules: Rules) -> bool:
+    """Whether the tokens that a dilation keeps apart can be rows of their own."""
+    apart = rules.aligned and not rules.sink_tokens and queries.bias is None
+    return apart and queries.q.shape[1] % rules.dilation == 0
+
+
+def _dilated(
+    form: Callable[[Queries, Keys, Array | None, Rules], tuple[Array, Array]],
+    queries: Queries,
+    keys: Keys,
+    sinks: Array | None,
+    rules: Rules,
+) -> tuple[Array, Array]:
+    """A form of δ rows for each: the tokens of one remainder mod δ, with positions ⌊p/δ⌋."""
+    (B, T), n = queries.q.shape[:2], rules.dilation
+
+    def fold(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (B, *x.shape[1:])).reshape(B, T // n, n, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 1).reshape(B * n, T // n, *x.shape[3:])
+
+    def unfold(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, n, T // n, *x.shape[2:]), 1, 2).reshape(B, T, *x.shape[2:])
+
+    places = queries.positions // n
+    ends = None if keys.ends is None else (keys.ends - (queries.positions % n)[..., None]) // n
+    queries, keys = queries._replace(positions=places), keys._replace(positions=places, ends=ends)
+    window = None if rules.window is None else -(-rules.window // n)
+    rules = dataclasses.replace(rules, window=window, dilation=1, alive=None)
+    queries, keys = jax.tree.map(fold, (queries, keys))
+    return jax.tree.map(unfold, form(queries, keys, sinks, rules))
+
+
+def _living(keys: Keys, queries: Queries, start: Array, rules: Rules) -> Keys:
+    """The keys of the queries from index `start` on, and those before that live when the first of them comes."""
+    assert keys.ends is not None and rules.alive is not None
+    (B, S, G), C = keys.k.shape[:3], queries.q.shape[1]
+    index = jnp.arange(S)[None, :, None]
+    old = (index < start) & (keys.ends >= queries.positions[:, :1, None])
+    if keys.segment_ids is not None and queries.segment_ids is not None:
+        old &= keys.segment_ids[..., None] == queries.segment_ids[:, :1, None]
+    wanted = jnp.broadcast_to(old | ((index >= start) & (index < start + C)), (B, S, G))
+    n = rules.alive + C
+    chosen = jax.vmap(jax.vmap(lambda x: jnp.nonzero(x, size=n, fill_value=S)[0], 1, 1))(wanted)  # [B,n,G]
+
+    def take(x: Array) -> Array:
+        x = x[..., None] if x.ndim == 2 else x
+        x = jnp.broadcast_to(x, (B, S, G, *x.shape[3:]))
+        return jnp.take_along_axis(x, chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3)), axis=1, mode="clip")
+
+    keys = jax.tree.map(take, keys)
+    return keys._replace(positions=jnp.where(chosen < S, keys.positions, FUTURE))
 
 
 def _with_margins(keys: Keys, before: int, after: int) -> Keys:

@@ -1,22 +1,21 @@
-"""Softmax attention on Hopper GPUs over documents and windows, forward and backward, without a mask in memory.
+"""Softmax attention on Hopper GPUs, forward and backward, to keys that live for a while or whose blocks are chosen.
 
-In a row of documents, within a window, the keys that a query sees are an interval that ends at the query:
+    o_t = Σ_s p_ts v_s,   p_ts = e^{z_ts - lse_t},   z_ts = scale · q_t·k_s + bias_s,   first_t <= s <= t <= end_s
 
-    o_t = Σ_s p_ts v_s,      p_ts = e^{z_ts - lse_t},      z_ts = scale · q_t·k_s,      first_t <= s <= t
-
-`first` never decreases, so blocks of keys that no query of a block sees are never loaded, and only those at the ends of
-the intervals need a mask. The forward pass is that of arXiv 2205.14135. The backward pass forms p again, once for dq
-by blocks of queries and once for dk and dv by blocks of keys, so that no two thread blocks add to one gradient:
+Blocks of keys that no query of a block sees are never loaded: XLA lists the others (`live`) and what needs a mask.
+The forward pass is that of arXiv 2205.14135. The backward pass forms p again, once for dq by blocks of queries and once
+for dk and dv by blocks of keys, so that no two thread blocks add to one gradient:
 
     dz_ts = p_ts (do_t·v_s - δ_t),    δ_t = do_t·o_t - dlse_t,
-    dq_t = scale Σ_s dz_ts k_s,    dk_s = scale Σ_t dz_ts q_t,    dv_s = Σ_t p_ts do_t
+    dq_t = scale Σ_s dz_ts k_s,    dk_s = scale Σ_t dz_ts q_t,    dv_s = Σ_t p_ts do_t,    dbias_s = Σ_t dz_ts
 
 with the sums over t also over all query heads of a key's head.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.experimental.pallas as pl
@@ -31,16 +30,28 @@ from hydrax.ops.pallas import compat, ring, tiles
 from hydrax.ops.pallas.chunks import WIDTHS
 from hydrax.ops.pallas.tiles import BLOCK, TILED
 from hydrax.ops.pallas.tuning import TUNING, Tuning
+from hydrax.ops.softmax import live
+from hydrax.ops.softmax.live import EVERYTHING, Choice
 
 WORKERS = 2
 """Warpgroups of a thread block that multiply, each for 64 rows."""
 
-ROWS = WORKERS * BLOCK
-"""Queries, or keys, that a thread block is for."""
+ROWS = live.BLOCK
+"""Query rows, or keys, that a thread block is for."""
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30
 """Score of an invisible key. What a query gathers before it meets a visible one is forgotten when it does."""
+
+NOTHING = 1e30
+"""lse of a query that sees nothing, while it is in kernels: there all its weights are 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    scale: float
+    tuning: Tuning
+    choice: Choice
 
 
 def refusal(q: Array, k: Array, v: Array, device: jax.Device | None = None) -> str | None:
@@ -55,109 +66,204 @@ def refusal(q: Array, k: Array, v: Array, device: jax.Device | None = None) -> s
     return None
 
 
-def attend(q: Array, k: Array, v: Array, first: Array, scale: float, tuning: Tuning | None = None) -> tuple:
-    """o [B,T,H,V] and lse fp32 [B,T,H] of q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hk,V] and `first` int32 [B,T]."""
-    T = q.shape[1]
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    first: Array,
+    scale: float,
+    *,
+    end: Array | None = None,
+    by_life: bool = False,
+    bias: Array | None = None,
+    chosen: Array | None = None,
+    choice: Choice = EVERYTHING,
+    tuning: Tuning | None = None,
+) -> tuple[Array, Array]:
+    """o [B,Q,H,V] and lse fp32 [B,Q,H] of Q = T·per query rows, those of a token in a row.
+
+    Args:
+      q: [B,Q,H,K]; k, v: [B,T,Hk,K] and [B,T,Hk,V].
+      first: int32 [B,T], never decreasing: the first key that each token sees.
+      end: int32 [B,T,1 or Hk], the last token that sees each key, up to `live.FOREVER`.
+      by_life: whether keys that live equally long are brought together, as some outlive many that come after them. It
+        moves all keys and values once.
+      bias: [B,T,Hk], added to the scores of each key; it has a gradient.
+      chosen: int32 [B,Hk,W,T], of `live.words`: the blocks of keys that each token sees.
+      choice: size of these blocks, and `per`.
+    """
+    Q, T = q.shape[1], k.shape[1]
     more = -T % ROWS
-    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-    own = jnp.broadcast_to(jnp.arange(T, T + more, dtype=jnp.int32), (first.shape[0], more))
-    o, lse = _attend(scale, tuning or TUNING[jax.devices()[0].device_kind], q, k, v, jnp.concatenate([first, own], 1))
-    return o[:, :T], jnp.moveaxis(lse, 1, 2)[:, :T]
+    q = _padded(q, more * choice.per)
+    k, v = _padded(k, more), _padded(v, more)
+    own = jnp.broadcast_to(jnp.arange(T, T + more, dtype=jnp.int32), (k.shape[0], more))
+    first = jnp.repeat(jnp.concatenate([jnp.broadcast_to(first, (k.shape[0], T)), own], axis=1), choice.per, axis=1)
+    facts = {}
+    if bias is not None:
+        facts["bias"] = jnp.moveaxis(_padded(fp32(bias), more), 1, 2)
+    if end is not None:
+        end, index = jnp.moveaxis(_padded(end, more), 1, 2), jnp.arange(T + more, dtype=jnp.int32)
+        end = jnp.where(end < index, -1, jnp.where(end >= T - 1, live.FOREVER, end))
+        facts["end"] = jnp.broadcast_to(end, (k.shape[0], *end.shape[1:]))
+    if by_life:
+        places, back = live.order(facts["end"])
+        k, v, *others = (_move(places, back, x) for x in (k, v, *(jnp.moveaxis(x, 1, 2) for x in facts.values())))
+        facts = {name: jnp.moveaxis(x, 1, 2) for name, x in zip(facts, others, strict=True)} | {"at": places}
+    if chosen is not None:
+        chosen = jnp.repeat(jnp.pad(chosen, [(0, 0)] * 3 + [(0, more)]), choice.per, axis=-1)
+    plan = Plan(scale, tuning or TUNING[jax.devices()[0].device_kind], choice)
+    o, lse = _attend(plan, q, k, v, first, facts, chosen)
+    lse = jnp.where(lse >= NOTHING / 2, -jnp.inf, lse)
+    return o[:, :Q], jnp.moveaxis(lse, 1, 2)[:, :Q]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, tuning: Tuning, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
-    return _outputs(scale, tuning, q, k, v, first)
+def _padded(x: Array, more: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _forward(scale: float, tuning: Tuning, *inputs: Array) -> tuple[tuple, tuple]:
-    found = checkpoint_name(_outputs(scale, tuning, *inputs), KERNEL)
+@jax.custom_vjp
+def _move(places: Array, back: Array, x: Array) -> Array:
+    """The keys x [B,T,G,...] at `places` [B,1 or G,T], which are a permutation; `back` is its inverse.
+
+    The gradient gathers too: XLA would add it up by atomic operations.
+    """
+    index = jnp.moveaxis(places, 1, 2)
+    index = jnp.broadcast_to(index, (*x.shape[:2], max(x.shape[2], index.shape[2])))
+    x = jnp.broadcast_to(x, (*index.shape, *x.shape[3:]))
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=1)
+
+
+def _move_forward(places: Array, back: Array, x: Array) -> tuple[Array, tuple]:
+    return _move(places, back, x), (places, back)
+
+
+def _move_backward(saved: tuple, dx: Array) -> tuple:
+    places, back = saved
+    return None, None, _move(back, places, dx)
+
+
+_move.defvjp(_move_forward, _move_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    plan: Plan, q: Array, k: Array, v: Array, first: Array, facts: dict[str, Array], chosen: Array | None
+) -> tuple[Array, Array]:
+    return _outputs(plan, q, k, v, first, facts, chosen)
+
+
+def _forward(plan: Plan, *inputs: PyTree) -> tuple[tuple, tuple]:
+    found = checkpoint_name(_outputs(plan, *inputs), KERNEL)
     return found, (*inputs, *found)
 
 
-def _backward(scale: float, tuning: Tuning, saved: tuple, cotangents: tuple) -> tuple:
-    return *_gradients(scale, tuning, saved, *cotangents), None
+def _backward(plan: Plan, saved: tuple, cotangents: tuple) -> tuple:
+    dq, dk, dv, dfacts = _gradients(plan, saved, *cotangents)
+    return dq, dk, dv, None, {name: dfacts.get(name) for name in saved[4]}, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # equal layers share a trace: it takes longer than all else
-def _outputs(scale: float, tuning: Tuning, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
-    (B, T, H, K), V = q.shape, v.shape[-1]
+@functools.partial(jax.jit, static_argnums=0)  # equal layers share a trace: it takes longer than all else
+def _outputs(
+    plan: Plan, q: Array, k: Array, v: Array, first: Array, facts: dict[str, Array], chosen: Array | None
+) -> tuple[Array, Array]:
+    (B, Q, H, K), V = q.shape, v.shape[-1]
     widths = (K + V) // BLOCK
-    stages = tuning.stages_of(WORKERS * widths, WORKERS * widths, 0)
+    stages = plan.tuning.stages_of(WORKERS * widths, WORKERS * widths, WORKERS * len(facts))
+    blocks = live.listed(*_tables(plan, first, k, facts, chosen))
     o, lse = compat.launch(
-        functools.partial(_output_body, scale * LOG2E),
-        ({"q": q}, {"k": k, "v": v}, first, _first_blocks(first)),
-        (jax.ShapeDtypeStruct((B, T, H, V), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
+        functools.partial(_output_body, plan),
+        ({"q": q}, {"k": k, "v": v}, facts, {"first": first, "chosen": chosen}, blocks),
+        (jax.ShapeDtypeStruct((B, Q, H, V), v.dtype), jax.ShapeDtypeStruct((B, H, Q), jnp.float32)),
         scratch={
             "own_s": {"q": tiles.scratch(q.dtype, WORKERS, BLOCK, K)},
             "key_s": {"k": tiles.scratch(k.dtype, stages, ROWS, K), "v": tiles.scratch(v.dtype, stages, ROWS, V)},
+            "fact_s": _vectors(facts, stages, ROWS),
             "out_s": tiles.scratch(v.dtype, WORKERS, BLOCK, V),
             "lse_s": plgpu.SMEM((WORKERS, BLOCK), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=1, num_barriers=(WORKERS,)),
-            **ring.barriers(stages, 2, WORKERS),
+            **ring.barriers(stages, 2 + len(facts), WORKERS),
         },
-        grid={"h": H, "i": T // ROWS, "b": B},
+        grid={"h": H, "i": Q // ROWS, "b": B},
         warpgroups=WORKERS + 1,
     )
     return o, lse
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(scale: float, tuning: Tuning, saved: tuple, do: Array, dlse: Array) -> tuple[Array, Array, Array]:
-    q, k, v, first, o, lse = saved
-    (B, T, H, K), (Hk, V) = q.shape, v.shape[2:]
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(plan: Plan, saved: tuple, do: Array, dlse: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
+    q, k, v, first, facts, chosen, o, lse = saved
+    (B, Q, H, K), (T, Hk, V) = q.shape, v.shape[1:]
     delta = jnp.einsum("bthv,bthv->bht", fp32(do), fp32(o)) - dlse
+    tables = _tables(plan, first, k, facts, chosen)
+    by_rows, by_keys = live.listed(*tables), live.listed(*(jnp.swapaxes(x, -1, -2) for x in tables))
     widths = (K + V) // BLOCK
-    stages = tuning.stages_of(WORKERS * widths, WORKERS * (widths + K // BLOCK), 0)
+    stages = plan.tuning.stages_of(WORKERS * widths, WORKERS * widths, WORKERS * len(facts))
     (dq,) = compat.launch(
-        functools.partial(_query_body, scale),
-        ({"q": q, "do": do}, {"k": k, "v": v}, first, _first_blocks(first), lse, delta),
+        functools.partial(_query_body, plan),
+        ({"q": q, "do": do}, {"k": k, "v": v}, facts, {"first": first, "chosen": chosen}, by_rows, lse, delta),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         scratch={
             "own_s": {"q": tiles.scratch(q.dtype, WORKERS, BLOCK, K), "do": tiles.scratch(v.dtype, WORKERS, BLOCK, V)},
             "key_s": {"k": tiles.scratch(k.dtype, stages, ROWS, K), "v": tiles.scratch(v.dtype, stages, ROWS, V)},
-            "out_s": tiles.scratch(q.dtype, WORKERS, BLOCK, K),
+            "fact_s": _vectors(facts, stages, ROWS),
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=(WORKERS,)),
-            **ring.barriers(stages, 2, WORKERS),
+            **ring.barriers(stages, 2 + len(facts), WORKERS),
         },
-        grid={"h": H, "i": T // ROWS, "b": B},
+        grid={"h": H, "i": Q // ROWS, "b": B},
         warpgroups=WORKERS + 1,
     )
-    stages = tuning.stages_of(widths, 2 * WORKERS * widths, 3)
-    facts = {"lse": lse, "delta": delta, "first": jnp.broadcast_to(first[:, None], lse.shape)}
-    dk, dv = compat.launch(
-        functools.partial(_key_body, scale, H // Hk),
-        ({"q": q, "do": do}, {"k": k, "v": v}, facts, _last_blocks(first)),
-        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+    per_row = {"lse": lse, "delta": delta, "first": jnp.broadcast_to(first[:, None], lse.shape)}
+    vectors = 3 + (chosen is not None)
+    stages = plan.tuning.stages_of(widths, 2 * WORKERS * widths, vectors)
+    types = {"k": jax.ShapeDtypeStruct(k.shape, k.dtype), "v": jax.ShapeDtypeStruct(v.shape, v.dtype)}
+    out_s = {"k": tiles.scratch(k.dtype, WORKERS, BLOCK, K), "v": tiles.scratch(v.dtype, WORKERS, BLOCK, V)}
+    if "bias" in facts:
+        types["bias"] = jax.ShapeDtypeStruct(facts["bias"].shape, jnp.float32)
+        out_s["bias"] = plgpu.SMEM((WORKERS, BLOCK), jnp.float32)
+    words = {} if chosen is None else {"chosen": chosen}
+    found = compat.launch(
+        functools.partial(_key_body, plan, H // Hk),
+        ({"q": q, "do": do}, {"k": k, "v": v}, facts, per_row, words, by_keys),
+        types,
         scratch={
             "own_s": {"k": tiles.scratch(k.dtype, WORKERS, BLOCK, K), "v": tiles.scratch(v.dtype, WORKERS, BLOCK, V)},
             "row_s": {"q": tiles.scratch(q.dtype, stages, BLOCK, K), "do": tiles.scratch(v.dtype, stages, BLOCK, V)},
-            "fact_s": {name: plgpu.SMEM((stages, BLOCK), x.dtype) for name, x in facts.items()},
-            "out_s": {"k": tiles.scratch(k.dtype, WORKERS, BLOCK, K), "v": tiles.scratch(v.dtype, WORKERS, BLOCK, V)},
+            "fact_s": _vectors(per_row | words, stages, BLOCK),
+            "out_s": out_s,
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=(WORKERS,)),
-            **ring.barriers(stages, 5, WORKERS),
+            **ring.barriers(stages, 2 + vectors, WORKERS),
         },
         grid={"h": Hk, "j": T // ROWS, "b": B},
         warpgroups=WORKERS + 1,
     )
-    return dq, dk, dv
+    return dq, found.pop("k"), found.pop("v"), found
 
 
-def _first_blocks(first: Array) -> Array:
-    """[B,N,2] for N blocks of queries: the first block of keys that any of them sees, and the first that needs no mask
-    for what lies before the intervals."""
-    blocks = first.reshape(first.shape[0], -1, ROWS)
-    return jnp.stack([blocks[..., 0] // ROWS, -(-blocks[..., -1] // ROWS)], axis=-1)
+def _tables(
+    plan: Plan, first: Array, k: Array, facts: Mapping[str, Array], chosen: Array | None
+) -> tuple[Array, Array]:
+    return live.tables(plan.choice, first, k.shape[1], facts.get("at"), facts.get("end"), chosen)
 
 
-def _last_blocks(first: Array) -> Array:
-    """[B,N] for N blocks of keys: the number of 64-blocks of queries up to the last that sees any of them."""
-    ends = jnp.arange(ROWS - 1, first.shape[1], ROWS, dtype=first.dtype)
-    seeing = jax.vmap(lambda row: jnp.searchsorted(row, ends, side="right"))(first)
-    return -(-seeing // BLOCK).astype(jnp.int32)
+def _vectors(facts: Mapping[str, Array], stages: int, length: int) -> dict[str, PyTree]:
+    """Room for a vector of each fact."""
+    return {name: plgpu.SMEM((stages, length), x.dtype) for name, x in facts.items()}
+
+
+def _group(h: Array, heads: int, x: PyTree) -> Array:
+    """The head of x [B,G,...] that serves head h of `heads`."""
+    return jax.lax.div(h, jnp.int32(heads // x.shape[1]))
+
+
+def _token(plan: Plan, row: Array) -> Array:
+    return row if plan.choice.per == 1 else jax.lax.div(row, jnp.full_like(row, plan.choice.per))
+
+
+def _has(words: Array, bit: Array) -> Array:
+    return jax.lax.shift_right_logical(words, jnp.broadcast_to(bit, words.shape)) & 1 == 1
 
 
 def _as_workers(work: Callable, load: Callable) -> None:
@@ -185,72 +291,111 @@ def _own_rows(sources: dict[str, PyTree], own_s: dict[str, PyTree], at: tuple, r
     return {name: x_s.at[wg] for name, x_s in own_s.items()}
 
 
-def _over_keys(step: Callable, carry: PyTree, at: tuple, key_s: dict, full: PyTree, free: PyTree) -> PyTree:
-    """`step(keys, mask, carry)` over the blocks of keys that queries see; `mask` hides the scores of the others."""
-    i, wg, low, solid, begin = at
-    stages = full.shape[0]
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """128 query rows of a head, those with the most keys first, and the blocks of keys they see."""
 
-    def block(n: Array, slot: Array, carry: PyTree) -> PyTree:
-        j = low + n
+    plan: Plan
+    heads: int
+    keys: dict[str, PyTree]
+    facts: dict[str, PyTree]
+    per_row: dict[str, PyTree]
+    blocks: tuple[PyTree, PyTree]
 
-        def hide(s: Array) -> Array:
-            key, query = j * ROWS + tiles.index(1, ROWS), i * ROWS + wg * BLOCK + tiles.index(0, ROWS)
-            seen = (key <= query) & (key >= tiles.spread(begin, ROWS))
-            return jnp.where(seen, s, MASKED)
+    @functools.cached_property
+    def at(self) -> tuple[Array, Array, Array]:
+        """Of the thread block: row of the batch, head, block of queries."""
+        b, h, i = (jax.lax.axis_index(name) for name in ("b", "h", "i"))
+        return b, h, self.blocks[0].shape[2] - 1 - i
 
-        def mask(s: Array) -> Array:
-            return jax.lax.cond((j == i) | (j < solid), hide, lambda s: s, s)
+    def _listed(self) -> tuple[Callable[[Array], Array], Array]:
+        (codes, counts), (b, h, i) = self.blocks, self.at
+        g = _group(h, self.heads, codes)
+        return lambda n: codes[b, g, i, n], counts[b, g, i]
 
-        return step({name: x.at[slot] for name, x in key_s.items()}, mask, carry)
+    def load(self, key_s: dict, fact_s: dict, full: PyTree, free: PyTree) -> None:
+        """What `over_keys` waits for; for the loading warpgroup."""
+        code, count = self._listed()
+        b, h, _ = self.at
 
-    return ring.work(block, carry, i + 1 - low, stages, full, free)
+        def fetch(n: Array, slot: Array, full: PyTree) -> None:
+            place = pl.ds(jax.lax.shift_right_logical(code(n), jnp.int32(1)) * ROWS, ROWS)
+            for name, x in self.keys.items():
+                plgpu.copy_gmem_to_smem(x.at[b, place, ring.head(h, self.heads, x)], key_s[name].at[slot], full)
+            for name, x in self.facts.items():
+                plgpu.copy_gmem_to_smem(x.at[b, _group(h, self.heads, x), place], fact_s[name].at[slot], full)
 
+        ring.load_all([(fetch, full, free)], count)
 
-def _load_keys(keys: dict, key_s: dict, at: tuple, heads: int, full: PyTree, free: PyTree) -> None:
-    """What `_over_keys` waits for; for the loading warpgroup."""
-    b, h, i, low = at
+    def over_keys(
+        self, step: Callable, carry: PyTree, wg: Array, key_s: dict, fact_s: dict, full: PyTree, free: PyTree
+    ) -> PyTree:
+        """`step(keys, score, carry)` over the blocks of keys; `score(s)` adds the bias to products in units of log2,
+        and hides those of the keys that a row does not see."""
+        code, count = self._listed()
+        b, h, i = self.at
+        own = pl.ds(i * ROWS + wg * BLOCK, BLOCK)
+        begin = compat.load(self.per_row["first"].at[b, own], TILED.reduce(1))
+        chosen, choice = self.per_row["chosen"], self.plan.choice
 
-    def fetch(n: Array, slot: Array, full: PyTree) -> None:
-        for name, x in keys.items():
-            rows = pl.ds((low + n) * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(x.at[b, rows, ring.head(h, heads, x)], key_s[name].at[slot], full)
+        def block(n: Array, slot: Array, carry: PyTree) -> PyTree:
+            this = code(n)
+            start = jax.lax.shift_right_logical(this, jnp.int32(1)) * ROWS
+            fact = {name: x.at[slot] for name, x in fact_s.items()}
+            if chosen is not None:
+                g = _group(h, self.heads, chosen)
+                bits = compat.load(chosen.at[b, g, choice.word(start), own], TILED.reduce(1))
 
-    ring.load_all([(fetch, full, free)], i + 1 - low)
+            def hide(s: Array) -> Array:
+                column = tiles.index(1, ROWS)
+                key = tiles.per_column(fact["at"]) if "at" in fact else start + column
+                query = _token(self.plan, i * ROWS + wg * BLOCK + tiles.index(0, ROWS))
+                s = jnp.where((key <= query) & (key >= tiles.spread(begin, ROWS)), s, MASKED)
+                if "end" in fact:  # one after the other: each vector takes registers
+                    s = jnp.where(tiles.per_column(fact["end"]) >= query, s, MASKED)
+                if chosen is not None:
+                    bit = choice.bit(start)
+                    bit = jnp.where(column < choice.size, bit, bit + 1) if choice.size < ROWS else bit
+                    s = jnp.where(_has(tiles.spread(bits, ROWS), bit), s, MASKED)
+                return s
 
+            def score(s: Array) -> Array:
+                if "bias" in fact:
+                    s = s + tiles.per_column(fact["bias"]) * LOG2E
+                return jax.lax.cond(this & 1 == 1, hide, lambda s: s, s)
 
-def _row_block(blocks: PyTree) -> tuple[Array, Array, Array, Array, Array]:
-    """Of the thread block: row, head, block of queries (those with the most keys come first), bounds of its keys."""
-    b, h, i = (jax.lax.axis_index(name) for name in ("b", "h", "i"))
-    i = blocks.shape[1] - 1 - i
-    return b, h, i, blocks[b, i, 0], blocks[b, i, 1]
+            return step({name: x.at[slot] for name, x in key_s.items()}, score, carry)
+
+        return ring.work(block, carry, count, full.shape[0], full, free)
 
 
 def _output_body(
-    scale: float,
+    plan: Plan,
     inputs: tuple,
     outputs: tuple,
     *,
     own_s: dict,
     key_s: dict,
+    fact_s: dict,
     out_s: PyTree,
     lse_s: PyTree,
     ready: PyTree,
     full: PyTree,
     free: PyTree,
 ) -> None:
-    """o and lse of 128 queries of a head; `scale` is in units of log2."""
-    queries, keys, first, blocks = inputs
-    b, h, i, low, solid = _row_block(blocks)
+    """o and lse of 128 query rows of a head."""
+    queries, keys, facts, per_row, blocks = inputs
+    over = _Rows(plan, queries["q"].shape[2], keys, facts, per_row, blocks)
+    b, h, i = over.at
     V = out_s.shape[-1]
 
     def work(wg: Array) -> None:
         rows = pl.ds(i * ROWS + wg * BLOCK, BLOCK)
         own = _own_rows(queries, own_s, (b, rows, h, wg), ready)
-        begin = compat.load(first.at[b, rows], TILED.reduce(1))
 
-        def step(key: dict, mask: Callable, carry: tuple) -> tuple:
+        def step(key: dict, score: Callable, carry: tuple) -> tuple:
             o, top, total = carry
-            s = mask(tiles.mm((own["q"], compat.transpose(key["k"])), width=ROWS) * scale)
+            s = score(tiles.mm((own["q"], compat.transpose(key["k"])), width=ROWS) * (plan.scale * LOG2E))
             before, top = top, jnp.maximum(top, s.max(1))
             p = jnp.exp2(s - tiles.spread(top, ROWS))
             keep = jnp.exp2(before - top)
@@ -258,58 +403,61 @@ def _output_body(
             return o, top, total * keep + p.sum(1)
 
         carry = tiles.zeros(V), tiles.row_vector(MASKED), tiles.row_vector(0.0)
-        o, top, total = _over_keys(step, carry, (i, wg, low, solid, begin), key_s, full, free)
-        out_s.at[wg][...] = (o / tiles.spread(total, V)).astype(out_s.dtype)
-        lse_s.at[wg][...] = top / LOG2E + jnp.log(total)
+        o, top, total = over.over_keys(step, carry, wg, key_s, fact_s, full, free)
+        some = top > MASKED / 2
+        share = jnp.where(some, 1 / total, 0)  # nothing is kept of what was gathered from invisible keys
+        out_s.at[wg][...] = (o * tiles.spread(share, V)).astype(out_s.dtype)
+        lse_s.at[wg][...] = jnp.where(some, top / LOG2E + jnp.log(total), NOTHING)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_s.at[wg], outputs[0].at[b, rows, h])
         plgpu.copy_smem_to_gmem(lse_s.at[wg], outputs[1].at[b, h, rows])
 
-    _as_workers(work, lambda: _load_keys(keys, key_s, (b, h, i, low), queries["q"].shape[2], full, free))
+    _as_workers(work, lambda: over.load(key_s, fact_s, full, free))
 
 
 def _query_body(
-    scale: float,
+    plan: Plan,
     inputs: tuple,
     outputs: tuple,
     *,
     own_s: dict,
     key_s: dict,
-    out_s: PyTree,
+    fact_s: dict,
     ready: PyTree,
     full: PyTree,
     free: PyTree,
 ) -> None:
-    """dq of 128 queries of a head."""
-    queries, keys, first, blocks, lse, delta = inputs
-    b, h, i, low, solid = _row_block(blocks)
+    """dq of 128 query rows of a head."""
+    queries, keys, facts, per_row, blocks, lse, delta = inputs
+    over = _Rows(plan, queries["q"].shape[2], keys, facts, per_row, blocks)
+    b, h, i = over.at
 
     def work(wg: Array) -> None:
         rows = pl.ds(i * ROWS + wg * BLOCK, BLOCK)
         own = _own_rows(queries, own_s, (b, rows, h, wg), ready)
-        begin = compat.load(first.at[b, rows], TILED.reduce(1))
         top, mean = (compat.load(x.at[b, h, rows], TILED.reduce(1)) for x in (lse, delta))
         top = top * LOG2E
 
-        def step(key: dict, mask: Callable, dq: Array) -> Array:
+        def step(key: dict, score: Callable, dq: Array) -> Array:
             pairs = [[(own[x], compat.transpose(key[y]))] for x, y in (("q", "k"), ("do", "v"))]
             s, dp = tiles.accumulate([tiles.zeros(ROWS)] * 2, pairs)
-            p = jnp.exp2(mask(s * (scale * LOG2E)) - tiles.spread(top, ROWS))
+            p = jnp.exp2(score(s * (plan.scale * LOG2E)) - tiles.spread(top, ROWS))
             dz = p * (dp - tiles.spread(mean, ROWS))
-            (dq,) = tiles.accumulate([dq], [[(dz.astype(out_s.dtype), key["k"])]])
+            (dq,) = tiles.accumulate([dq], [[(dz.astype(own["q"].dtype), key["k"])]])
             return dq
 
-        dq = _over_keys(step, tiles.zeros(out_s.shape[-1]), (i, wg, low, solid, begin), key_s, full, free)
-        tiles.store(dq * scale, out_s.at[wg], outputs[0].at[b, rows, h])
+        dq = over.over_keys(step, tiles.zeros(own["q"].shape[-1]), wg, key_s, fact_s, full, free)
+        plgpu.commit_smem()  # all have read the queries, whose place dq takes
+        tiles.store(dq * plan.scale, own["q"], outputs[0].at[b, rows, h])
 
-    _as_workers(work, lambda: _load_keys(keys, key_s, (b, h, i, low), queries["q"].shape[2], full, free))
+    _as_workers(work, lambda: over.load(key_s, fact_s, full, free))
 
 
 def _key_body(
-    scale: float,
+    plan: Plan,
     group: int,
     inputs: tuple,
-    outputs: tuple,
+    outputs: dict[str, PyTree],
     *,
     own_s: dict,
     row_s: dict,
@@ -319,45 +467,71 @@ def _key_body(
     full: PyTree,
     free: PyTree,
 ) -> None:
-    """dk and dv of 128 keys, over the blocks of 64 queries of all `group` heads that they serve."""
-    rows, keys, facts, blocks = inputs
+    """dk, dv and dbias of 128 keys, over the blocks of 64 query rows of all `group` heads that they serve."""
+    rows, keys, facts, per_row, words, (codes, counts) = inputs
     b, h, j = (jax.lax.axis_index(name) for name in ("b", "h", "j"))
-    start = WORKERS * j
-    per_head = blocks[b, j] - start
+    heads, choice = keys["k"].shape[2], plan.choice
+    g = _group(h, heads, codes)
+    per_head = WORKERS * counts[b, g, j]
+
+    def place(n: Array) -> tuple[Array, Array]:
+        """The n-th block: its first 64 rows, and whether it needs a mask."""
+        m = jax.lax.rem(n, per_head)
+        code = codes[b, g, j, jax.lax.div(m, jnp.int32(WORKERS))]
+        row = jax.lax.shift_right_logical(code, jnp.int32(1)) * ROWS + jax.lax.rem(m, jnp.int32(WORKERS)) * BLOCK
+        return row, code & 1 == 1
 
     def fetch(n: Array, slot: Array, full: PyTree) -> None:
-        head, part = h * group + jax.lax.div(n, per_head), tiles.block(start + jax.lax.rem(n, per_head))
+        head, part = h * group + jax.lax.div(n, per_head), pl.ds(place(n)[0], BLOCK)
         for name, x in rows.items():
             plgpu.copy_gmem_to_smem(x.at[b, part, head], row_s[name].at[slot], full)
-        for name, x in facts.items():
+        for name, x in per_row.items():
             plgpu.copy_gmem_to_smem(x.at[b, head, part], fact_s[name].at[slot], full)
+        for name, x in words.items():
+            word = x.at[b, _group(h, heads, x), choice.word(j * ROWS), part]
+            plgpu.copy_gmem_to_smem(word, fact_s[name].at[slot], full)
 
     def work(wg: Array) -> None:
-        place = pl.ds(j * ROWS + wg * BLOCK, BLOCK)
-        own = _own_rows(keys, own_s, (b, place, h, wg), ready)
         key0 = j * ROWS + wg * BLOCK
+        mine = pl.ds(key0, BLOCK)
+        own = _own_rows(keys, own_s, (b, mine, h, wg), ready)
+        fact = {name: compat.load(x.at[b, _group(h, heads, x), mine], TILED.reduce(1)) for name, x in facts.items()}
 
         def step(n: Array, slot: Array, carry: tuple) -> tuple:
-            dk, dv = carry
-            t = (start + jax.lax.rem(n, per_head)) * BLOCK
+            t, edge = place(n)
             row = {name: x.at[slot] for name, x in row_s.items()}
-            fact = {name: x.at[slot] for name, x in fact_s.items()}
+            of_row = {name: x.at[slot] for name, x in fact_s.items()}
 
             def hide(s: Array) -> Array:
-                key, query = key0 + tiles.index(0), t + tiles.index(1)
-                return jnp.where((key <= query) & (key >= tiles.per_column(fact["first"])), s, MASKED)
+                key = tiles.spread(fact["at"]) if "at" in fact else key0 + tiles.index(0)
+                query = _token(plan, t + tiles.index(1))
+                s = jnp.where((key <= query) & (key >= tiles.per_column(of_row["first"])), s, MASKED)
+                if "end" in fact:
+                    s = jnp.where(tiles.spread(fact["end"]) >= query, s, MASKED)
+                if words:
+                    s = jnp.where(_has(tiles.per_column(of_row["chosen"]), choice.bit(key0)), s, MASKED)
+                return s
 
             pairs = [[(own[x], compat.transpose(row[y]))] for x, y in (("k", "q"), ("v", "do"))]
             s, dp = tiles.accumulate([tiles.zeros()] * 2, pairs)
-            edge = (t < key0 + BLOCK) | (fact["first"][BLOCK - 1] > key0)
-            s = jax.lax.cond(edge, hide, lambda s: s, s * scale)
-            p = jnp.exp2((s - tiles.per_column(fact["lse"])) * LOG2E)
-            dz = (p * (dp - tiles.per_column(fact["delta"]))).astype(row["q"].dtype)
-            return tuple(tiles.accumulate([dk, dv], [[(dz, row["q"])], [(p.astype(dz.dtype), row["do"])]]))
+            s = s * plan.scale
+            if "bias" in fact:
+                s = s + tiles.spread(fact["bias"])
+            s = jax.lax.cond(edge, hide, lambda s: s, s)
+            p = jnp.exp2((s - tiles.per_column(of_row["lse"])) * LOG2E)
+            dz = p * (dp - tiles.per_column(of_row["delta"]))
+            low = dz.astype(row["q"].dtype)
+            products = [[(low, row["q"])], [(p.astype(low.dtype), row["do"])]]
+            dk, dv, *dbias = carry
+            return *tiles.accumulate([dk, dv], products), *(x + dz.sum(1) for x in dbias)
 
         carry = tuple(tiles.zeros(x.shape[-1]) for x in (own["k"], own["v"]))
-        dk, dv = ring.work(step, carry, group * per_head, full.shape[0], full, free)
-        tiles.store(dk * scale, out_s["k"].at[wg], outputs[0].at[b, place, h])
-        tiles.store(dv, out_s["v"].at[wg], outputs[1].at[b, place, h])
+        if "bias" in fact:
+            carry = *carry, tiles.row_vector(0.0)
+        dk, dv, *dbias = ring.work(step, carry, group * per_head, full.shape[0], full, free)
+        tiles.store(dk * plan.scale, out_s["k"].at[wg], outputs["k"].at[b, mine, h])
+        tiles.store(dv, out_s["v"].at[wg], outputs["v"].at[b, mine, h])
+        for x in dbias:
+            tiles.store(x, out_s["bias"].at[wg], outputs["bias"].at[b, h, mine])
 
     _as_workers(work, lambda: ring.load_all([(fetch, full, free)], group * per_head))

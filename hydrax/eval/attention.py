@@ -1,0 +1,267 @@
+"""Time and memory of attention ops against the length of a row, beside full attention, after a check of their results.
+
+Another op is a line of `SUBJECTS`. First comes accuracy: outputs and all gradients of a short row against the
+definition in fp32. Then come time and memory, forward and forward + backward.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydrax.core.build import Check, ConfigError, NonNegative, Positive, PositiveFloat
+from hydrax.core.typing import Array
+from hydrax.eval.layer import PASSES, Inputs, Memory, Program, forward_backward, uncached
+from hydrax.eval.timing import Times, side_by_side
+from hydrax.eval.tolerances import op_tolerance, relative_rms
+from hydrax.ops.dispatch import hopper_refusal
+from hydrax.ops.softmax import attention
+from hydrax.ops.sparse import lifetimes
+from hydrax.ops.sparse.ranked import ranked_ends
+
+WINDOW = 512
+"""Tokens that local patterns look back."""
+
+Arguments = Callable[[int, int], dict[str, Any]]
+"""Of an op besides q, k, v and impl, by the number of tokens and of heads of keys; the arrays among them are inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An op `op(q, k, v, **arguments, impl=...)` -> o, which has a form "recurrent": its definition.
+
+    Attributes:
+      learned: the arguments with gradients.
+      impl: the form that is measured; None: what the op chooses.
+      kv_heads: heads of keys; None: as many as of queries.
+    """
+
+    op: Callable[..., Array] = attention
+    arguments: Arguments = lambda tokens, heads: {}
+    learned: tuple[str, ...] = ()
+    impl: str | None = None
+    kv_heads: int | None = None
+
+
+def _documents(tokens: int, heads: int) -> dict[str, Any]:
+    """Of a quarter of the row, at most 2048 tokens."""
+    return {"segment_ids": np.arange(tokens, dtype=np.int32)[None] // max(1, min(2048, tokens // 4)) + 1}
+
+
+def _pattern(make: Callable[[int], lifetimes.Pattern]) -> Arguments:
+    """As the mixer `swa` calls it."""
+
+    def arguments(tokens: int, heads: int) -> dict[str, Any]:
+        alive = make(heads)
+        options: dict[str, Any] = {"window": alive.reach, "sink_tokens": alive.first, "dilation": alive.dilation}
+        ends = np.asarray(alive.ends(np.arange(tokens)[None]), np.int32)
+        return {"ends": ends, "alive": alive.slots(tokens), **options}
+
+    return arguments
+
+
+def _spans(heads: int) -> lifetimes.Pattern:
+    return lifetimes.Spans(64, (tuple(WINDOW // 64 * (1 + h % 4) for h in range(heads)),))
+
+
+def _ranked(tokens: int, heads: int) -> dict[str, Any]:
+    return {"score": np.random.default_rng(2).standard_normal((1, tokens, heads), np.float32), "keep": WINDOW}
+
+
+def _ranked_attention(q: Array, k: Array, v: Array, *, score: Array, keep: int, impl: str | None) -> Array:
+    """What the mixer `dma` does with the scores of keys."""
+    B, T = q.shape[:2]
+    positions, ids = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
+    ends = ranked_ends(score, positions, ids, keep, impl="recurrent" if impl == "recurrent" else None)
+    return lifetimes.lifetime_attention(q, k, v, ends, key_bias=jnp.exp(score), alive=keep, impl=impl)
+
+
+def _chosen(block_size: int, number: int, alike: int) -> Arguments:
+    """Own block, the first one, and random ones of the past, the same for `alike` tokens in a row."""
+
+    def arguments(tokens: int, heads: int) -> dict[str, Any]:
+        own = np.arange(tokens)[:, None, None] // block_size
+        share = np.random.default_rng(3).random((-(-tokens // alike), heads, number - 2), np.float32)
+        idx = (share.repeat(alike, axis=0)[:tokens] * own).astype(np.int32)
+        ends = [np.broadcast_to(x, (tokens, heads, 1)) for x in (own, 0 * own)]
+        return {"idx": np.concatenate([*ends, idx], axis=-1, dtype=np.int32)[None], "block_size": block_size}
+
+    return arguments
+
+
+def _chosen_blocks(q: Array, k: Array, v: Array, *, idx: Array, block_size: int, impl: str | None) -> Array:
+    """The kernels of chosen blocks."""
+    if impl == "recurrent":
+        T, R = q.shape[1], q.shape[2] // k.shape[2]
+        seen = (idx[..., None] == jnp.arange(T) // block_size).any(3)  # [B,T,G,S]
+        bias = jnp.repeat(jnp.where(jnp.moveaxis(seen, 2, 1), 0.0, -1e30), R, axis=1)
+        return attention(q, k, v, bias=bias, impl=impl)
+    if refusal := hopper_refusal("hydrax.ops.softmax.gpu", q, k, v):
+        raise ValueError(refusal)
+    from hydrax.ops.sparse import gpu
+
+    return gpu.block_topk_attention(q, k, v, idx, block_size=block_size)[0]
+
+
+SUBJECTS = {
+    "cudnn": Subject(impl="cudnn"),
+    "plain": Subject(impl="pallas_gpu"),
+    "documents": Subject(arguments=_documents),
+    "window": Subject(arguments=lambda tokens, heads: {"window": WINDOW}, impl="pallas_gpu"),
+    "window_cudnn": Subject(arguments=lambda tokens, heads: {"window": WINDOW}, impl="cudnn"),
+    "sink_tokens": Subject(arguments=lambda tokens, heads: {"window": WINDOW, "sink_tokens": 4}),
+    "gna": Subject(arguments=_pattern(lambda heads: lifetimes.Neighbourhood(WINDOW, 64))),
+    "gna_dilated": Subject(arguments=_pattern(lambda heads: lifetimes.Neighbourhood(WINDOW, 64, dilation=2))),
+    "s2": Subject(arguments=_pattern(lambda heads: lifetimes.Strided(64, WINDOW // 64, 8, heads))),
+    "shifted_groups": Subject(
+        arguments=_pattern(
+            lambda heads: lifetimes.ShiftedGroups(WINDOW, tuple(h % 2 * WINDOW // 2 for h in range(heads)))
+        )
+    ),
+    "spans": Subject(arguments=_pattern(_spans)),
+    "log_bands": Subject(arguments=_pattern(lambda heads: lifetimes.LogBands(WINDOW // 4))),
+    "dma": Subject(_ranked_attention, _ranked, ("score",)),
+    "blocks": Subject(_chosen_blocks, _chosen(64, 16, 64), kv_heads=1),
+    "blocks_apart": Subject(_chosen_blocks, _chosen(64, 16, 1), kv_heads=1),
+    "blocks_512": Subject(_chosen_blocks, _chosen(512, 4, 512)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    subjects: Annotated[tuple[str, ...], Check("at least one subject", bool)]
+    seq_lens: Annotated[tuple[Positive, ...], Check("at least one length", bool)]  # tokens of a row
+    widths: Annotated[tuple[Positive, ...], Check("at least one width", bool)]  # K = V of a head
+    heads: Positive  # query heads
+    check: NonNegative  # tokens of the row on which results are compared; 0: they are not
+    repeats: Positive  # samples of a program, at most
+    seconds: PositiveFloat  # of measuring after which a program gets no further sample
+    threads: Positive  # programs compiled at the same time
+
+    def __post_init__(self) -> None:
+        for name in self.subjects:
+            if name not in SUBJECTS:
+                raise ConfigError("subjects", name, f"expected all, or some of {', '.join(SUBJECTS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A pass."""
+
+    compile_seconds: float
+    seconds: Times
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A subject at one width and length. `verdict`: "right", "not checked", or what is wrong with its results."""
+
+    subject: str
+    width: int
+    seq_len: int
+    verdict: str
+    errors: dict[str, float]
+    results: dict[str, Measured]
+    error: str | None  # why a pass is missing
+
+
+class Op:
+    """A subject as a layer without parameters: x holds what has a gradient."""
+
+    def __init__(self, subject: Subject, heads: int, width: int, impl: str | None):
+        self.subject, self.heads, self.width, self.impl = subject, heads, width, impl
+
+    def inputs(self, batch: int, seq_len: int) -> Inputs:
+        """Normal values, in bfloat16 but for arguments of the subject."""
+        groups, keys = self.subject.kv_heads or self.heads, jax.random.split(jax.random.key(seq_len), 4)
+        shapes = {"q": self.heads, "k": groups, "v": groups, "dy": self.heads}
+        x: dict[str, Any] = {
+            name: jax.random.normal(key, (batch, seq_len, n, self.width), jnp.bfloat16)
+            for (name, n), key in zip(shapes.items(), keys, strict=True)
+        }
+        arguments = self.subject.arguments(seq_len, groups)
+        x |= {name: jnp.asarray(arguments[name]) for name in self.subject.learned}
+        facts = {n: jnp.asarray(a) for n, a in arguments.items() if isinstance(a, np.ndarray) and n not in x}
+        return {"dy": x.pop("dy"), "x": x, "facts": facts}
+
+    def __call__(self, params: None, x: dict[str, Array], facts: dict[str, Array]) -> Array:
+        groups, seq_len = x["k"].shape[2], x["q"].shape[1]
+        options = {n: a for n, a in self.subject.arguments(seq_len, groups).items() if not isinstance(a, np.ndarray)}
+        return self.subject.op(**x, **facts, **options, impl=self.impl)
+
+
+class Plan:
+    """A subject at one width, while it is compiled: its check, and a program per length and pass."""
+
+    def __init__(self, name: str, width: int, settings: Settings, pool: concurrent.futures.Executor):
+        subject = SUBJECTS[name]
+        self.name, self.width, self.op = name, width, Op(subject, settings.heads, width, subject.impl)
+        self.check = pool.submit(compare, self.op, settings.check)
+        self.programs = {
+            (seq_len, which): pool.submit(Program, self.op, which, None, 1, seq_len)
+            for seq_len in sorted(set(settings.seq_lens))
+            for which in PASSES
+        }
+
+
+def bench(settings: Settings) -> Iterator[list[Row]]:
+    """The rows of one subject and width after another, by length. What fails is a row with an error."""
+    with uncached(), concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+        plans = [Plan(name, width, settings, pool) for width in settings.widths for name in settings.subjects]
+    # Leaving the pool waits for all: compilers would disturb what is timed.
+    while plans:  # what was measured makes room
+        yield measure(plans.pop(0), settings)
+
+
+def measure(plan: Plan, settings: Settings) -> list[Row]:
+    """The rows of one subject and width."""
+    verdict, errors = plan.check.result()
+    programs: dict[tuple[int, str], Program] = {}
+    failed: dict[int, str] = {}
+    lengths = sorted(set(settings.seq_lens))
+    for seq_len in lengths:
+        try:
+            inputs = plan.op.inputs(1, seq_len)
+            for which in PASSES:
+                program = plan.programs[seq_len, which].result()
+                program.start(None, inputs)
+                programs[seq_len, which] = program
+        except Exception as error:  # out of memory, or whatever an op raises
+            failed[seq_len] = _line(error)
+    times = side_by_side(programs, repeats=settings.repeats, seconds=settings.seconds)
+    found = {key: Measured(p.compile_seconds, times[key], p.memory) for key, p in programs.items()}
+    by_pass = {T: {which: found[T, which] for which in PASSES if (T, which) in found} for T in lengths}
+    return [Row(plan.name, plan.width, T, verdict, errors, by_pass[T], failed.get(T)) for T in lengths]
+
+
+def compare(op: Op, seq_len: int) -> tuple[str, dict[str, float]]:
+    """How far the results of a short row are from those of the definition; of no tokens nothing is known."""
+    if not seq_len:
+        return "not checked", {}
+    inputs = op.inputs(1, seq_len)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), {"x": inputs["x"], "dy": inputs["dy"]})
+    definition = Op(op.subject, op.heads, op.width, "recurrent")
+    try:
+        found, expected = _results(op, inputs), _results(definition, inputs | wide)
+    except Exception as error:
+        return f"fails: {_line(error)}", {}
+    errors = {name: relative_rms(found[name], expected[name]) for name in expected}
+    wrong = [name for name, x in errors.items() if not x <= op_tolerance(name, "bfloat16")]
+    return (f"wrong: {', '.join(wrong)}" if wrong else "right"), errors
+
+
+def _results(op: Op, inputs: Inputs) -> Mapping[str, np.ndarray]:
+    """The output and all gradients."""
+    o, (_, dx) = jax.jit(functools.partial(forward_backward, op, None))(**inputs)
+    return {name: np.asarray(a, np.float32) for name, a in {"o": o, **{f"d{n}": a for n, a in dx.items()}}.items()}
+
+
+def _line(error: Exception) -> str:
+    """The beginning of what an error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

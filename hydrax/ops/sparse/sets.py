@@ -1,0 +1,57 @@
+"""Softmax attention inside sets of tokens: each head has its own, chosen from the row."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hydrax.core.typing import Array, Float, Int
+from hydrax.ops.softmax import attention
+
+
+def token_set_attention(
+    qs: Float[Array, "B H n K"],
+    ks: Float[Array, "B H n K"],
+    vs: Float[Array, "B H n V"],
+    I: Int[Array, "B H n"],  # noqa: E741
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    **options: Any,
+) -> Float[Array, "B H n V"]:
+    """Attention of the tokens of a set to those of the same set and document that are not after them.
+
+    Args:
+      qs, ks, vs: of the tokens of the sets.
+      I: their places in the row, -1 for none. Nothing sees what is at no place, and its output is zero.
+      segment_ids: the documents of the row.
+      options: scale, softcap, impl and chunk_size of `ops.softmax.attention`.
+    """
+    documents = jnp.ones_like(I) if segment_ids is None else take(segment_ids, I)
+    places, documents = (x.reshape(-1, x.shape[-1]) for x in (I, jnp.where(I < 0, 0, documents)))
+    facts: dict[str, Any] = {
+        "positions": places,
+        "kv_positions": places,
+        "segment_ids": documents,
+        "kv_segment_ids": documents,
+    }
+    q, k, v = (x.reshape(-1, x.shape[2], 1, x.shape[3]) for x in (qs, ks, vs))
+    return attention(q, k, v, **facts, **options).reshape(vs.shape)
+
+
+def take(x: Array, I: Int[Array, "B H n"]) -> Array:  # noqa: E741
+    """x [B,T,...] at the places of every set, [B,H,n,...]; of no place what is at 0."""
+    return jax.vmap(lambda x, i: x[i])(x, jnp.maximum(I, 0))
+
+
+def take_heads(x: Float[Array, "B T H K"], I: Int[Array, "B H n"]) -> Float[Array, "B H n K"]:  # noqa: E741
+    """x of head h at the places of set h."""
+    return jax.vmap(jax.vmap(lambda x, i: x[i], (1, 0)))(x, jnp.maximum(I, 0))
+
+
+def put_heads(y: Float[Array, "B H n V"], I: Int[Array, "B H n"], T: int) -> Float[Array, "B T H V"]:  # noqa: E741
+    """The sums of what the sets have for each place of a row of T; the inverse of `take_heads` where places differ."""
+
+    def head(y: Array, i: Array) -> Array:
+        return jnp.zeros((T, y.shape[-1]), y.dtype).at[jnp.where(i < 0, T, i)].add(y, mode="drop")
+
+    return jax.vmap(jax.vmap(head, out_axes=1))(y, I)

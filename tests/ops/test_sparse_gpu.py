@@ -1,0 +1,123 @@
+"""Attention to chosen blocks on Hopper without one: its kernels lowered for CUDA, and their bodies run by numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrax.ops.pallas.tuning import Tuning
+from hydrax.ops.softmax import cases, gpu, live
+from hydrax.ops.softmax.cases import Case
+from hydrax.ops.sparse.gpu import block_topk_attention, refusal
+from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
+from tests.ops.test_softmax import documents
+from tests.tolerances import TOLERANCE, assert_close, assert_equal
+
+BY_QUERY_HEAD = "heads_apart"
+CASES = {
+    "heads": (Case(1, 200, 4, 1, 64, 64), 64),
+    "documents": (Case(1, 270, 2, 2, 64, 64, documents=True), 64),
+    BY_QUERY_HEAD: (Case(1, 200, 2, 1, 64, 64), 64),
+    "wide": (Case(1, 600, 2, 1, 64, 64), 256),
+}
+LONG = ("wide", BY_QUERY_HEAD)
+LARGE = {
+    "groups": (Case(2, 1000, 16, 1, 128, 128), 64),
+    "groups_documents": (Case(1, 900, 6, 2, 64, 64, documents=True), 128),
+}
+"""For a device."""
+CHOSEN = 2
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TUNING", {jax.devices()[0].device_kind: Tuning()})
+
+
+def problem(name: str) -> tuple[dict, jax.Array, jax.Array | None]:
+    """q, k, v; random blocks of the past, some of them none or double; documents."""
+    case, size = (CASES | LARGE)[name]
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in cases.inputs(case).items()}
+    heads = case.H if name == BY_QUERY_HEAD else case.Hk
+    own = np.arange(case.T)[None, :, None, None] // size
+    idx = np.random.default_rng(2).integers(-1, own + 1, size=(case.B, case.T, heads, CHOSEN))
+    return arrays, jnp.asarray(idx, jnp.int32), documents(case) if case.documents else None
+
+
+def run(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: tuple, *, size: int) -> tuple:
+    f = functools.partial(block_topk_attention, idx=idx, segment_ids=ids, block_size=size)
+    out, pullback = jax.vjp(lambda arrays: f(**arrays), arrays)
+    return out, pullback(cotangent)[0]
+
+
+def definition(arrays: dict, idx: jax.Array, ids: jax.Array | None, cotangent: tuple, *, size: int) -> tuple:
+    """The same in fp32, with a mask of every pair."""
+    T, H = idx.shape[1], arrays["q"].shape[2]
+    t, s = jnp.arange(T)[:, None], jnp.arange(T)
+    mask = (s <= t) & (idx[..., None] == s // size).any(3).swapaxes(1, 2)[..., :, :]
+    if ids is not None:
+        mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None])[:, None]
+    mask = jnp.repeat(mask, H // mask.shape[1], axis=1)
+
+    def f(arrays: dict) -> tuple:
+        q, k, v = (
+            x.astype(jnp.float32)
+            for x in (arrays["q"], *(jnp.repeat(arrays[n], H // arrays[n].shape[2], axis=2) for n in "kv"))
+        )
+        z = jnp.where(mask, jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5, -1e30)
+        some = mask.any(-1)
+        p = jnp.where(some[..., None], jax.nn.softmax(z, -1), 0)
+        lse = jnp.where(some, jax.nn.logsumexp(z, -1), -jnp.inf)
+        return jnp.einsum("bhts,bshv->bthv", p, v), lse.swapaxes(1, 2)
+
+    out, pullback = jax.vjp(f, arrays)
+    return out, pullback(cotangent)[0]
+
+
+def check_case(name: str) -> None:
+    """Outputs, lse and all gradients."""
+    case, size = (CASES | LARGE)[name]
+    arrays, idx, ids = problem(name)
+    normal = np.random.default_rng(1).normal
+    do = jnp.asarray(normal(size=(case.B, case.T, case.H, case.V)), jnp.bfloat16)
+    dlse = jnp.asarray(normal(size=(case.B, case.T, case.H)), jnp.float32)
+    (o, lse), gradients = jax.device_get(run(arrays, idx, ids, (do, dlse), size=size))
+    (o_, lse_), gradients_ = jax.device_get(definition(arrays, idx, ids, (do.astype(jnp.float32), dlse), size=size))
+    nothing = np.isneginf(lse_)
+    assert nothing.any()
+    assert_equal("rows that see nothing", np.isneginf(lse), nothing)
+    assert not o[nothing].any()
+    assert_close("o", o, o_, TOLERANCE["bf16_output"])
+    assert_close("lse", lse[~nothing], lse_[~nothing], TOLERANCE["bf16_output"])
+    for what, value in gradients_.items():
+        assert_close(f"d{what}", gradients[what], value, TOLERANCE["bf16_gradient"])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES])
+@pytest.mark.usefixtures("emulated_gpu")
+def test_bodies_equal_the_definition(name: str) -> None:
+    check_case(name)
+
+
+@pytest.mark.parametrize("name", [*CASES, "groups_documents"])
+def test_forward_and_backward_lower_for_cuda(name: str) -> None:
+    case, size = (CASES | LARGE)[name]
+    arrays, idx, ids = problem(name)
+    o = jnp.zeros((case.B, case.T, case.H, case.V), jnp.bfloat16)
+    assert lowered_kernels(functools.partial(run, size=size), arrays, idx, ids, (o, o[..., 0].astype(jnp.float32))) == 3
+
+
+def test_words_have_a_bit_for_each_chosen_block() -> None:
+    idx = jnp.asarray([[[[0, 3, -1, 3]], [[31, 32, 40, -1]]]])
+    words = np.asarray(live.words(idx, 41)).view(np.uint32)
+    assert words.tolist() == [[[[9, 2**31], [0, 1 + 2**8]]]]
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "message"), [(96, 8, "blocks of 96: expected 64 or"), (64, 4, "self-attention only")]
+)
+def test_what_cannot_be_served_is_refused(size: int, tokens: int, message: str) -> None:
+    q, k = jnp.zeros((1, 8, 1, 64), jnp.bfloat16), jnp.zeros((1, tokens, 1, 64), jnp.bfloat16)
+    assert message in refusal(q, k, k, size)
