@@ -279,7 +279,7 @@ TABLE: dict[str, Row] = {
     ),
     "stochastic": Row(
         path="hydrax.mixers.sparse.stochastic:StochasticAttention",
-        about="softmax attention over a sliding window, and over a window in a random order of the tokens",
+        about="softmax attention over a sliding window, and over one in a random order of the tokens",
         paper="2604.00754",
         transition="groups",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "window": 4, "width": 8, "table": 16},

@@ -78,7 +78,9 @@ def test_a_policy_that_keeps_everything_is_the_model(model, tokens, name):
     assert_close("logits", prefill(model, tokens, ALL[name])[0], model(tokens), TOLERANCE["fp32_model"])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("streaming", "accumulated") else [pytest.mark.slow]) for n in SMALL]
+)
 def test_steps_continue_a_prompt(model, tokens, name):
     """Prefill of a part and steps are the pass over all, where queries do not share their choice."""
     served = Served(model, policies.of(SMALL[name]))

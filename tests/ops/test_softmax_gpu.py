@@ -47,7 +47,9 @@ def check_case(case: Case) -> None:
         assert_close(what, actual[what][kept], value[kept], tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("documents", "ends") else [pytest.mark.slow]) for n in CASES]
+)
 @pytest.mark.usefixtures("emulated_gpu")
 def test_bodies_equal_the_definition(name: str) -> None:
     check_case(CASES[name])
