@@ -58,8 +58,8 @@ SETTINGS = [
     (["--config.model.mixers.gla.heads=3"], r"model\.mixers\.gla\.heads = 3: expected a divisor of d_model = 16"),
     (["--config.model.mixers.gla.head=2"], r"model\.mixers\.gla\.head = 2: unknown key; did you mean 'heads'\?"),
     (["--config.model.mixers.gla.heads=two"], r"model\.mixers\.gla\.heads = 'two': expected an integer"),
-    (["--config.model.mixers.glb.heads=2"], r"model\.mixers\.glb = .*: expected one of abc, attn, .*gla"),
-    (["--config.model.blocks.x.mixer=foo"], r"model\.blocks\.x\.mixer = 'foo': expected one of abc, attn, .*gla"),
+    (["--config.model.mixers.glb.heads=2"], r"model\.mixers\.glb = .*: expected one of aaren, .*attn, .*gla"),
+    (["--config.model.blocks.x.mixer=foo"], r"model\.blocks\.x\.mixer = 'foo': expected one of aaren, .*attn, .*gla"),
     (
         ["--config.model.pattern=attn", "--config.model.mixers.attn.kv_heads=3"],
         r"model\.mixers\.attn\.kv_heads = 3: expected a divisor of heads = 4",
