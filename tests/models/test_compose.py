@@ -126,7 +126,7 @@ def test_every_mixer_with_heads_is_among_them():
         ("heads(attn,gla)", {"assignment": [[]], "total": 4}, "every head from 0 to 3 in one part, and found attn []"),
         ("heads(attn,gla)", {"assignment": [[0, 1, 2, 3]], "total": 4}, "and found attn [0, 1, 2, 3], gla []"),
         ("heads(2*attn,2*hgrn)", {}, "pattern = 'hgrn': this mixer has no heads to be split"),
-        ("heads(2*attn,2*foo)", {}, "blocks.x.mixer = 'foo': expected parts among x, wide, grouped, abc"),
+        ("heads(2*attn,2*foo)", {}, "blocks.x.mixer = 'foo': expected parts among x, wide, grouped, aaren"),
         ("heads(attn,parallel(attn,gla))", {"total": 2}, "expected single mixers as the parts of heads(...)"),
         ("heads(2*attn,2*wide)", {}, "heads must have the same value_dim, and have attn 4, gla 8"),
         ("heads(2*gla,2*wide)", {}, "heads must have the same value_dim, and have gla 4, gla 8"),
@@ -192,7 +192,7 @@ def test_compositions_are_resolved_and_may_hold_others():
         ("parallel(attn)", {}, "blocks.x.mixer = 'parallel(attn)': parallel takes at least 2 parts"),
         ("parallel(2*attn,gla)", {}, "parallel takes parts without numbers of heads"),
         ("parallel(attn[0],gla)", {}, "parallel takes parts without numbers of heads"),
-        ("parallel(attn,foo)", {}, "blocks.x.mixer = 'foo': expected parts among x, wide, abc"),
+        ("parallel(attn,foo)", {}, "blocks.x.mixer = 'foo': expected parts among x, wide, aaren"),
         (
             "parallel(attn,gla)",
             {"total": 2},
@@ -235,7 +235,7 @@ def test_side_by_side_parts_may_be_unequally_wide():
 
 def test_a_mistake_in_a_composition_of_the_pattern_names_the_pattern():
     refused("pattern = 'parallel(attn)': parallel takes at least 2 parts", "gla,parallel(attn)")
-    refused("pattern = 'foo': expected parts among abc", "route(foo,gla)")
+    refused("pattern = 'foo': expected parts among aaren", "route(foo,gla)")
 
 
 def test_every_readable_mixer_can_be_of_two_modes():
@@ -410,7 +410,7 @@ def test_passes_may_have_options_of_their_own():
         ),
         ("loop.per_loop = 1: expected options for every pass, and layers are run 1 times", "swa", {"per_loop": [{}]}),
         ("and layers are run 1, 2, 3 times", "gla,loop(2,swa),loop(3,swa)", {"per_loop": [{}, {}]}),
-        ("loop.per_loop[1] = 'swb': expected names of abc", "swa", {"n": 2, "per_loop": [{}, {"swb": {}}]}),
+        ("loop.per_loop[1] = 'swb': expected names of aaren", "swa", {"n": 2, "per_loop": [{}, {"swb": {}}]}),
         ("loop.per_loop[1] = 'swb': expected names of", "swa", {"n": 2, "per_loop": [{}, {"swa": {}, "swb": {}}]}),
         ("loop.per_loop[1].swa = 3: expected a mapping of options", "swa", {"n": 2, "per_loop": [{}, {"swa": 3}]}),
         ("loop.per_loop[0].swa.windw = 6: unknown key; did", "swa", {"n": 2, "per_loop": [{"swa": {"windw": 6}}, {}]}),
