@@ -28,6 +28,17 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim + 1),
         flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
     ),
+    "agent": Row(
+        path="hydrax.mixers.average.agent:Agent",
+        about="learned agents that average the past by softmax, read by a softmax",
+        paper="2312.08874",
+        transition="stabilised",
+        tiny={"heads": 2, "agents": 5, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * c.heads * c.agents * (c.value_dim + 2) + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 2 * c.heads * (2 * c.agents * (c.key_dim + c.value_dim) + c.conv_width * c.value_dim),
+    ),
     "attn": Row(
         path="hydrax.mixers.softmax.attn:Attention",
         about="causal softmax attention, grouped queries",
@@ -66,6 +77,15 @@ TABLE: dict[str, Row] = {
             2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(min(n, c.keep)).visible(n)
             + c.index_heads * (2 * c.index_dim + 2) * (n + 1) / 2
         ),
+    ),
+    "efficient": Row(
+        path="hydrax.mixers.average.efficient:Efficient",
+        about="key features that average the past, each by a softmax of its own",
+        paper="1812.01243",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * (c.value_dim + 2),
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
     ),
     "evict_linear": Row(
         path="hydrax.mixers.sparse.evict_linear:EvictLinear",

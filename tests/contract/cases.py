@@ -21,6 +21,7 @@ LAYER = {"layer_index": 1, "depth": 3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "aaren": [{"slots": 3}],
     "abc": [{"feature": "silu", "norm_affine": False}],
+    "agent": [{"conv_width": 0}],
     "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
     "dma": [
@@ -28,6 +29,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
     "dsa": [{"keep": 100, "index_rope": 0.0, "qk_norm": "head", "softcap": 20.0, "bias": True}],
+    "efficient": [{"key_norm": False}],
     "evict_linear": [
         {"memory": "gla", "fusion": "joint"},
         {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},

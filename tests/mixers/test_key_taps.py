@@ -29,7 +29,9 @@ def projected(mixer: Any, x: Array) -> Array:
 
 KEYS: dict[str, Callable[[Any, Array], Array]] = {
     "aaren": projected,
+    "agent": projected,
     "deltanet": convolved,
+    "efficient": projected,
     "gdn": convolved,
     "gla": projected,
     "hgrn2": lambda mixer, x: hgrn2.forget_gates(mixer.forget(x), jnp.zeros((2, 8)))[1],
