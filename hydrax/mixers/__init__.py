@@ -48,6 +48,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
+    "based": Row(
+        path="hydrax.mixers.linear.based:Based",
+        about="linear attention with the Taylor polynomial of the exponential, without positions",
+        paper="2402.18668",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
     "deltanet": Row(
         path="hydrax.mixers.linear.deltanet:DeltaNet",
         about="delta rule without decay",
@@ -102,6 +111,15 @@ TABLE: dict[str, Row] = {
             + (6 if "beta" in c.gates else 4) * math.prod(c.state_shape)
         ),
     ),
+    "fastmax": Row(
+        path="hydrax.mixers.linear.fastmax:Fastmax",
+        about="linear attention with a polynomial of the scores of normed queries and keys",
+        paper="2402.07901",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",
         about="softmax attention with weights that depend on positions alone: an ablation",
@@ -110,6 +128,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "flow": Row(
+        path="hydrax.mixers.linear.flow:Flow",
+        about="linear attention in which keys compete for what flows into queries",
+        paper="2202.06258",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * (_matrix(c) + c.heads * (4 * c.key_dim + 1)),
+        flops=lambda c, n: 4 * _matrix(c) + 16 * c.heads * c.key_dim,
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
