@@ -93,14 +93,14 @@ def in_order(
     """
     if cache is None:
         return Keys(k, v)
-    ids = _ids(positions, segment_ids)
+    ids, taken = _ids(positions, segment_ids), (cache["segment_ids"] != 0).sum(1)
     old = {name: cache[name] for name in ("k", "v", "positions")}
     old["segment_ids"] = jnp.where(cache["segment_ids"] != 0, ids[:, :1], 0)
 
     def put(old: Array, new: Array) -> Array:
         room = jnp.pad(old, [(0, 0), (0, new.shape[1])] + [(0, 0)] * (old.ndim - 2))
         place = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
-        return place(room, new.astype(old.dtype), positions[:, 0])
+        return place(room, new.astype(old.dtype), taken)
 
     return Keys(**jax.tree.map(put, old, {"k": k, "v": v, "positions": positions, "segment_ids": ids}))
 

@@ -113,9 +113,9 @@ def _gather(
     (Hk, R), G = queries.q.shape[2:4], idx.shape[2]
 
     def block(rows: tuple, keys: forms.Keys) -> tuple[Array, Array]:
-        own, idx = rows
+        own, idx, first = rows
         (B, C), S, idx = idx.shape[:2], keys.k.shape[1], once(idx)
-        places = (starts(own, keys)[..., None, None] + idx * b)[..., None] + jnp.arange(b)
+        places = (first[..., None, None] + idx * b)[..., None] + jnp.arange(b)
         real = ((idx >= 0)[..., None] & (places < S)).reshape(B, C, G, -1)
         at = (jnp.arange(B)[:, None, None, None], jnp.clip(places, 0, S - 1).reshape(B, C, G, -1))
 
@@ -132,7 +132,7 @@ def _gather(
         o, lse = forms.attend(forms.Queries(q, *facts), few, None, rules)
         return o.reshape(B, C, Hk, R, -1), lse.reshape(B, C, Hk, R)
 
-    return forms.in_chunks(block, (queries, idx), keys, rules, chunk_size or 64)
+    return forms.in_chunks(block, (queries, idx, starts(queries, keys, rules)), keys, rules, chunk_size or 64)
 
 
 def _inverse(
@@ -149,7 +149,7 @@ def _inverse(
         lse = jnp.where(of_head, lse, -jnp.inf)
     else:
         o, lse = _gather(queries, keys, jnp.where(chosen, idx, -1), rules, b, chunk_size)
-    first = starts(queries, keys)[..., None, None] + idx * b
+    first = starts(queries, keys, rules)[..., None, None] + idx * b
     past = (idx >= 0) & (idx < own)
     if queries.segment_ids is not None:
         past &= (queries.segment_ids != 0)[..., None, None]
@@ -172,7 +172,7 @@ def _pallas_gpu(
     """The kernels, where every document of the row begins at a multiple of b; else another form."""
     from hydrax.ops.sparse import gpu
 
-    (B, T, Hk, R, K), seg, first = queries.q.shape, queries.segment_ids, starts(queries, keys)
+    (B, T, Hk, R, K), seg, first = queries.q.shape, queries.segment_ids, starts(queries, keys, rules)
 
     def kernels() -> tuple[Array, Array]:
         in_row = jnp.where(idx < 0, -1, idx + (first // b)[..., None, None])
@@ -212,8 +212,10 @@ def named(idx: Int[Array, "B T G n"], blocks: int) -> Bool[Array, "B T G N"]:
     return jnp.put_along_axis(marks, at, True, axis=-1, inplace=False, mode="drop")[..., :blocks]
 
 
-def starts(queries: forms.Queries, keys: forms.Keys) -> Int[Array, "B T"]:
+def starts(queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> Int[Array, "B T"]:
     """Where among the keys the document of each query begins."""
+    if rules.aligned:
+        return jnp.arange(queries.q.shape[1]) - queries.positions
     if queries.segment_ids is None or keys.segment_ids is None:
         return jnp.broadcast_to(-keys.positions[:, :1], queries.positions.shape)
     at = jnp.argmax(queries.segment_ids[..., None] == keys.segment_ids[:, None], axis=-1)

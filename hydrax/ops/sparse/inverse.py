@@ -73,8 +73,8 @@ def tiles(first: Int[Array, "T n"], S: int, b: int, M: int) -> tuple[Int[Array, 
     tile = (jnp.cumsum(number) - number)[block[order]]
     rank = jnp.arange(T * n) - (jnp.cumsum(count) - count)[block[order]]
     row = jnp.where(block[order] < blocks, tile * M + rank, N * M)
-    tokens = jnp.full(N * M, T, jnp.int32).at[row].set(order // n, mode="drop")
-    begins = jnp.zeros(N, jnp.int32).at[row // M].set(place[order], mode="drop")
+    tokens = jnp.full(N * M, T, jnp.int32).at[row].set((order // n).astype(jnp.int32), mode="drop")
+    begins = jnp.zeros(N, jnp.int32).at[row // M].set(place[order].astype(jnp.int32), mode="drop")
     return tokens.reshape(N, M), begins
 
 

@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.ops import documents
+from hydrax.ops.dispatch import KERNEL
+from hydrax.ops.softmax import forms
 
 
 class Blocks(NamedTuple):
@@ -55,10 +58,9 @@ def block_sums(
     ends = jnp.where((positions % size == size - 1) & (ids != 0), (begin + index) // size, N)
     whole = jnp.arange(N)[None] < begin // size  # blocks of earlier calls
     sums = jax.vmap(lambda s, at, x: s.at[at].add(x, mode="drop"))(sums, entry, x)
-    numbers = jax.vmap(lambda n, at, x: n.at[at].set(x, mode="drop"))(
-        jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N)), ends, positions // size
-    )
-    of = jax.vmap(lambda n, at, x: n.at[at].set(x, mode="drop"))(jnp.where(whole, ids[:, :1], 0), ends, ids)
+    put = jax.vmap(lambda n, at, x: n.at[at].set(x.astype(n.dtype), mode="drop"))
+    numbers = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
+    numbers, of = put(numbers, ends, positions // size), put(jnp.where(whole, ids[:, :1], 0), ends, ids)
     there = (of != 0).reshape(B, N, *[1] * (x.ndim - 2))
     return Blocks(jnp.where(there, sums, 0), numbers, of)
 
@@ -128,6 +130,29 @@ def causal_block_topk(
     chosen = jnp.where(best == -jnp.inf, -1, chosen)
     first = jnp.broadcast_to(own[..., None, None], (*chosen.shape[:3], 1))
     return jnp.concatenate([first, chosen], axis=-1).astype(jnp.int32)
+
+
+def choose_blocks(
+    queries: forms.Queries, means: Blocks, size: int, count: int, *, apart: bool, chunk_size: int = 128
+) -> Int[Array, "B T G n"]:
+    """`causal_block_topk` by q·k̄ in fp32, of every query head (`apart`), or of each head of keys by the mean of these.
+
+    Args:
+      means: k̄ [B,N,Hk,K] of blocks of `size` tokens.
+    """
+    queries, (x, numbers, ids) = jax.lax.stop_gradient((queries, means))
+    bare = forms.Keys(x, x[..., :0], numbers, ids)
+
+    def block(rows: tuple, keys: forms.Keys) -> tuple[Array]:
+        (own,), number = rows, rows[0].positions // size
+        score = einsum("btgrk,bngk->btgrn", fp32(own.q), keys.k)
+        score = score.reshape(*score.shape[:2], -1, score.shape[-1]) if apart else score.mean(3)
+        seen = seen_blocks(means, number, own.segment_ids)
+        return (causal_block_topk(score, count, own=number, numbers=numbers, seen=seen),)
+
+    rules = forms.Rules(1.0, None, None, 0, aligned=False)
+    (chosen,) = forms.in_chunks(block, (queries,), bare, rules, chunk_size)
+    return checkpoint_name(chosen, KERNEL)  # the backward pass must not choose again from scores it rounds otherwise
 
 
 def seen_blocks(blocks: Blocks, own: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T N"]:
