@@ -22,7 +22,7 @@ from hydrax.core.typing import Array, Bool, Int
 from hydrax.ops import dispatch, documents
 from hydrax.ops.softmax import forms
 from hydrax.ops.sparse.inverse import by_tiles
-from hydrax.ops.sparse.tokens import FEW, rows_and_keys
+from hydrax.ops.sparse.tokens import rows_and_keys
 
 KERNELS = "hydrax.ops.sparse.gpu"
 
@@ -161,8 +161,8 @@ def _chunked(
     queries: forms.Queries, keys: forms.Keys, idx: Array, rules: forms.Rules, b: int, chunk_size: int | None
 ) -> tuple[Array, Array]:
     """The form with the least work: tiles want many queries."""
-    few = FEW * idx.shape[3] * b <= keys.k.shape[1]
-    form = _masked if not few else _inverse if idx.shape[1] > b else _gather
+    most = 2 * idx.shape[3] * b > keys.k.shape[1]
+    form = _masked if most else _inverse if idx.shape[1] > b else _gather
     return form(queries, keys, idx, rules, b, chunk_size)
 
 
