@@ -234,7 +234,7 @@ TABLE: dict[str, Row] = {
     ),
     "moba": Row(
         path="hydrax.mixers.sparse.moba:BlockAttention",
-        about="softmax attention of each query to its own block of tokens, and to those whose mean keys score best",
+        about="softmax attention to the own block of tokens, and to those whose mean keys score best",
         paper="2502.13189",
         transition="chosen",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "block": 3, "top": 3},
