@@ -279,6 +279,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 0,
         flops=lambda c, n: 0,
     ),
+    "moba": Row(
+        path="hydrax.mixers.sparse.moba:BlockAttention",
+        about="softmax attention to the own block of tokens, and to those whose mean keys score best",
+        paper="2502.13189",
+        transition="chosen",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "block": 3, "top": 3},
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * -(-n // c.block) * c.kv_heads * c.key_dim,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * min((n + 1) / 2, c.block * (c.top - 0.5))
+            + 2 * c.heads * c.key_dim * n / (2 * c.block)
+        ),
+    ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
         about="softmax attention whose keys live for ever, until the next such key, or for a window",

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
-from hydrax.ops.sparse import groups, permuted, ranked
+from hydrax.ops.sparse import blocks, groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
+    "block_topk_attention": blocks.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "glu": rowwise.GLU,
