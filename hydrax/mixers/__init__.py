@@ -206,6 +206,18 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 4 * _matrix(c),
         lower_bound=lambda c: c.heads * c.key_dim,
     ),
+    "inline": Row(
+        path="hydrax.mixers.linear.inline:InLine",
+        about="the covariance of keys and values so far, read by queries, beside the mean of the values",
+        paper="2412.06590",
+        transition="scalar",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * (_matrix(c) + c.heads * (c.key_dim + c.value_dim))
+            + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 4 * _matrix(c) + 2 * c.conv_width * c.heads * c.value_dim,
+    ),
     "kda": Row(
         path="hydrax.mixers.linear.kda:KimiDeltaAttention",
         about="gated delta rule, decay per key channel",

@@ -38,6 +38,7 @@ KEYS: dict[str, Callable[[Any, Array], Array]] = {
     "gdn": convolved,
     "gla": projected,
     "hgrn2": lambda mixer, x: hgrn2.forget_gates(mixer.forget(x), jnp.zeros((2, 8)))[1],
+    "inline": projected,
     "kda": convolved,
     "lightning": projected,
     "linear_attn": projected,

@@ -1,4 +1,4 @@
-"""based, fastmax and flow against their definitions in fp64."""
+"""based, fastmax, flow and inline against their definitions in fp64."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from flax import nnx
 
 from hydrax.core.build import build
 from hydrax.mixers.base import Context
-from hydrax.mixers.linear import based, fastmax, flow, taylor
+from hydrax.mixers.linear import based, fastmax, flow, inline, taylor
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 pytestmark = pytest.mark.thorough
 
 D, T, H, K, V = 32, 37, 2, 6, 16
 X = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
-CLASSES = {based: based.Based, fastmax: fastmax.Fastmax, flow: flow.Flow, taylor: taylor.Taylor}
+CLASSES = {based: based.Based, fastmax: fastmax.Fastmax, flow: flow.Flow, inline: inline.InLine, taylor: taylor.Taylor}
 
 
 def made(module, **options):
@@ -91,9 +91,28 @@ def test_flow_is_its_definition(clip: float):
     assert_close("heads", heads(m, X)[0], want, TOLERANCE["fp32_op"])
 
 
-@pytest.mark.parametrize("module", [based, fastmax])
+def inline_formula(q, k, v):
+    """By the matrix of weights, which the paper gives for the whole input: here for every prefix of it."""
+    o = np.zeros_like(v)
+    for t in range(T):
+        s = np.einsum("hk,shk->hs", q[t], k[: t + 1]) / K**0.5 / (t + 1)
+        o[t] = np.einsum("hs,shv->hv", s - s.mean(-1, keepdims=True) + 1 / (t + 1), v[: t + 1])
+    return o
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_inline_is_its_definition_wherever_the_keys_lie(shift: float):
+    m = made(inline, conv_width=0)
+    q, k, v = (projected(y) for y in (m.q, m.k, m.v))
+    keys = m.k
+    m.k = lambda x: keys(x) + shift
+    got = m.mix(X, Context.of(X), None)[0]
+    assert_close("heads", got[0], inline_formula(q, k, v), TOLERANCE["fp32_op"] if not shift else 1e-4)
+
+
+@pytest.mark.parametrize("module", [based, fastmax, inline])
 def test_weights_sum_to_one(module):
-    m = made(module)
+    m = made(module, **({"conv_width": 0} if module is inline else {}))
     m.v = lambda x: jnp.ones((*x.shape[:2], H, V))
     assert_close("heads", m.mix(X, Context.of(X), None)[0], np.ones((1, T, H, V)), 1e-5)
 
