@@ -321,6 +321,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * (c.value_dim + 2),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + 2 * c.value_dim),
     ),
+    "rat": Row(
+        path="hydrax.mixers.average.rat:Rat",
+        about="gated averages within chunks, softmax attention to the ends of chunks",
+        paper="2507.04416",
+        transition="chosen",
+        tiny={"heads": 4, "groups": 2, "width": 8, "chunk": 4},
+        state_bytes=lambda c, n, b: 8 * c.heads * c.width + c.slots(n) * (2 * c.heads * c.width * b + 8),
+        flops=lambda c, n: 4 * c.heads * c.width * (n / (2 * c.chunk) + 1),
+    ),
     "retention": Row(
         path="hydrax.mixers.linear.retention:Retention",
         about="linear attention with rotary positions and a constant decay per head",

@@ -181,7 +181,7 @@ class Row:
 
     def grows(self, cfg: Any) -> bool:
         """Whether the state grows with the row (keys and values, at least up to a window) or has a fixed size."""
-        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2, 1)
+        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2**20, 1)
 
 
 def per_head(d_model: int, heads: int) -> int:
