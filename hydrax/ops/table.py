@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, ema, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 from hydrax.ops.sparse import groups, permuted, ranked
 
@@ -10,6 +10,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
+    "ema": ema.FORMS,
     "glu": rowwise.GLU,
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
