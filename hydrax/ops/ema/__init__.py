@@ -104,8 +104,8 @@ def attention_matrix(
     identity = identity_values(tokens, D)
     B, T = identity.shape[:2]
     angle = None if angle is None else jnp.repeat(angle, T, axis=0)
-    modes = [jnp.repeat(a, T, axis=0) for a in (log_decay, write, read)]
-    y, _ = ema(identity.reshape(B, T, D * T), *modes, angle, segment_ids=segment_ids)
+    log_decay, write, read = (jnp.repeat(a, T, axis=0) for a in (log_decay, write, read))
+    y, _ = ema(identity.reshape(B, T, D * T), log_decay, write, read, angle, segment_ids=segment_ids)
     return as_matrix(y.reshape(B, T, D, T))
 
 
