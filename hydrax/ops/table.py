@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, ema, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
+from hydrax.ops.softmax import relative
 from hydrax.ops.sparse import groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
@@ -17,6 +18,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "linear_scan": scan.LINEAR,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
+    "relative_attention": relative.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,
     "short_conv": conv.FORMS,
