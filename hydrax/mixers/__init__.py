@@ -219,11 +219,11 @@ TABLE: dict[str, Row] = {
         about="moving averages, and softmax attention in chunks over what they make of the tokens",
         paper="2209.10655",
         transition="groups",
-        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 6, "modes": 3},
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "chunk": 6, "modes": 3},
         state_bytes=lambda c, n, b: (
-            4 * c.width * c.modes + min(n, c.chunk) * (c.heads * (c.key_dim + c.value_dim) * b + 8)
+            4 * c.width * c.modes + min(n, c.chunk) * ((c.heads * c.key_dim + c.inner_dim) * b + 8)
         ),
-        flops=lambda c, n: 4 * c.width * c.modes + 2 * c.heads * (c.key_dim + c.value_dim) * c.visible(n),
+        flops=lambda c, n: 4 * c.width * c.modes + 2 * (c.heads * c.key_dim + c.inner_dim) * c.visible(n),
     ),
     "mla": Row(
         path="hydrax.mixers.softmax.mla:LatentAttention",

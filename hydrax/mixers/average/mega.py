@@ -18,7 +18,7 @@ from flax import nnx
 from hydrax.core.build import ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, Mixer, MixerConfig
 from hydrax.nn import kv_cache
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
@@ -36,7 +36,7 @@ Bias = Literal["none", "simple", "rotary"]
 class Config(MixerConfig):
     heads: Positive = 1  # of the attention; Mega has one
     key_dim: Positive | None = None  # K per head; d_model / 4 over the heads if None
-    value_dim: Positive | None = None  # V per head; 2 d_model over the heads if None
+    inner_dim: Positive | None = None  # width of v and r, all heads together; 2 d_model if None
     chunk: Positive = 2048  # tokens per chunk of the attention
     bias: Bias = "simple"  # of scores, by distance: a learned number for each, or the product of two turned vectors
     theta: PositiveFloat = 10000.0  # of these
@@ -48,9 +48,17 @@ class Config(MixerConfig):
     def fill(self, d_model: int) -> "Config":
         if self.width not in (None, d_model):
             raise ConfigError("width", self.width, f"expected d_model = {d_model}, or nothing")
-        head = per_head(d_model, self.heads)
-        key_dim, value_dim = self.key_dim or max(1, head // 4), self.value_dim or 2 * head
-        return dataclasses.replace(self, key_dim=key_dim, value_dim=value_dim, width=d_model)
+        inner_dim = self.inner_dim or 2 * d_model
+        if inner_dim % self.heads:
+            raise ConfigError("heads", self.heads, f"expected a divisor of inner_dim = {inner_dim}")
+        key_dim = self.key_dim or max(1, d_model // (4 * self.heads))
+        return dataclasses.replace(self, key_dim=key_dim, inner_dim=inner_dim, width=d_model)
+
+    @property
+    def values(self) -> int:
+        """V per head."""
+        assert self.inner_dim is not None
+        return self.inner_dim // self.heads
 
     def visible(self, n: int) -> float:
         """Mean number of keys that a query of a document of n tokens sees."""
@@ -65,7 +73,7 @@ class Mega(Mixer):
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        H, K, V = cfg.heads, cfg.key_dim, cfg.value_dim
+        H, K, V = cfg.heads, cfg.key_dim, cfg.values
         keys, values = ("heads", "state_k"), ("heads", "state_v")
         self.averages = Averages(d_model, cfg.modes, rngs=rngs)
         self.z = Linear(d_model, (H, K), axes=("embed", *keys), bias=True, rngs=rngs)
@@ -114,7 +122,7 @@ class Mega(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        cache = kv_cache.empty(batch, min(max_len, cfg.chunk), cfg.heads, cfg.key_dim, cfg.value_dim, dtype)
+        cache = kv_cache.empty(batch, min(max_len, cfg.chunk), cfg.heads, cfg.key_dim, cfg.values, dtype)
         return {"memory": jnp.zeros((batch, cfg.width, cfg.modes), wide(dtype)), "cache": cache}
 
 
