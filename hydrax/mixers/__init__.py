@@ -273,6 +273,17 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 4 * _matrix(c),
         head_option="value_heads",
     ),
+    "mega": Row(
+        path="hydrax.mixers.average.mega:Mega",
+        about="moving averages, and softmax attention in chunks over what they make of the tokens",
+        paper="2209.10655",
+        transition="groups",
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "chunk": 6, "modes": 3},
+        state_bytes=lambda c, n, b: (
+            4 * c.width * c.modes + min(n, c.chunk) * ((c.heads * c.key_dim + c.inner_dim) * b + 8)
+        ),
+        flops=lambda c, n: 4 * c.width * c.modes + 2 * (c.heads * c.key_dim + c.inner_dim) * c.visible(n),
+    ),
     "mla": Row(
         path="hydrax.mixers.softmax.mla:LatentAttention",
         about="softmax attention whose keys and values are made of one low-rank latent",

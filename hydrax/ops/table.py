@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, ema, linear, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
+from hydrax.ops.softmax import relative
 from hydrax.ops.sparse import blocks, groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
@@ -11,12 +12,14 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "block_topk_attention": blocks.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
+    "ema": ema.FORMS,
     "glu": rowwise.GLU,
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
+    "relative_attention": relative.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,
     "short_conv": conv.FORMS,

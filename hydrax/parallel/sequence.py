@@ -20,7 +20,8 @@ from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import conv, delta, linear, scan, slots, softmax, sparse
+from hydrax.ops import conv, delta, ema, linear, scan, slots, softmax, sparse
+from hydrax.ops.softmax import relative
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
 from hydrax.parallel.shards import AXIS, NEEDS, Shards, restore, strategy
@@ -87,12 +88,25 @@ OPS = {
         ("bth", "bth", "h", "bt", "bt"),
         summarize=lambda x, dt, A, b, c, **facts: scan.summarize_selective(x, dt, A, b, **facts),
     ),
+    "moving_average": Op(
+        ema.ema,
+        "diag",
+        ("bth", *("h",) * 4),
+        summarize=lambda x, g, write, read, angle, **facts: ema.summarize(x, g, write, angle, **facts),
+    ),
     "slot_attention": Op(slots.slot_attention, "diag", ("bth",) * 5, summarize=_writes(slots.summarize)),
     "softmax_decay": Op(slots.softmax_decay, "diag", ("bth",), summarize=_summarize_sums),
     "slot_softmax": Op(slots.slot_softmax, "stabilised", ("bth",) * 3),
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
+    "relative_attention": Op(
+        _of_keys(relative.relative_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "h"),
+        state="",
+        in_order=("positions",),
+    ),
     "chunk_attention": Op(
         _of_keys(sparse.chunk_attention, "positions"),
         "groups",
@@ -305,6 +319,13 @@ def selective_scan(x: Array, dt: Array, A: Array, b: Array, c: Array, **facts: A
     return _run("selective_scan", (x, dt, A, b, c), **facts)
 
 
+def moving_average(
+    x: Array, log_decay: Array, write: Array, read: Array, angle: Array | None = None, **facts: Any
+) -> tuple[Array, Array]:
+    """`ops.ema.ema`."""
+    return _run("moving_average", (x, log_decay, write, read, angle), **facts)
+
+
 def slot_attention(
     q: Array, k: Array, v: Array, write: Array, log_decay: Array, **facts: Any
 ) -> tuple[Array, tuple[Array, Array]]:
@@ -346,6 +367,13 @@ def self_attention(
     if ends is None and (shards is None or not facts.get("sink_tokens")):
         positions = None  # the op finds those in the row, which give the same distances
     return _run(name, (q, k, v, sinks, positions, ends, key_bias), **facts)[0]
+
+
+def relative_attention(
+    q: Array, k: Array, v: Array, table: Array | None = None, *, positions: Array, **facts: Any
+) -> Array:
+    """`ops.softmax.relative.relative_attention`."""
+    return _run("relative_attention", (q, k, v, positions, table), **facts)[0]
 
 
 def chunk_attention(q: Array, k: Array, v: Array, gate: Array, *, positions: Array, **facts: Any) -> Array:

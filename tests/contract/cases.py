@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"heads": 2, "norm": "before_gate", "conv_activation": "none", "dt_min": 0.05},
         {"norm": "none"},
     ],
+    "mega": [{"bias": "rotary", "heads": 1}, {"weights": "laplace"}, {"bias": "none"}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
     "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],

@@ -48,6 +48,7 @@ COVERING = [
     ("nats", "ring", "zigzag", 4),
     ("dsa", "allgather_kv", "zigzag", 4),
     ("moba", "allgather_kv", "zigzag", 4),
+    ("mega", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
