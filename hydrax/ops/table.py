@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, linear, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, linear, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 from hydrax.ops.sparse import groups, permuted, ranked
 
@@ -14,6 +14,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "moments": moments.FORMS,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
     "rms_norm": rowwise.NORM,
