@@ -13,6 +13,7 @@ from hydrax import mixers
 from hydrax.core import tree
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.models.layers import LayerSpec
+from hydrax.models.mix import Single
 from hydrax.models.sharing import Adapter, Feed
 from hydrax.models.spec import ModelConfig
 from hydrax.nn.ffn import FFN
@@ -30,6 +31,8 @@ class Block(nnx.Module):
 
     Where norms stand, and how much of each term is added, is `LayerSpec.norm_place`:
     pre x + f(norm x), reordered x + norm f(x), sandwich x + norm f(norm x), post α norm x + β f(norm x).
+    With two hops (arXiv 2404.08801) the FFN reads the stream after the mixer, but is added to that before it. Mixers
+    that norm their input themselves have no norm before them.
     """
 
     def __init__(
@@ -38,7 +41,8 @@ class Block(nnx.Module):
         norm = functools.partial(NORMS[spec.norm], cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
         before, after = spec.norm_place != "reordered", spec.norm_place in ("reordered", "sandwich")
         self.name, self.spec = f"{spec.block}", spec
-        self.mixer_norm = norm() if before else None
+        normed = isinstance(spec.mix, Single) and mixers.get(spec.mix.mixer).NORMS_INPUT
+        self.mixer_norm = norm() if before and not normed else None
         self.mixer = spec.mix.build(cfg.d_model, rngs=rngs)
         self.mixer_post_norm = norm() if after else None
         channels = spec.ffn != "none"

@@ -49,10 +49,10 @@ class TimestepNorm(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B G"]]]:
         """y in the dtype of x, and the state after it; `ctx` (`mixers.Context`) gives positions and documents."""
         groups = fp32(x).reshape(*x.shape[:2], self.groups, -1)
-        own = groups.mean(-1)
+        own = jnp.mean(groups, axis=-1)
         (mean, var), (last, end) = MOMENTS[self.kind](
             own,
-            ((groups - own[..., None]) ** 2).mean(-1),
+            jnp.mean((groups - own[..., None]) ** 2, axis=-1),
             ctx.positions,
             initial_state=None if state is None else (state["mean"], state["var"]),
             segment_ids=ctx.segment_ids,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, linear, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
+from hydrax.ops.slots import working_memory
 from hydrax.ops.sparse import groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
@@ -22,6 +23,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "short_conv": conv.FORMS,
     "slot_attention": slots.FORMS,
     "slot_softmax": slots.SOFTMAX,
+    "working_memory": working_memory.FORMS,
 }
 
 
