@@ -17,13 +17,13 @@ ATTENTION = {"key_dim": 16, "value_dim": 16}
 SIZES = {
     "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
     "h100": {
-        "steps": 2000,
-        "rows": 128,
+        "steps": 3000,
+        "rows": 64,
         "rates": (1e-3, 3e-3, 1e-2),
         "seeds": 3,
         "length": 128,
         "pairs": (8, 16, 32),
-        "tokens": 512,
+        "tokens": 256,
     },
 }
 ARMS = {

@@ -15,13 +15,13 @@ from hydrax.sweep import grid
 SIZES = {
     "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
     "h100": {
-        "steps": 2000,
+        "steps": 3000,
         "rows": 64,
         "rates": (1e-3, 3e-3),
         "seeds": 3,
-        "length": 128,
-        "pairs": (8, 16),
-        "tokens": 512,
+        "length": 64,
+        "pairs": (4, 8),
+        "tokens": 128,
     },
 }
 PATTERNS = ("attn,attn,attn,attn", "gdn,gdn,gdn,gdn", "3*gdn,attn")

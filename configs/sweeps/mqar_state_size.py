@@ -21,7 +21,7 @@ WINDOWS = (16, 32)
 SIZES = {
     "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
     "h100": {
-        "steps": 6000,
+        "steps": 3000,
         "rows": 64,
         "rates": (1e-3, 3e-3, 1e-2, 3e-2),
         "seeds": 3,

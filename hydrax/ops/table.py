@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, linear, moments, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, ema, linear, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 from hydrax.ops.slots import working_memory
 from hydrax.ops.sparse import groups, permuted, ranked
@@ -11,6 +11,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
+    "ema": ema.FORMS,
     "glu": rowwise.GLU,
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,

@@ -20,7 +20,7 @@ from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import conv, delta, linear, scan, slots, softmax, sparse
+from hydrax.ops import conv, delta, ema, linear, scan, slots, softmax, sparse
 from hydrax.ops.slots import working_memory as memory
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
@@ -87,6 +87,12 @@ OPS = {
         "diag",
         ("bth", "bth", "h", "bt", "bt"),
         summarize=lambda x, dt, A, b, c, **facts: scan.summarize_selective(x, dt, A, b, **facts),
+    ),
+    "moving_average": Op(
+        ema.ema,
+        "diag",
+        ("bth", *("h_",) * 4),
+        summarize=lambda x, g, write, read, angle, **facts: ema.summarize(x, g, write, angle, **facts),
     ),
     "slot_attention": Op(slots.slot_attention, "diag", ("bth",) * 5, summarize=_writes(slots.summarize)),
     "softmax_decay": Op(slots.softmax_decay, "diag", ("bth",), summarize=_summarize_sums),
@@ -305,6 +311,13 @@ def linear_scan(a: Array, b: Array, **facts: Any) -> tuple[Array, Array]:
 def selective_scan(x: Array, dt: Array, A: Array, b: Array, c: Array, **facts: Any) -> tuple[Array, Array]:
     """`ops.scan.selective_scan`."""
     return _run("selective_scan", (x, dt, A, b, c), **facts)
+
+
+def moving_average(
+    x: Array, log_decay: Array, write: Array, read: Array, angle: Array | None = None, **facts: Any
+) -> tuple[Array, Array]:
+    """`ops.ema.ema`."""
+    return _run("moving_average", (x, log_decay, write, read, angle), **facts)
 
 
 def slot_attention(

@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 PICTURES = {
     "00_tour": 2,
     "01_add_a_mixer": 2,
-    "02_state_vs_recall": 3,
+    "02_state_vs_recall": 4,
     "03_hybrids_on_every_axis": 3,
     "04_what_a_recurrent_layer_attends_to": 6,
     "05_read_a_sweep": 3,
