@@ -83,7 +83,7 @@ class Block(nnx.Module):
         with jax.named_scope(self.name):
             x = self._add(x, mix, self.mixer_norm, self.mixer_post_norm, self._fed(x, ctx, past, new, shared))
             if self.spec.ffn != "none":
-                x = self._add(x, channels, self.ffn_norm, self.ffn_post_norm)
+                x = self._add(x, channels, self.ffn_norm, self.ffn_post_norm, base=entry if self.spec.two_hop else None)
             return self._remember(x, ctx, past, new), new
 
     def _past(self, state: State | None, ctx: mixers.Context) -> State:
@@ -100,15 +100,16 @@ class Block(nnx.Module):
         before: RMSNorm | None,
         after: RMSNorm | None,
         fed: Array | None = None,
+        base: Array | None = None,
     ) -> Array:
-        """The stream after a sublayer, by the rule of `norm_place`."""
+        """The stream after a sublayer, by the rule of `norm_place`; its term joins `base` instead of x if given."""
         h = x if fed is None else x + fed
         h = h if before is None else before(h)
         y = f(h)
         y = y if after is None else after(y)
         if self.spec.norm_place == "post":
             return self.spec.alpha * h + self.spec.beta * y
-        return x + y
+        return (x if base is None else base) + y
 
     def _channels(self, h: Array, entry: Array, ctx: mixers.Context, past: State, new: State) -> Array:
         if self.moe is None:

@@ -15,7 +15,7 @@ from flax import nnx
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.nn.param import param
-from hydrax.parallel.sequence import ema
+from hydrax.parallel.sequence import moving_average
 
 LARGEST = 1 - 1e-6
 """Of α δ: powers of q = 0 are no numbers."""
@@ -48,7 +48,7 @@ class CEMA(nnx.Module):
         """y in the dtype of x, and the state after it; `ctx` (`mixers.Context`) gives documents."""
         alpha, delta = jax.nn.sigmoid(self.alpha[...]), jax.nn.sigmoid(self.delta[...])
         turns = jnp.arange(1, alpha.shape[1] + 1) / alpha.shape[1]
-        y, h = ema(
+        y, h = moving_average(
             fp32(x),
             jnp.log1p(-jnp.minimum(alpha * delta, LARGEST)),
             alpha,

@@ -78,7 +78,8 @@ def summarize(
     """
     log_q, write, _ = _modes(x, log_decay, write, write, angle)
     seg, valid, (x,) = layout.at_padding(segment_ids, x)
-    _, U = forms.chunked(x, log_q, write, write, seg, valid, _state(x, log_q, None))
+    x, seg, valid, h, log_q, write = tree.alike((x, seg, valid, _state(x, log_q, None), log_q, write))
+    _, U = forms.chunked(x, log_q, write, write, seg, valid, h)
     tokens = jnp.full(x.shape[:1], x.shape[1]) if valid is None else valid.sum(1)
     M = jnp.exp(tokens[:, None, None] * log_q)
     return M if seg is None else tree.where(seg[:, 0] == seg[:, -1], M, jnp.zeros_like(M)), U
