@@ -12,22 +12,26 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hydrax.core.build import ConfigError, Positive
+from hydrax.core.build import ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.average import megalodon
 from hydrax.mixers.base import Context
 from hydrax.nn.kv_cache import Cache
-from hydrax.nn.position import Rope
 from hydrax.ops.sparse.lifetimes import Chunks
 from hydrax.parallel.sequence import working_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns(megalodon.Turns):
+    theta: PositiveFloat = 500_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(megalodon.Config):
     heads: Positive = 4
     groups: Positive = 64  # of features, that share their statistics over time
-    rope: Rope = dataclasses.field(default_factory=lambda: Rope(theta=500_000.0, style="interleaved"))
+    rope: Turns = dataclasses.field(default_factory=Turns)
     rope_heads: Positive | None = None  # heads whose keys have positions, the first ones; all if None
 
     def fill(self, d_model: int) -> "Config":

@@ -1,4 +1,4 @@
-"""Megalodon: softmax attention within chunks, over features that complex moving averages carry between them (2404.08801).
+"""Megalodon: softmax attention within chunks, between which complex moving averages carry features (arXiv 2404.08801).
 
     n = TimestepNorm(x),   m = RMSNorm(CEMA(n)),   z = RMSNorm(W_z m + b) per head, without a weight
     q = K^-½ (1 + g_q) z + c_q,   k = K^-½ (1 + g_k) z + c_k,   v = silu(W_v n + b),   r = silu(W_r m + b)
@@ -9,7 +9,7 @@ are cosines and have no further scale. Chunks count from the start of the docume
 """
 
 import dataclasses
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,11 @@ from hydrax.ops.sparse.lifetimes import Chunks
 
 
 @dataclasses.dataclass(frozen=True)
+class Turns(Rope):
+    style: Literal["half", "interleaved", "torchscale"] = "interleaved"  # which channels pair up
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(MixerConfig):
     heads: Positive = 1
     key_dim: Positive | None = None  # K per head; d_model / 4 over the heads if None
@@ -37,7 +42,7 @@ class Config(MixerConfig):
     chunk: Positive = 2048  # tokens per chunk of the attention
     modes: Positive = 16  # averages of each channel
     groups: Positive = 32  # of features, that share their statistics over time
-    rope: Rope = dataclasses.field(default_factory=lambda: Rope(style="interleaved"))
+    rope: Turns = dataclasses.field(default_factory=Turns)
     chunk_size: Positive | None = None  # tokens per chunk of the averages' training form
     width: Positive | None = None  # channels of the averages: d_model, which is filled in
 
@@ -116,10 +121,10 @@ class Megalodon(Mixer):
         return [(z * gain[i] + shift[i]).astype(m.dtype) for i in range(len(self.KINDS))]
 
     def _attend(
-        self, q: Array, k: Array, v: Array, ctx: Context, cache: kv_cache.Cache | None, **facts: Array
+        self, q: Array, k: Array, v: Array, ctx: Context, cache: kv_cache.Cache | None, **facts: Any
     ) -> tuple[Array, kv_cache.Cache | None]:
         """Attention to the keys that are alive, and the cache, in which `facts` of tokens are kept as well."""
-        where = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        where: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
         alive, window = self.cfg.alive, self.cfg.alive.reach
         keys = kv_cache.collect(k, v, cache, **where)
         positions = ctx.positions if keys.positions is None else keys.positions

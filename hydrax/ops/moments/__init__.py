@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from hydrax.core import tree
-from hydrax.core.numerics import fp32
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import layout
 from hydrax.ops.dispatch import select
@@ -43,7 +43,7 @@ def welford_scan(
     Raises:
       ValueError: shapes that do not fit, or an unknown `impl`.
     """
-    w = 1 / (fp32(positions) + 1)
+    w = 1 / _count(positions, mean)
     return _moments(mean, var, w, w, drift=True, **facts)
 
 
@@ -55,9 +55,14 @@ def decayed_moments(
     **facts: Any,
 ) -> tuple[tuple[Array, Array], Moments]:
     """Averages of the means and variances of tokens that decay by β₁ and β₂; as `welford_scan` in all else."""
-    n = fp32(positions) + 1
+    n = _count(positions, mean)
     w, u = ((1 - beta) / -jnp.expm1(n * math.log(beta)) for beta in betas)
     return _moments(mean, var, *(jnp.where(n == 1, 1, x) for x in (w, u)), drift=False, **facts)
+
+
+def _count(positions: Array, like: Array) -> Array:
+    """n of every token."""
+    return positions.astype(wide(like.dtype)) + 1
 
 
 def _moments(

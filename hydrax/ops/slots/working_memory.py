@@ -60,13 +60,15 @@ def working_memory(
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B,T,H,K] twice and [B,T,H,V]")
     if past is None:
-        past = tuple(jnp.zeros_like(x, shape=(B, 2 * chunk, *x.shape[2:])) for x in (k, v))
-    if past[0].shape != (B, 2 * chunk, H, K) or past[1].shape != (B, 2 * chunk, H, V):
-        raise ValueError(f"past {past[0].shape}, {past[1].shape}: expected {2 * chunk} tokens as k and v")
+        old_k, old_v = (jnp.zeros_like(x, shape=(B, 2 * chunk, *x.shape[2:])) for x in (k, v))
+    else:
+        old_k, old_v = (old.astype(new.dtype) for old, new in zip(past, (k, v), strict=True))
+    if old_k.shape != (B, 2 * chunk, H, K) or old_v.shape != (B, 2 * chunk, H, V):
+        raise ValueError(f"past {old_k.shape}, {old_v.shape}: expected {2 * chunk} tokens as k and v")
+    k, v = jnp.concatenate([old_k, k], axis=1), jnp.concatenate([old_v, v], axis=1)
     if initial_state is None:
         zero = jnp.zeros_like(k, wide(v.dtype), (B, H, K))
         initial_state = (zero[..., None] * jnp.zeros((V,), zero.dtype), zero)
-    k, v = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(past, (k, v), strict=True))
     real = jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
     form = select("working_memory", impl, FORMS, "recurrent" if T == 1 else "chunked", q.shape)
     o, (M, L) = form(q, k, v, positions, real, initial_state, chunk)
@@ -105,8 +107,8 @@ def _recurrent(
         ends = real & (position % chunk == chunk - 1) & (position >= 2 * chunk - 1)
 
         def absorb(state: State) -> State:
-            before = (jax.lax.dynamic_slice_in_dim(a, i + 1, chunk, axis=1) for a in (k, v))
-            return tree.where(ends, absorbed(state, *before, position < 2 * chunk), state)
+            before_k, before_v = (jax.lax.dynamic_slice_in_dim(a, i + 1, chunk, axis=1) for a in (k, v))
+            return tree.where(ends, absorbed(state, before_k, before_v, position < 2 * chunk), state)
 
         return jax.lax.cond(jnp.any(ends), absorb, lambda state: state, state), jnp.where(real[:, None, None], o, 0)
 
