@@ -1,4 +1,4 @@
-"""Megalodon (arXiv 2404.08801): chunked attention over complex moving averages, norms by the past, residuals of two hops.
+"""Megalodon (arXiv 2404.08801): chunked attention over complex moving averages, norms by the past, two-hop residuals.
 
     python -m launch.train --config=recipes/megalodon --workdir=runs/megalodon --config.data.path=<text> \\
         --config.data.tokenizer=<tokenizer.json of 32000 tokens>

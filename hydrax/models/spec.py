@@ -110,9 +110,7 @@ def sections(cfg: ModelConfig) -> tuple[Section, ...]:
     if cfg.final_norm is not None:
         check_groups(cfg.final_groups, cfg.d_model, "final_groups")
         if cfg.loop.norm == "final":
-            raise ConfigError(
-                "final_norm", cfg.final_norm, "expected no loop.norm = final, which would norm every pass"
-            )
+            raise ConfigError("final_norm", cfg.final_norm, "expected none with loop.norm = final")
     stretches = patterns.stretches(cfg.pattern, cfg.num_layers)
     names = [name for stretch in stretches for name in stretch.names]
     if cfg.num_layers is not None and len(names) != cfg.num_layers:
