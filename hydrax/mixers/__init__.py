@@ -156,6 +156,19 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
     ),
+    "gecko": Row(
+        path="hydrax.mixers.average.gecko:Gecko",
+        about="megalodon over two chunks, with a memory of those before",
+        paper="2601.06463",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 3, "modes": 3, "groups": 8},
+        state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, 2 * c.key_dim),
+        flops=lambda c, n: (
+            _averaged(c)
+            + 2 * c.heads * (c.key_dim + c.value_dim) * c.alive.visible(n)
+            + (6 * c.heads * c.key_dim * c.value_dim if n > c.alive.reach else 0)
+        ),
+    ),
     "gla": Row(
         path="hydrax.mixers.linear.gla:GLA",
         about="gated linear attention, decay per key channel",
@@ -283,6 +296,15 @@ TABLE: dict[str, Row] = {
             4 * c.width * c.modes + min(n, c.chunk) * ((c.heads * c.key_dim + c.inner_dim) * b + 8)
         ),
         flops=lambda c, n: 4 * c.width * c.modes + 2 * (c.heads * c.key_dim + c.inner_dim) * c.visible(n),
+    ),
+    "megalodon": Row(
+        path="hydrax.mixers.average.megalodon:Megalodon",
+        about="softmax attention in chunks over complex moving averages, under a norm by the past",
+        paper="2404.08801",
+        transition="lse",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 6, "modes": 3, "groups": 8},
+        state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, c.key_dim),
+        flops=lambda c, n: _averaged(c) + 2 * c.heads * (c.key_dim + c.value_dim) * c.alive.visible(n),
     ),
     "mla": Row(
         path="hydrax.mixers.softmax.mla:LatentAttention",
@@ -420,6 +442,16 @@ def _cache(c: Any, slots: int, b: int, by_head: int = 1, facts: int = 2) -> int:
     With them, of all heads or `by_head`, 4 bytes each for position, document and what else there is in `facts`.
     """
     return 0 if c.kv == "shared" else slots * (c.kv_heads * (c.key_dim + c.value_dim) * b + 4 * facts * by_head)
+
+
+def _chunk_cache(c: Any, n: int, b: int, keys: int) -> int:
+    """Bytes of the tokens whose chunks are visible, with so many key channels per head."""
+    return min(n, c.alive.reach) * (c.heads * (keys + c.value_dim) * b + 8)
+
+
+def _averaged(c: Any) -> int:
+    """FLOPs of complex averages: h ← q h + p x, Re γ h."""
+    return 14 * c.width * c.modes
 
 
 def names() -> list[str]:

@@ -119,9 +119,11 @@ class Mixer(nnx.Module):
     convolution and before any norm, feature map or rotation.
 
     The output projection is the attribute `project`; whoever joins several mixers sets it to None and has its own.
+    A mixer that has a norm of its own input (`NORMS_INPUT`) reads the residual stream itself where it is alone.
     """
 
     Config: ClassVar[type[MixerConfig]]
+    NORMS_INPUT: ClassVar[bool] = False
     project: Any
 
     def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
