@@ -231,6 +231,31 @@ TABLE: dict[str, Row] = {
         ),
         flops=lambda c, n: 4 * _matrix(c) + 2 * c.conv_width * c.heads * c.value_dim,
     ),
+    "infllm2": Row(
+        path="hydrax.mixers.sparse.infllm2:SpanScoredAttention",
+        about="softmax attention to near blocks of tokens, and to those that means of short spans score",
+        paper="2509.24663",
+        transition="chosen",
+        tiny={
+            "heads": 4,
+            "kv_heads": 2,
+            "key_dim": 8,
+            "block": 4,
+            "kernel": 4,
+            "stride": 2,
+            "topk": 3,
+            "local": 1,
+            "dense_len": 9,
+        },
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * -(-n // c.stride) * c.kv_heads * c.key_dim,
+        flops=lambda c, n: (
+            2
+            * c.heads
+            * (c.key_dim + c.value_dim)
+            * lifetimes.Window(max(c.dense_len, c.block * c.choice.count)).visible(n)
+            + 2 * c.heads * c.key_dim * n / (2 * c.stride)
+        ),
+    ),
     "kda": Row(
         path="hydrax.mixers.linear.kda:KimiDeltaAttention",
         about="gated delta rule, decay per key channel",

@@ -10,14 +10,14 @@ together, by their mean score.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive
 from hydrax.core.numerics import wide
-from hydrax.core.typing import Array, PyTree
+from hydrax.core.typing import Array, Int, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV, AttentionConfig, OutGate
@@ -41,22 +41,37 @@ class Config(AttentionConfig, MixerConfig):
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: the sums over blocks are of the layer's own keys")
 
+    @property
+    def stride(self) -> int:
+        """Tokens that every entry of the sums stands for."""
+        return self.block
+
     def fill(self, d_model: int) -> "Config":
         return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
 
 class BlockAttention(Mixer):
-    """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and sums over blocks of keys of the whole document."""
+    """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and sums over strides of keys of the whole document."""
 
-    Config: TypeAlias = Config
+    Config: ClassVar[type[MixerConfig]] = Config
 
-    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.gate = OutGate(d_model, cfg, rngs=rngs)
         axes = ("heads", "head_dim", "embed")
         shape = (cfg.heads, cfg.value_dim)
         self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+
+    def choose(self, queries: Queries, sums: pooled.Blocks) -> Int[Array, "B T G n"]:
+        """The blocks that every query reads; `sums` are of keys over every `stride` tokens."""
+        cfg = self.cfg
+        means = pooled.pooled_keys(sums, cfg.stride)
+        return pooled.choose_blocks(queries, means, cfg.block, cfg.top, apart=cfg.route == "query")
+
+    def dense(self, tokens: int) -> bool:
+        """Whether a call of so many tokens after a state reads all keys."""
+        return self.cfg.decode == "full" and tokens == 1
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
@@ -71,19 +86,19 @@ class BlockAttention(Mixer):
             o = over_all_keys(self._trained(ctx), rows, {"k": k, "v": v, "fine": fine_k, **own}, ctx.shards)
             return self.gate(ctx.tap("reads", o), x), None
         keys = kv_cache.in_order(k, v, state["cache"], **facts)
-        if cfg.decode == "full" and x.shape[1] == 1:
+        if self.dense(x.shape[1]):
             o = kv_cache.attend(q, keys, **facts, scale=cfg.scale, softcap=cfg.softcap, impl=ctx.impl)
         else:
-            blocks = pooled.block_sums(fine_k, cfg.block, ctx.positions, ids, state["sums"])
+            blocks = pooled.block_sums(fine_k, cfg.stride, ctx.positions, ids, state["sums"])
             o = self._read(ctx, rows, blocks, keys)
-        sums = pooled.add_sums(state["sums"], fine_k, cfg.block, ctx.positions, ids)
+        sums = pooled.add_sums(state["sums"], fine_k, cfg.stride, ctx.positions, ids)
         return self.gate(ctx.tap("reads", o), x), {"cache": kv_cache.write(state["cache"], k, v, **facts), "sums": sums}
 
     def _trained(self, ctx: Context) -> Callable[[dict[str, Array], dict[str, Array]], Array]:
         """o of some queries by all keys of their rows."""
 
         def f(rows: dict[str, Array], keys: dict[str, Array]) -> Array:
-            sums = pooled.block_sums(keys["fine"], self.cfg.block, keys["positions"], keys["segment_ids"])
+            sums = pooled.block_sums(keys["fine"], self.cfg.stride, keys["positions"], keys["segment_ids"])
             places = () if ctx.shards is None else (keys["positions"], keys["segment_ids"])
             return self._read(ctx, rows, sums, kv_cache.Keys(keys["k"], keys["v"], *places))
 
@@ -93,10 +108,7 @@ class BlockAttention(Mixer):
         cfg = self.cfg
         positions, ids = rows["positions"], rows["segment_ids"]
         by_group = rows["fine"].reshape(*rows["q"].shape[:2], keys.k.shape[2], -1, rows["q"].shape[3])
-        means = pooled.pooled_keys(sums, cfg.block)
-        idx = pooled.choose_blocks(
-            Queries(by_group, positions, ids), means, cfg.block, cfg.top, apart=cfg.route == "query"
-        )
+        idx = self.choose(Queries(by_group, positions, ids), sums)
         return block_topk_attention(
             rows["q"],
             keys.k,
@@ -117,5 +129,5 @@ class BlockAttention(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
-        shape = (batch, -(-max_len // cfg.block), cfg.kv_heads, cfg.key_dim)
+        shape = (batch, -(-max_len // cfg.stride), cfg.kv_heads, cfg.key_dim)
         return {"cache": cfg.init_cache(batch, max_len, dtype), "sums": jnp.zeros(shape, wide(dtype))}
