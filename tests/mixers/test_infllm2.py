@@ -109,7 +109,7 @@ def test_where_all_is_read_it_is_attention(options: dict[str, int]) -> None:
         ({"block": 5}, "block = 5: expected a multiple of stride = 2"),
         ({"kernel": 3}, "kernel = 3: expected a multiple of stride = 2"),
         ({"topk": 2, "init_blocks": 2}, "topk = 2: expected more than init_blocks = 2"),
-        ({"kv": "shared"}, "kv = 'shared': expected own: the sums over strides are of the layer's own keys"),
+        ({"kv": "shared"}, "kv = 'shared': expected own: the sums are of the layer's own keys"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

@@ -10,22 +10,25 @@ can become this and this attention. Keys are as they are attended to, after RoPE
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from flax import nnx
 
 from hydrax.core.build import ConfigError, NonNegative, Positive
-from hydrax.core.typing import Array, Int
-from hydrax.mixers.base import MixerConfig, per_head
-from hydrax.mixers.sparse.moba import BlockAttention
-from hydrax.nn.attention import AttentionConfig
+from hydrax.core.typing import Array, Int, PyTree
+from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.nn import chosen_blocks
+from hydrax.nn.attention import QKV, OutGate
+from hydrax.nn.chosen_blocks import BlockConfig
+from hydrax.nn.linear import Linear
 from hydrax.ops.softmax.forms import Queries
 from hydrax.ops.sparse.pooled import Blocks
 from hydrax.ops.sparse.span_scores import Choice, choose_by_spans
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
-    lifetimes: ClassVar[str] = "by content"
-
+class Config(BlockConfig, MixerConfig):
     block: Positive = 64  # tokens per block
     topk: Positive = 64  # blocks beside the local ones: the own one, the first ones, and the best
     init_blocks: NonNegative = 1  # blocks of the start of the document that are always read
@@ -41,8 +44,10 @@ class Config(AttentionConfig, MixerConfig):
                 raise ConfigError(name, getattr(self, name), f"expected a multiple of stride = {self.stride}")
         if self.topk <= self.init_blocks:
             raise ConfigError("topk", self.topk, f"expected more than init_blocks = {self.init_blocks}")
-        if self.kv == "shared":
-            raise ConfigError("kv", self.kv, "expected own: the sums over strides are of the layer's own keys")
+
+    @property
+    def unit(self) -> int:
+        return self.stride
 
     def fill(self, d_model: int) -> "Config":
         return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
@@ -59,14 +64,32 @@ class Config(AttentionConfig, MixerConfig):
         return max(self.dense_len, self.block * self.choice.count)
 
 
-class SpanScoredAttention(BlockAttention):
-    """`BlockAttention` with another choice; the sums are over strides."""
+class SpanScoredAttention(Mixer):
+    """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and sums over strides of keys of the whole document."""
 
-    Config: ClassVar[type[MixerConfig]] = Config
+    Config: TypeAlias = Config
 
-    def choose(self, queries: Queries, sums: Blocks) -> Int[Array, "B T G n"]:
+    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.qkv = QKV(d_model, cfg, rngs=rngs)
+        self.gate = OutGate(d_model, cfg, rngs=rngs)
+        axes = ("heads", "head_dim", "embed")
+        shape = (cfg.heads, cfg.value_dim)
+        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+
+    def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        return choose_by_spans(queries, sums, cfg.choice, cfg.scale or cfg.key_dim**-0.5)
+        assert cfg.key_dim is not None
+        scale = cfg.scale or cfg.key_dim**-0.5
 
-    def dense(self, tokens: int) -> bool:
-        return False
+        def choose(queries: Queries, sums: Blocks) -> Int[Array, "B T G n"]:
+            return choose_by_spans(queries, sums, cfg.choice, scale)
+
+        o, state = chosen_blocks.attend(self.qkv, cfg, choose, x, ctx, state)
+        return self.gate(ctx.tap("reads", o), x), state
+
+    def out(self, z: Array) -> Array:
+        return self.project(z)
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
+        return self.cfg.init_state(batch, max_len, dtype)
