@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"memory": "kda", "window": 20},
         {"memory": "linear_attn"},
     ],
+    "gecko": [{"chunk": 5, "rope_heads": 1}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
@@ -48,6 +49,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"heads": 2, "norm": "before_gate", "conv_activation": "none", "dt_min": 0.05},
         {"norm": "none"},
     ],
+    "megalodon": [{"heads": 1, "chunk": 16, "modes": 5, "groups": 4}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],

@@ -48,6 +48,8 @@ COVERING = [
     ("nats", "ring", "zigzag", 4),
     ("dsa", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
+    ("megalodon", "ring", "zigzag", 4),
+    ("gecko", "ulysses", "contiguous", 2),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
     ("attn", "ulysses", "zigzag", 2),
