@@ -28,6 +28,17 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim + 1),
         flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
     ),
+    "agent": Row(
+        path="hydrax.mixers.average.agent:Agent",
+        about="learned agents that average the past by softmax, read by a softmax",
+        paper="2312.08874",
+        transition="stabilised",
+        tiny={"heads": 2, "agents": 5, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * c.heads * c.agents * (c.value_dim + 2) + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 2 * c.heads * (2 * c.agents * (c.key_dim + c.value_dim) + c.conv_width * c.value_dim),
+    ),
     "attn": Row(
         path="hydrax.mixers.softmax.attn:Attention",
         about="causal softmax attention, grouped queries",
@@ -36,6 +47,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "based": Row(
+        path="hydrax.mixers.linear.based:Based",
+        about="linear attention with the Taylor polynomial of the exponential, without positions",
+        paper="2402.18668",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
     ),
     "deltanet": Row(
         path="hydrax.mixers.linear.deltanet:DeltaNet",
@@ -67,6 +87,15 @@ TABLE: dict[str, Row] = {
             + c.index_heads * (2 * c.index_dim + 2) * (n + 1) / 2
         ),
     ),
+    "efficient": Row(
+        path="hydrax.mixers.average.efficient:Efficient",
+        about="key features that average the past, each by a softmax of its own",
+        paper="1812.01243",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * (c.value_dim + 2),
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+    ),
     "evict_linear": Row(
         path="hydrax.mixers.sparse.evict_linear:EvictLinear",
         about="softmax attention over a window, and a matrix state of what has left it",
@@ -82,6 +111,15 @@ TABLE: dict[str, Row] = {
             + (6 if "beta" in c.gates else 4) * math.prod(c.state_shape)
         ),
     ),
+    "fastmax": Row(
+        path="hydrax.mixers.linear.fastmax:Fastmax",
+        about="linear attention with a polynomial of the scores of normed queries and keys",
+        paper="2402.07901",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",
         about="softmax attention with weights that depend on positions alone: an ablation",
@@ -90,6 +128,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "flow": Row(
+        path="hydrax.mixers.linear.flow:Flow",
+        about="linear attention in which keys compete for what flows into queries",
+        paper="2202.06258",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * (_matrix(c) + c.heads * (4 * c.key_dim + 1)),
+        flops=lambda c, n: 4 * _matrix(c) + 16 * c.heads * c.key_dim,
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
@@ -172,6 +219,18 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 4 * _matrix(c),
         lower_bound=lambda c: c.heads * c.key_dim,
     ),
+    "inline": Row(
+        path="hydrax.mixers.linear.inline:InLine",
+        about="the covariance of keys and values so far, read by queries, beside the mean of the values",
+        paper="2412.06590",
+        transition="scalar",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * (_matrix(c) + c.heads * (c.key_dim + c.value_dim))
+            + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 4 * _matrix(c) + 2 * c.conv_width * c.heads * c.value_dim,
+    ),
     "kda": Row(
         path="hydrax.mixers.linear.kda:KimiDeltaAttention",
         about="gated delta rule, decay per key channel",
@@ -227,6 +286,17 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 4 * _matrix(c),
         head_option="value_heads",
     ),
+    "mega": Row(
+        path="hydrax.mixers.average.mega:Mega",
+        about="moving averages, and softmax attention in chunks over what they make of the tokens",
+        paper="2209.10655",
+        transition="groups",
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "chunk": 6, "modes": 3},
+        state_bytes=lambda c, n, b: (
+            4 * c.width * c.modes + min(n, c.chunk) * ((c.heads * c.key_dim + c.inner_dim) * b + 8)
+        ),
+        flops=lambda c, n: 4 * c.width * c.modes + 2 * (c.heads * c.key_dim + c.inner_dim) * c.visible(n),
+    ),
     "megalodon": Row(
         path="hydrax.mixers.average.megalodon:Megalodon",
         about="softmax attention in chunks over complex moving averages, under a norm by the past",
@@ -254,6 +324,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 0,
         flops=lambda c, n: 0,
     ),
+    "moba": Row(
+        path="hydrax.mixers.sparse.moba:BlockAttention",
+        about="softmax attention to the own block of tokens, and to those whose mean keys score best",
+        paper="2502.13189",
+        transition="chosen",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "block": 3, "top": 3},
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * -(-n // c.block) * c.kv_heads * c.key_dim,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * min((n + 1) / 2, c.block * (c.top - 0.5))
+            + 2 * c.heads * c.key_dim * n / (2 * c.block)
+        ),
+    ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
         about="softmax attention whose keys live for ever, until the next such key, or for a window",
@@ -271,6 +353,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
         state_bytes=lambda c, n, b: 4 * c.heads * (c.value_dim + 2),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + 2 * c.value_dim),
+    ),
+    "rat": Row(
+        path="hydrax.mixers.average.rat:Rat",
+        about="gated averages within chunks, softmax attention to the ends of chunks",
+        paper="2507.04416",
+        transition="chosen",
+        tiny={"heads": 4, "groups": 2, "width": 8, "chunk": 4},
+        state_bytes=lambda c, n, b: 8 * c.heads * c.width + c.slots(n) * (2 * c.heads * c.width * b + 8),
+        flops=lambda c, n: 4 * c.heads * c.width * (n / (2 * c.chunk) + 1),
     ),
     "retention": Row(
         path="hydrax.mixers.linear.retention:Retention",

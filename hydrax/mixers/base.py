@@ -26,6 +26,7 @@ class Context:
       layer_index, depth: position of the layer among all layers (a traced scalar under the layer scan).
       lower_bounds: by width W, [layers,W] fp32 in [0,1): how little the gates of each layer may forget.
       embeddings: [B,T,D], what the first layer read: the token embeddings.
+      residual: [B,T,D], the stream that the layer adds to; None: what the mixer reads.
       modes: int32 [B,T], how a block of two modes reads each token: 1 by attention, 0 by its recurrence. -1, None: the
         block's own choice.
       noise: the key of a training step's random numbers, the same for all layers; None: nothing is drawn.
@@ -47,6 +48,7 @@ class Context:
     depth: int = 1
     lower_bounds: Mapping[int, Array] = dataclasses.field(default_factory=dict)
     embeddings: Float[Array, "B T D"] | None = None
+    residual: Float[Array, "B T D"] | None = None
     modes: Int[Array, "B T"] | None = None
     noise: Array | None = None
     progress: Array | None = None
@@ -183,7 +185,7 @@ class Row:
 
     def grows(self, cfg: Any) -> bool:
         """Whether the state grows with the row (keys and values, at least up to a window) or has a fixed size."""
-        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2, 1)
+        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2**20, 1)
 
 
 def per_head(d_model: int, heads: int) -> int:

@@ -1,5 +1,6 @@
 """One layer: a mixer and an FFN, each reading a norm of the residual stream and adding to it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -74,7 +75,8 @@ class Block(nnx.Module):
         past, new, entry = self._past(state, ctx), {}, x
 
         def mix(h: Array) -> Array:
-            y, new["mixer"] = self.mixer(h, ctx, past.get("mixer"))
+            own = dataclasses.replace(ctx, residual=h if self.spec.norm_place == "post" else entry)
+            y, new["mixer"] = self.mixer(h, own, past.get("mixer"))
             return checkpoint_name(y, "mixer_out")
 
         def channels(h: Array) -> Array:

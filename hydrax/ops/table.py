@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from hydrax.ops import conv, delta, ema, linear, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 from hydrax.ops.slots import working_memory
-from hydrax.ops.sparse import groups, permuted, ranked
+from hydrax.ops.softmax import relative
+from hydrax.ops.sparse import blocks, groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
+    "block_topk_attention": blocks.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "ema": ema.FORMS,
@@ -19,6 +21,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "moments": moments.FORMS,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
+    "relative_attention": relative.FORMS,
     "rms_norm": rowwise.NORM,
     "selective_scan": scan.SELECTIVE,
     "short_conv": conv.FORMS,

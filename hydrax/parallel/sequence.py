@@ -22,6 +22,7 @@ from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops import conv, delta, ema, linear, scan, slots, softmax, sparse
 from hydrax.ops.slots import working_memory as memory
+from hydrax.ops.softmax import relative
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
 from hydrax.parallel.shards import AXIS, NEEDS, Shards, restore, strategy
@@ -91,7 +92,7 @@ OPS = {
     "moving_average": Op(
         ema.ema,
         "diag",
-        ("bth", *("h_",) * 4),
+        ("bth", *("h",) * 4),
         summarize=lambda x, g, write, read, angle, **facts: ema.summarize(x, g, write, angle, **facts),
     ),
     "slot_attention": Op(slots.slot_attention, "diag", ("bth",) * 5, summarize=_writes(slots.summarize)),
@@ -101,6 +102,13 @@ OPS = {
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
+    "relative_attention": Op(
+        _of_keys(relative.relative_attention, "positions"),
+        "groups",
+        ("bth", "bth", "bth", "bt", "h"),
+        state="",
+        in_order=("positions",),
+    ),
     "chunk_attention": Op(
         _of_keys(sparse.chunk_attention, "positions"),
         "groups",
@@ -366,6 +374,13 @@ def self_attention(
     if ends is None and (shards is None or not facts.get("sink_tokens")):
         positions = None  # the op finds those in the row, which give the same distances
     return _run(name, (q, k, v, sinks, positions, ends, key_bias), **facts)[0]
+
+
+def relative_attention(
+    q: Array, k: Array, v: Array, table: Array | None = None, *, positions: Array, **facts: Any
+) -> Array:
+    """`ops.softmax.relative.relative_attention`."""
+    return _run("relative_attention", (q, k, v, positions, table), **facts)[0]
 
 
 def chunk_attention(q: Array, k: Array, v: Array, gate: Array, *, positions: Array, **facts: Any) -> Array:

@@ -47,6 +47,8 @@ COVERING = [
     ("dma", "allgather_kv", "zigzag", 4),
     ("nats", "ring", "zigzag", 4),
     ("dsa", "allgather_kv", "zigzag", 4),
+    ("moba", "allgather_kv", "zigzag", 4),
+    ("mega", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     ("megalodon", "ring", "zigzag", 4),
     ("gecko", "ulysses", "contiguous", 2),
