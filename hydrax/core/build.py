@@ -65,11 +65,13 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(_join(path, str(key)), value, f"unknown key; {hint}allowed: {_names(cls)}")
+    # A section passes through `build` with the defaults that `cls` has for it, also where it is not given.
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(fields[f.name]) and f.default_factory is not dataclasses.MISSING:
+            given = values.get(f.name, {})
+            if isinstance(given, Mapping):
+                values = {**values, f.name: _merged(dataclasses.asdict(f.default_factory()), given)}
     built = {key: convert(fields[key], value, _join(path, key)) for key, value in values.items()}
-    # A section that is not given still passes through `build`, so that its own defaults are checked alike.
-    for key, hint in fields.items():
-        if key not in built and isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            built[key] = build(hint, {}, _join(path, key))
     try:
         return cls(**built)
     except ConfigError as error:
@@ -149,6 +151,13 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ConfigError(key, value, f"{'.'.join(parents[: i + 1])} is a single value and has no keys")
     node[last] = value
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new` over `old`, mapping by mapping."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def plain(values: Any) -> Any:

@@ -42,6 +42,7 @@ class DataConfig:
     val_fraction: Fraction = 0.05  # share of the documents held out, chosen by a hash of their names
     seed: NonNegative = 0  # order in which documents are laid end to end
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
+    doc_align: Positive = 1  # places of a document are a multiple, by padding; for kernels of key blocks
     landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind the tokenizer's; 0: no landmarks
     threads: Positive = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
@@ -57,10 +58,20 @@ class DataConfig:
                 raise ConfigError("landmark_every", self.landmark_every, f"expected 0 with data.task = {self.task}")
         elif self.task_options:
             raise ConfigError("task_options", dict(self.task_options), "expected none without data.task")
+        if self.doc_align > 1:
+            self._check_align()
         if self.sources and self.path is not None:
             raise ConfigError("path", self.path, "expected None with data.sources")
         for name, values in self.sources.items():
             build(SourceConfig, values, f"sources.{name}")
+
+    def _check_align(self) -> None:
+        others = {"documents": True, "landmark_every": 0, "task": None}
+        for name, value in others.items():
+            if getattr(self, name) != value:
+                raise ConfigError("doc_align", self.doc_align, f"expected 1 with data.{name} = {getattr(self, name)}")
+        if self.seq_len % self.doc_align:
+            raise ConfigError("doc_align", self.doc_align, f"expected a divisor of data.seq_len = {self.seq_len}")
 
 
 FACTS = ("segment_ids", "positions")
@@ -150,10 +161,12 @@ def open_data(cfg: DataConfig, prefix: int = 0) -> Data:
 
     Raises:
       ConfigError: nothing to read, a split without documents, rows that the prefix fills, a prefix of documents that
-        are not told apart or with landmarks, or fewer training tokens than one row.
+        are aligned, not told apart or with landmarks, or fewer training tokens than one row.
     """
     if prefix >= cfg.seq_len:
         raise ConfigError("model.prefix.meta_tokens", prefix, f"expected less than data.seq_len = {cfg.seq_len}")
+    if prefix and cfg.doc_align > 1:
+        raise ConfigError("data.doc_align", cfg.doc_align, f"expected 1 with model.prefix.meta_tokens = {prefix}")
     if prefix and not cfg.documents:
         raise ConfigError("data.documents", False, f"expected True with model.prefix.meta_tokens = {prefix}")
     if prefix and cfg.landmark_every:
@@ -230,6 +243,7 @@ def _split(
                 seed=cfg.seed,
                 partial=partial,
                 prefix=prefix,
+                align=cfg.doc_align,
                 joined=not cfg.documents,
             )
             for (corpus, _), chosen in zip(corpora, documents, strict=True)

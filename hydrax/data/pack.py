@@ -9,6 +9,10 @@ i holds the tokens at the places [M + i·(T - M), M + (i + 1)·(T - M)]. Each se
 the prefix and then its tokens, from position M on. Where the edge of a row falls into a prefix, the rows on both sides
 of it end in padding, M places in all.
 
+Documents may be `align`ed: each is filled with padding that belongs to it, up to a multiple of so many places. As rows
+are as long as a multiple, all segments begin at one, and blocks of a row are blocks of a document. What is filled in
+stands behind all tokens and is no target.
+
 Rows may also be `joined`, as many published models were trained: each is one document to the model, whatever it holds.
 """
 
@@ -31,6 +35,7 @@ class PackedRows:
       seed: decides their order.
       partial: keep the last, padded row. Training drops it, validation must not.
       prefix: places M < seq_len in front of every segment's tokens.
+      align: of which the places of every document are a multiple, and `seq_len` is one; 1 with a prefix.
       joined: a row is one segment, in which a target may be of the next document; without a prefix only.
     """
 
@@ -44,13 +49,16 @@ class PackedRows:
         seed: int,
         partial: bool,
         prefix: int = 0,
+        align: int = 1,
         joined: bool = False,
     ):
         order = np.random.default_rng(seed).permutation(documents)
         lengths = prefix + np.diff(corpus.offsets)[order]
         self.tokens, self.pad, self.token_bytes = corpus.tokens, tokenizer.pad, tokenizer.token_bytes
         self.seq_len, self.prefix, self.joined = seq_len, prefix, joined
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of each document in the stream; its length last
+        taken = -(-lengths // align) * align
+        self.starts = np.concatenate([[0], np.cumsum(taken)])  # of each document in the stream; its length last
+        self.ends = self.starts[:-1] + lengths  # of what is not filled in
         self.shift = (
             corpus.offsets[order] - prefix - self.starts[:-1]
         )  # from a place in the stream to one in the corpus
@@ -60,7 +68,7 @@ class PackedRows:
 
     @property
     def stream_length(self) -> int:
-        """Tokens of the split, BOS, EOS and every document's prefix included."""
+        """Tokens of the split, BOS, EOS, every document's prefix and what is filled in included."""
         return int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -76,8 +84,8 @@ class PackedRows:
         """Rows by number, int [B]; a number past the end gives a row of padding.
 
         Returns tokens (the prefix: pad), targets, segment_ids (from 1; 0 is padding), positions int32 [B,T], weights
-        fp32 [B,T] (1 where the target is in its input's segment and the input not in a prefix) and bytes fp32 [B]
-        that the counted targets stand for.
+        fp32 [B,T] (1 where the target is a token of its input's segment and the input not in a prefix) and bytes fp32
+        [B] that the counted targets stand for.
         """
         first = self.prefix + rows[..., None] * self.stride
         last = np.minimum(first + self.stride, self.stream_length - 1)  # place of the last target
@@ -87,11 +95,13 @@ class PackedRows:
         segment = np.zeros_like(document) if self.joined else document
         head = self._head(segment, first)
         position = places - head + self.prefix
-        at = np.clip(places, head, self.stream_length - 1) + self.shift[document]
-        tokens = np.where(position < self.prefix, self.pad, self.tokens[at]).astype(np.int32)
+        at = np.clip(places, head, self.ends[document] - 1) + self.shift[document]
+        filled = places >= self.ends[document]
+        tokens = np.where(filled | (position < self.prefix), self.pad, self.tokens[at]).astype(np.int32)
         # An input whose target is not this row's is padding, and so is a prefix without such tokens.
         real = (places[..., 1:] <= last) & (head[..., :-1] < last)
-        weights = real & (segment[..., 1:] == segment[..., :-1]) & (position[..., :-1] >= self.prefix)
+        weights = real & ~filled[..., 1:] & (segment[..., 1:] == segment[..., :-1])
+        weights &= position[..., :-1] >= self.prefix
         return {
             "tokens": np.where(real, tokens[..., :-1], self.pad),
             "targets": np.where(real, tokens[..., 1:], self.pad),

@@ -15,10 +15,10 @@ from hydrax.core.build import Check, ConfigError, NonNegative, Positive, Positiv
 from hydrax.core.typing import Array
 from hydrax.eval import contest
 from hydrax.eval.layer import Inputs
-from hydrax.ops.dispatch import hopper_refusal
 from hydrax.ops.softmax import attention
-from hydrax.ops.sparse import lifetimes
+from hydrax.ops.sparse import block_topk_attention, lifetimes, pooled, pooled_keys
 from hydrax.ops.sparse.ranked import ranked_ends
+from hydrax.ops.sparse.tokens import rows_and_keys
 
 WINDOW = 512
 """Tokens that local patterns look back."""
@@ -90,18 +90,12 @@ def _chosen(block_size: int, number: int, alike: int) -> Arguments:
     return arguments
 
 
-def _chosen_blocks(q: Array, k: Array, v: Array, *, idx: Array, block_size: int, impl: str | None) -> Array:
-    """The kernels of chosen blocks."""
-    if impl == "recurrent":
-        T, R = q.shape[1], q.shape[2] // k.shape[2]
-        seen = (idx[..., None] == jnp.arange(T) // block_size).any(3)  # [B,T,G,S]
-        bias = jnp.repeat(jnp.where(jnp.moveaxis(seen, 2, 1), 0.0, -1e30), R, axis=1)
-        return attention(q, k, v, bias=bias, impl=impl)
-    if refusal := hopper_refusal("hydrax.ops.softmax.gpu", q, k, v):
-        raise ValueError(refusal)
-    from hydrax.ops.sparse import gpu
-
-    return gpu.block_topk_attention(q, k, v, idx, block_size=block_size)[0]
+def _routed_blocks(q: Array, k: Array, v: Array, *, block_size: int, top: int, impl: str | None) -> Array:
+    """What the mixer `moba` does."""
+    queries, keys = rows_and_keys(q, k, v, None, None, None, None)
+    means = pooled_keys(pooled.block_sums(k, block_size, keys.positions, None), block_size)
+    idx = pooled.choose_blocks(queries, means, block_size, top, apart=True)
+    return block_topk_attention(q, k, v, idx, block_size=block_size, impl=impl)
 
 
 SUBJECTS = {
@@ -122,9 +116,12 @@ SUBJECTS = {
     "spans": Subject(arguments=_pattern(_spans)),
     "log_bands": Subject(arguments=_pattern(lambda heads: lifetimes.LogBands(WINDOW // 4))),
     "dma": Subject(_ranked_attention, _ranked, ("score",)),
-    "blocks": Subject(_chosen_blocks, _chosen(64, 16, 64), kv_heads=1),
-    "blocks_apart": Subject(_chosen_blocks, _chosen(64, 16, 1), kv_heads=1),
-    "blocks_512": Subject(_chosen_blocks, _chosen(512, 4, 512)),
+    "blocks": Subject(block_topk_attention, _chosen(64, 16, 64), impl="pallas_gpu", kv_heads=1),
+    "blocks_apart": Subject(block_topk_attention, _chosen(64, 16, 1), impl="pallas_gpu", kv_heads=1),
+    "blocks_gather": Subject(block_topk_attention, _chosen(64, 16, 1), impl="gather", kv_heads=1),
+    "blocks_inverse": Subject(block_topk_attention, _chosen(64, 16, 1), impl="inverse", kv_heads=1),
+    "blocks_512": Subject(block_topk_attention, _chosen(512, 4, 512), impl="pallas_gpu"),
+    "moba": Subject(_routed_blocks, lambda tokens, heads: {"block_size": WINDOW // 2, "top": 4}),
 }
 
 

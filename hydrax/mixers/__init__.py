@@ -28,6 +28,17 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * c.slots * (c.key_dim + c.value_dim + 1),
         flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
     ),
+    "agent": Row(
+        path="hydrax.mixers.average.agent:Agent",
+        about="learned agents that average the past by softmax, read by a softmax",
+        paper="2312.08874",
+        transition="stabilised",
+        tiny={"heads": 2, "agents": 5, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * c.heads * c.agents * (c.value_dim + 2) + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 2 * c.heads * (2 * c.agents * (c.key_dim + c.value_dim) + c.conv_width * c.value_dim),
+    ),
     "attn": Row(
         path="hydrax.mixers.softmax.attn:Attention",
         about="causal softmax attention, grouped queries",
@@ -36,6 +47,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "based": Row(
+        path="hydrax.mixers.linear.based:Based",
+        about="linear attention with the Taylor polynomial of the exponential, without positions",
+        paper="2402.18668",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
     ),
     "deltanet": Row(
         path="hydrax.mixers.linear.deltanet:DeltaNet",
@@ -67,6 +87,15 @@ TABLE: dict[str, Row] = {
             + c.index_heads * (2 * c.index_dim + 2) * (n + 1) / 2
         ),
     ),
+    "efficient": Row(
+        path="hydrax.mixers.average.efficient:Efficient",
+        about="key features that average the past, each by a softmax of its own",
+        paper="1812.01243",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * c.heads * c.key_dim * (c.value_dim + 2),
+        flops=lambda c, n: 4 * c.heads * c.key_dim * c.value_dim,
+    ),
     "evict_linear": Row(
         path="hydrax.mixers.sparse.evict_linear:EvictLinear",
         about="softmax attention over a window, and a matrix state of what has left it",
@@ -82,6 +111,15 @@ TABLE: dict[str, Row] = {
             + (6 if "beta" in c.gates else 4) * math.prod(c.state_shape)
         ),
     ),
+    "fastmax": Row(
+        path="hydrax.mixers.linear.fastmax:Fastmax",
+        about="linear attention with a polynomial of the scores of normed queries and keys",
+        paper="2402.07901",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 4, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
+        flops=lambda c, n: 4 * math.prod(c.state_shape),
+    ),
     "fixedqk": Row(
         path="hydrax.mixers.softmax.fixedqk:FixedQK",
         about="softmax attention with weights that depend on positions alone: an ablation",
@@ -90,6 +128,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8},
         state_bytes=lambda c, n, b: _cache(c, n, b),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+    ),
+    "flow": Row(
+        path="hydrax.mixers.linear.flow:Flow",
+        about="linear attention in which keys compete for what flows into queries",
+        paper="2202.06258",
+        transition="none",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * (_matrix(c) + c.heads * (4 * c.key_dim + 1)),
+        flops=lambda c, n: 4 * _matrix(c) + 16 * c.heads * c.key_dim,
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
@@ -108,6 +155,19 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 16, "allow_neg_eigval": True},
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
+    ),
+    "gecko": Row(
+        path="hydrax.mixers.average.gecko:Gecko",
+        about="megalodon over two chunks, with a memory of those before",
+        paper="2601.06463",
+        transition="stabilised",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 3, "modes": 3, "groups": 8},
+        state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, 2 * c.key_dim),
+        flops=lambda c, n: (
+            _averaged(c)
+            + 2 * c.heads * (c.key_dim + c.value_dim) * c.alive.visible(n)
+            + (6 * c.heads * c.key_dim * c.value_dim if n > c.alive.reach else 0)
+        ),
     ),
     "gla": Row(
         path="hydrax.mixers.linear.gla:GLA",
@@ -158,6 +218,43 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * _matrix(c),
         flops=lambda c, n: 4 * _matrix(c),
         lower_bound=lambda c: c.heads * c.key_dim,
+    ),
+    "inline": Row(
+        path="hydrax.mixers.linear.inline:InLine",
+        about="the covariance of keys and values so far, read by queries, beside the mean of the values",
+        paper="2412.06590",
+        transition="scalar",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
+        state_bytes=lambda c, n, b: (
+            4 * (_matrix(c) + c.heads * (c.key_dim + c.value_dim))
+            + b * max(0, c.conv_width - 1) * c.heads * c.value_dim
+        ),
+        flops=lambda c, n: 4 * _matrix(c) + 2 * c.conv_width * c.heads * c.value_dim,
+    ),
+    "infllm2": Row(
+        path="hydrax.mixers.sparse.infllm2:SpanScoredAttention",
+        about="softmax attention to near blocks of tokens, and to those that means of short spans score",
+        paper="2509.24663",
+        transition="chosen",
+        tiny={
+            "heads": 4,
+            "kv_heads": 2,
+            "key_dim": 8,
+            "block": 4,
+            "kernel": 4,
+            "stride": 2,
+            "topk": 3,
+            "local": 1,
+            "dense_len": 9,
+        },
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * -(-n // c.stride) * c.kv_heads * c.key_dim,
+        flops=lambda c, n: (
+            2
+            * c.heads
+            * (c.key_dim + c.value_dim)
+            * lifetimes.Window(max(c.dense_len, c.block * c.choice.count)).visible(n)
+            + 2 * c.heads * c.key_dim * n / (2 * c.stride)
+        ),
     ),
     "kda": Row(
         path="hydrax.mixers.linear.kda:KimiDeltaAttention",
@@ -225,6 +322,15 @@ TABLE: dict[str, Row] = {
         ),
         flops=lambda c, n: 4 * c.width * c.modes + 2 * (c.heads * c.key_dim + c.inner_dim) * c.visible(n),
     ),
+    "megalodon": Row(
+        path="hydrax.mixers.average.megalodon:Megalodon",
+        about="softmax attention in chunks over complex moving averages, under a norm by the past",
+        paper="2404.08801",
+        transition="lse",
+        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 6, "modes": 3, "groups": 8},
+        state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, c.key_dim),
+        flops=lambda c, n: _averaged(c) + 2 * c.heads * (c.key_dim + c.value_dim) * c.alive.visible(n),
+    ),
     "mla": Row(
         path="hydrax.mixers.softmax.mla:LatentAttention",
         about="softmax attention whose keys and values are made of one low-rank latent",
@@ -243,6 +349,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 0,
         flops=lambda c, n: 0,
     ),
+    "moba": Row(
+        path="hydrax.mixers.sparse.moba:BlockAttention",
+        about="softmax attention to the own block of tokens, and to those whose mean keys score best",
+        paper="2502.13189",
+        transition="chosen",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "block": 3, "top": 3},
+        state_bytes=lambda c, n, b: _cache(c, n, b) + 4 * -(-n // c.block) * c.kv_heads * c.key_dim,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * min((n + 1) / 2, c.block * (c.top - 0.5))
+            + 2 * c.heads * c.key_dim * n / (2 * c.block)
+        ),
+    ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
         about="softmax attention whose keys live for ever, until the next such key, or for a window",
@@ -260,6 +378,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "value_dim": 16},
         state_bytes=lambda c, n, b: 4 * c.heads * (c.value_dim + 2),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + 2 * c.value_dim),
+    ),
+    "rat": Row(
+        path="hydrax.mixers.average.rat:Rat",
+        about="gated averages within chunks, softmax attention to the ends of chunks",
+        paper="2507.04416",
+        transition="chosen",
+        tiny={"heads": 4, "groups": 2, "width": 8, "chunk": 4},
+        state_bytes=lambda c, n, b: 8 * c.heads * c.width + c.slots(n) * (2 * c.heads * c.width * b + 8),
+        flops=lambda c, n: 4 * c.heads * c.width * (n / (2 * c.chunk) + 1),
     ),
     "retention": Row(
         path="hydrax.mixers.linear.retention:Retention",
@@ -340,6 +467,16 @@ def _cache(c: Any, slots: int, b: int, by_head: int = 1, facts: int = 2) -> int:
     With them, of all heads or `by_head`, 4 bytes each for position, document and what else there is in `facts`.
     """
     return 0 if c.kv == "shared" else slots * (c.kv_heads * (c.key_dim + c.value_dim) * b + 4 * facts * by_head)
+
+
+def _chunk_cache(c: Any, n: int, b: int, keys: int) -> int:
+    """Bytes of the tokens whose chunks are visible, with so many key channels per head."""
+    return min(n, c.alive.reach) * (c.heads * (keys + c.value_dim) * b + 8)
+
+
+def _averaged(c: Any) -> int:
+    """FLOPs of complex averages: h ← q h + p x, Re γ h."""
+    return 14 * c.width * c.modes
 
 
 def names() -> list[str]:

@@ -119,9 +119,11 @@ class Mixer(nnx.Module):
     convolution and before any norm, feature map or rotation.
 
     The output projection is the attribute `project`; whoever joins several mixers sets it to None and has its own.
+    A mixer that has a norm of its own input (`NORMS_INPUT`) reads the residual stream itself where it is alone.
     """
 
     Config: ClassVar[type[MixerConfig]]
+    NORMS_INPUT: ClassVar[bool] = False
     project: Any
 
     def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
@@ -183,7 +185,7 @@ class Row:
 
     def grows(self, cfg: Any) -> bool:
         """Whether the state grows with the row (keys and values, at least up to a window) or has a fixed size."""
-        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2, 1)
+        return self.state_bytes(cfg, 1, 1) != self.state_bytes(cfg, 2**20, 1)
 
 
 def per_head(d_model: int, heads: int) -> int:

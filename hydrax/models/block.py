@@ -14,6 +14,7 @@ from hydrax import mixers
 from hydrax.core import tree
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.models.layers import LayerSpec
+from hydrax.models.mix import Single
 from hydrax.models.sharing import Adapter, Feed
 from hydrax.models.spec import ModelConfig
 from hydrax.nn.ffn import FFN
@@ -31,6 +32,8 @@ class Block(nnx.Module):
 
     Where norms stand, and how much of each term is added, is `LayerSpec.norm_place`:
     pre x + f(norm x), reordered x + norm f(x), sandwich x + norm f(norm x), post α norm x + β f(norm x).
+    With two hops (arXiv 2404.08801) the FFN reads the stream after the mixer, but is added to that before it. Mixers
+    that norm their input themselves have no norm before them.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class Block(nnx.Module):
         norm = functools.partial(NORMS[spec.norm], cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
         before, after = spec.norm_place != "reordered", spec.norm_place in ("reordered", "sandwich")
         self.name, self.spec = f"{spec.block}", spec
-        self.mixer_norm = norm() if before else None
+        normed = isinstance(spec.mix, Single) and mixers.get(spec.mix.mixer).NORMS_INPUT
+        self.mixer_norm = norm() if before and not normed else None
         self.mixer = spec.mix.build(cfg.d_model, rngs=rngs)
         self.mixer_post_norm = norm() if after else None
         channels = spec.ffn != "none"
@@ -81,7 +85,7 @@ class Block(nnx.Module):
         with jax.named_scope(self.name):
             x = self._add(x, mix, self.mixer_norm, self.mixer_post_norm, self._fed(x, ctx, past, new, shared))
             if self.spec.ffn != "none":
-                x = self._add(x, channels, self.ffn_norm, self.ffn_post_norm)
+                x = self._add(x, channels, self.ffn_norm, self.ffn_post_norm, base=entry if self.spec.two_hop else None)
             return self._remember(x, ctx, past, new), new
 
     def _past(self, state: State | None, ctx: mixers.Context) -> State:
@@ -98,15 +102,16 @@ class Block(nnx.Module):
         before: RMSNorm | None,
         after: RMSNorm | None,
         fed: Array | None = None,
+        base: Array | None = None,
     ) -> Array:
-        """The stream after a sublayer, by the rule of `norm_place`."""
+        """The stream after a sublayer, by the rule of `norm_place`; its term joins `base` instead of x if given."""
         h = x if fed is None else x + fed
         h = h if before is None else before(h)
         y = f(h)
         y = y if after is None else after(y)
         if self.spec.norm_place == "post":
             return self.spec.alpha * h + self.spec.beta * y
-        return x + y
+        return (x if base is None else base) + y
 
     def _channels(self, h: Array, entry: Array, ctx: mixers.Context, past: State, new: State) -> Array:
         if self.moe is None:

@@ -17,11 +17,13 @@ class Cache(NamedTuple):
       position: int32 [B], index inside its document of the token to come.
       segment: int32 [B], id of the document in progress; 0 before the first token.
       layers: per group, per layer of its period, the layer's state by part, stacked over passes of a loop and repeats.
+      final: the state of a last norm that has one.
     """
 
     position: Int[Array, "B"]
     segment: Int[Array, "B"]
     layers: list[list[PyTree]]
+    final: PyTree = None
 
 
 def context(cache: Cache, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Context:
@@ -35,7 +37,7 @@ def context(cache: Cache, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B 
     return Context(positions=positions.astype(jnp.int32), segment_ids=segment_ids, starts=starts)
 
 
-def advance(cache: Cache, ctx: Context, layers: list[list[PyTree]]) -> Cache:
+def advance(cache: Cache, ctx: Context, layers: list[list[PyTree]], final: PyTree = None) -> Cache:
     """The cache after the last real token of each row, in its own dtypes; rows of padding alone stay where they are."""
     assert ctx.segment_ids is not None
     last = jnp.sum(ctx.segment_ids != 0, axis=1, keepdims=True) - 1
@@ -47,4 +49,5 @@ def advance(cache: Cache, ctx: Context, layers: list[list[PyTree]]) -> Cache:
         position=at_last(ctx.positions + 1, cache.position),
         segment=at_last(ctx.segment_ids, cache.segment),
         layers=jax.tree.map(lambda new, old: new.astype(old.dtype), layers, cache.layers),
+        final=final,
     )

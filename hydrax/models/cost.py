@@ -91,6 +91,7 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
         ]
         layers += period * group.repeats
     rows = parameters.sizes["embed/weight"]
+    last = 0 if cfg.final_norm is None else 4 * 2 * cfg.final_groups  # its mean and variance
     return Cost(
         seq_len=seq_len,
         batch=batch,
@@ -99,7 +100,7 @@ def cost(cfg: ModelConfig | Mapping[str, Any], *, seq_len: int, batch: int = 1, 
         embedding_parameters=rows if cfg.tie else 2 * rows,
         shared_parameters=sum(n for path, n in parameters.sizes.items() if path.startswith("shared/")),
         flops_per_token=sum(layer.flops for layer in layers) + 2 * rows,
-        state_bytes=batch * sum(layer.state_bytes for layer in layers),
+        state_bytes=batch * (sum(layer.state_bytes for layer in layers) + last),
         kv_bytes=batch * sum(layer.kv_bytes for layer in layers),
         layers=tuple(layers),
     )

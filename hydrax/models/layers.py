@@ -25,6 +25,7 @@ class BlockConfig:
     moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # over the model's
     norm: Norm | None = None
     norm_place: Place | None = None
+    two_hop: bool | None = None
     post_alpha: PositiveFloat | None = None
     post_beta: PositiveFloat | None = None
     shared: bool = False  # one set of weights wherever the block occurs
@@ -46,6 +47,7 @@ class LayerSpec:
     norm_place: str
     alpha: float
     beta: float
+    two_hop: bool = False  # what the FFN gives is added to the stream before the mixer
     shared: bool = False
     lora_rank: int | None = None
     lora_on: tuple[str, ...] = ()

@@ -21,8 +21,9 @@ from hydrax.models.spec import BYTE_VOCABULARY, ModelConfig, model_config, secti
 from hydrax.models.stack import REMAT, Losses, Made, Passes, Period, added, init_group, run_group, variant
 from hydrax.nn.bounds import LowerBounds
 from hydrax.nn.embed import Embedding
-from hydrax.nn.norm import NORMS
+from hydrax.nn.norm import NORMS, RMSNorm
 from hydrax.nn.param import param
+from hydrax.nn.timestep_norm import TimestepNorm
 from hydrax.parallel.rules import constrain
 from hydrax.parallel.shards import Shards, place, restore, strategies
 
@@ -54,7 +55,7 @@ class LM(nnx.Module):
         rngs = nnx.Rngs(params=jax.random.fold_in(key, self.depth))
         self.embed = Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
         self.head = None if cfg.tie else Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
-        self.norm = NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
+        self.norm: RMSNorm | TimestepNorm = _final_norm(cfg, rngs)
         widths = dict.fromkeys(width for layer in layers for width in layer.mix.lower_bounds())
         self.bounds = nnx.List([LowerBounds(self.depth, width, rngs=rngs) for width in widths])
         meta, normal = cfg.prefix.meta_tokens, jax.nn.initializers.normal(0.02)
@@ -154,12 +155,13 @@ class LM(nnx.Module):
                     [stacked(b, spec, g.repeats, section.loops) for b, spec in zip(blocks, g.period, strict=True)]
                 )
         zeros = jnp.zeros((batch,), jnp.int32)
-        cache = Cache(position=zeros, segment=zeros, layers=layers)
+        final = self.norm.init_state(batch, jnp.dtype(dtype)) if isinstance(self.norm, TimestepNorm) else None
+        cache = Cache(position=zeros, segment=zeros, layers=layers, final=final)
         if not prefix:
             return cache
         tokens = jnp.zeros((batch, prefix), jnp.int32)
         ctx = context(cache, tokens, None)
-        return advance(cache, ctx, self._run(tokens, ctx, layers)[1])
+        return advance(cache, ctx, *self._run(tokens, ctx, layers, final)[1])
 
     def prefill(
         self,
@@ -176,8 +178,8 @@ class LM(nnx.Module):
         the right with id 0; what comes next then follows the last real token.
         """
         ctx = dataclasses.replace(context(cache, tokens, segment_ids), modes=modes, impl=impl or self.cfg.impl)
-        x, layers, _ = self._run(tokens, ctx, cache.layers)
-        return self.logits(x)[..., : self.vocabulary], advance(cache, ctx, layers)
+        x, states, _ = self._run(tokens, ctx, cache.layers, cache.final)
+        return self.logits(x)[..., : self.vocabulary], advance(cache, ctx, *states)
 
     def step(
         self, token: Int[Array, "B"], cache: Cache, segment: Array | None = None, *, modes: Array | None = None
@@ -199,7 +201,14 @@ class LM(nnx.Module):
         bounds = {b.width: b() for b in self.bounds}
         return x, dataclasses.replace(ctx, depth=self.depth, lower_bounds=bounds, embeddings=x)
 
-    def _run(self, tokens: Array, ctx: mixers.Context, layers: list | None) -> tuple[Array, list, Losses]:
+    def finish(self, x: Float[Array, "B T D"], ctx: mixers.Context, state: PyTree = None) -> tuple[Array, PyTree]:
+        """What the last norm makes of the stream, and its state, if it has one."""
+        return self.norm(x, ctx, state) if isinstance(self.norm, TimestepNorm) else (self.norm(x), None)
+
+    def _run(
+        self, tokens: Array, ctx: mixers.Context, layers: list | None, last: PyTree = None
+    ) -> tuple[Array, tuple[list, PyTree], Losses]:
+        """The normed stream, the states of the layers and of the last norm, and the losses."""
         x, ctx = self.enter(tokens, ctx)
         new: list[PyTree] = []
         losses: Losses = {}
@@ -208,8 +217,10 @@ class LM(nnx.Module):
             x, states, lost = self._run_section(section, own, self.passes[i].gates, x, ctx, given)
             new += states
             losses = added(losses, lost)
-        final = self.cfg.loop.norm == "final" and self.sections[-1].loops > 1
-        return x if final else self.norm(x), new, losses
+        if self.cfg.loop.norm == "final" and self.sections[-1].loops > 1:
+            return x, (new, None), losses
+        x, last = self.finish(x, ctx, last)
+        return x, (new, last if layers is not None else None), losses
 
     def _by_section(self) -> list[tuple[Section, list[tuple[Group, Period]]]]:
         pairs = list(zip(self.groups, self.periods, strict=True))
@@ -271,10 +282,16 @@ class LM(nnx.Module):
             new.append(run.states)
             losses = added(losses, run.losses)
         if self.cfg.loop.norm == "final" and section.loops > 1:
-            x = self.norm(x)
+            x, _ = self.finish(x, ctx)
         if gate is not None:
             x = x + (fp32(gate) * fp32(entry)).astype(x.dtype)
         return x, (new, losses)
+
+
+def _final_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | TimestepNorm:
+    if cfg.final_norm is None:
+        return NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
+    return TimestepNorm(cfg.d_model, cfg.final_groups, cfg.final_norm, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hydrax.models.mix import Mix, Single, key_facts, parameter_shapes
 from hydrax.nn import ffn
 from hydrax.nn.memory import PKMConfig, WorkspaceConfig
 from hydrax.nn.moe import MoEConfig
+from hydrax.nn.timestep_norm import check_groups
 from hydrax.ops.table import complaint
 
 BYTE_VOCABULARY = 259
@@ -71,6 +72,9 @@ class ModelConfig:
     post_alpha: PositiveFloat = 1.0  # α of norm_place = post
     post_beta: PositiveFloat = 1.0  # β of norm_place = post
     norm_eps: PositiveFloat = 1e-6  # of these norms
+    two_hop: bool = False  # x + mixer(norm x) is what the FFN reads, but x + ffn(norm ...) what comes out
+    final_norm: Literal["timestep_norm", "timestep_decay_norm"] | None = None  # the last norm, by the past; None: norm
+    final_groups: Positive = 32  # of features, that share the statistics of that norm
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     share: ShareConfig = dataclasses.field(default_factory=ShareConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
@@ -103,6 +107,10 @@ def resolve(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
 
 def sections(cfg: ModelConfig) -> tuple[Section, ...]:
     """The layers, cut where loops begin and end; raises what `resolve` raises."""
+    if cfg.final_norm is not None:
+        check_groups(cfg.final_groups, cfg.d_model, "final_groups")
+        if cfg.loop.norm == "final":
+            raise ConfigError("final_norm", cfg.final_norm, "expected none with loop.norm = final")
     stretches = patterns.stretches(cfg.pattern, cfg.num_layers)
     names = [name for stretch in stretches for name in stretch.names]
     if cfg.num_layers is not None and len(names) != cfg.num_layers:
@@ -200,11 +208,19 @@ def _layer(cfg: ModelConfig, name: str, block: BlockConfig, kind: str, places: l
         norm_place=block.norm_place or cfg.norm_place,
         alpha=block.post_alpha or cfg.post_alpha,
         beta=block.post_beta or cfg.post_beta,
+        two_hop=_two_hop(cfg, block, path, kind),
         shared=block.shared,
         lora_rank=block.lora_rank,
         lora_on=block.lora_on if block.lora_rank else (),
         feed=None if block.feed is None else _feed(cfg, block.feed, f"{path}.feed"),
     )
+
+
+def _two_hop(cfg: ModelConfig, block: BlockConfig, path: str, kind: str) -> bool:
+    wanted = cfg.two_hop if block.two_hop is None else block.two_hop
+    if wanted and (block.norm_place or cfg.norm_place) == "post":
+        raise ConfigError(f"{path}.two_hop", True, "expected norm_place = pre, reordered or sandwich")
+    return wanted and kind != "none"
 
 
 def _mix(cfg: ModelConfig, block: BlockConfig, path: str, width: int, places: list[int], index: int) -> Mix:

@@ -79,16 +79,22 @@ class QKV(nnx.Module):
         self.k_norm = _norm(cfg.qk_norm, (G, K), keys, rngs) if own else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], source: Float[Array, "B T D"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        source: Float[Array, "B T D"] | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Array, Array | None, Array | None]:
+        """q, k and v; `exact`: q and k in fp32, not rounded to the dtype of x, to rank by."""
         e = x if source is None else source
-        q = self._placed(self.q(e), self.q_norm, positions)
+        q = self._placed(self.q(e, exact=exact), self.q_norm, positions)
         if self.q_logscale is not None:
             grown = jnp.log(positions + self.q_logscale) / math.log(self.q_logscale)
             q = (fp32(q) * grown[..., None, None]).astype(q.dtype)
         if self.k is None:
             return q, None, None
-        return q, self._placed(self.k(e), self.k_norm, positions), self.v(x)
+        return q, self._placed(self.k(e, exact=exact), self.k_norm, positions), self.v(x)
 
     def see(
         self,

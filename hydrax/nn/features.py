@@ -6,6 +6,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hydrax.core.build import Check
@@ -61,10 +62,19 @@ def dpfp(x: Array) -> Array:
 
 
 def taylor2(x: Array) -> Array:
-    """[1, x / K^¼, vec(x xᵀ) / (2K)^½], so that φ(q)·φ(k) = 1 + s + s²/2 >= ½ for s = K^-½ q·k (arXiv 2510.11602)."""
+    """[1, x / K^¼, x_i² / (2K)^½, x_i x_j / K^½ for i < j], so that φ(q)·φ(k) = 1 + s + s²/2 >= ½ for s = K^-½ q·k.
+
+    Papers: 2402.18668, 2510.11602. A product of two channels is one feature, which counts for both orders.
+    """
     y = fp32(x) * x.shape[-1] ** -0.25
-    pairs = (y[..., :, None] * y[..., None, :]).reshape(*y.shape[:-1], -1) * 0.5**0.5
+    i, j = np.triu_indices(x.shape[-1])
+    pairs = y[..., i] * y[..., j] * np.where(i == j, 0.5**0.5, 1).astype(y.dtype)
     return jnp.concatenate([jnp.ones_like(y[..., :1]), y, pairs], axis=-1).astype(x.dtype)
+
+
+def taylor2_width(K: int) -> int:
+    """1 + K + K (K + 1) / 2."""
+    return 1 + K + K * (K + 1) // 2
 
 
 class Affine(nnx.Module):
@@ -125,7 +135,7 @@ TABLE: dict[str, FeatureMap] = {
     "identity": FeatureMap(fixed(identity)),
     "relu": FeatureMap(fixed(jax.nn.relu), nonnegative=True),
     "t2r": FeatureMap(T2R, nonnegative=True, matrices=1),
-    "taylor2": FeatureMap(fixed(taylor2), width=lambda K: 1 + K + K * K, nonnegative=True),
+    "taylor2": FeatureMap(fixed(taylor2), width=taylor2_width, nonnegative=True),
 }
 
 Name = Annotated[str, Check(f"one of {', '.join(TABLE)}", lambda name: name in TABLE)]

@@ -79,6 +79,32 @@ def collect(
     )
 
 
+def in_order(
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    cache: Cache | None,
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Keys:
+    """What `collect` gives, with the new tokens right behind the cached ones, so that no document has gaps.
+
+    For caches without a window. What is left of the row has segment id 0.
+    """
+    if cache is None:
+        return Keys(k, v)
+    ids, taken = _ids(positions, segment_ids), (cache["segment_ids"] != 0).sum(1)
+    old = {name: cache[name] for name in ("k", "v", "positions")}
+    old["segment_ids"] = jnp.where(cache["segment_ids"] != 0, ids[:, :1], 0)
+
+    def put(old: Array, new: Array) -> Array:
+        room = jnp.pad(old, [(0, 0), (0, new.shape[1])] + [(0, 0)] * (old.ndim - 2))
+        place = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+        return place(room, new.astype(old.dtype), taken)
+
+    return Keys(**jax.tree.map(put, old, {"k": k, "v": v, "positions": positions, "segment_ids": ids}))
+
+
 def shared(keys: Keys | None) -> Keys:
     """The keys that another layer lends.
 

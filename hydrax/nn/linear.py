@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array
 from hydrax.nn.param import param
 
@@ -47,10 +48,17 @@ class Linear(nnx.Module):
         constant = jax.nn.initializers.constant(bias_init)
         self.bias = param(rngs, constant, self.shape_out, axes[len(self.shape_in) :], cast=True) if bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, exact: bool = False) -> Array:
+        """y in the dtype of x, or `exact`: in fp32, not rounded to it."""
         n = len(self.shape_in)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         kernel = self.kernel[...].astype(x.dtype)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if exact and jax.default_backend() == "cpu":
+            x, kernel = (
+                fp32(x),
+                fp32(kernel),
+            )  # the same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs
+        kind = wide(x.dtype) if exact else None
+        y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision, preferred_element_type=kind)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)

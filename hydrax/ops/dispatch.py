@@ -7,6 +7,7 @@ or says which form which op takes ("delta_rule=chunked, linear_scan=chunked"); t
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -83,7 +84,7 @@ def on_one_device() -> bool:
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
-def hopper_refusal(kernels: str, *inputs: Array | None) -> str | None:
+def hopper_refusal(kernels: str, *inputs: Any) -> str | None:
     """Why the kernels of a module cannot serve, or None. It is imported on GPUs only: JAX lacks them elsewhere."""
     if jax.default_backend() != "gpu":
         return f"the device is {jax.devices()[0].device_kind!r}: expected a Hopper GPU"

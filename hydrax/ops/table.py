@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, ema, linear, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, ema, linear, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
+from hydrax.ops.slots import working_memory
 from hydrax.ops.softmax import relative
-from hydrax.ops.sparse import groups, permuted, ranked
+from hydrax.ops.sparse import blocks, groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
+    "block_topk_attention": blocks.FORMS,
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "ema": ema.FORMS,
@@ -16,6 +18,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "moments": moments.FORMS,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,
     "relative_attention": relative.FORMS,
@@ -24,6 +27,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "short_conv": conv.FORMS,
     "slot_attention": slots.FORMS,
     "slot_softmax": slots.SOFTMAX,
+    "working_memory": working_memory.FORMS,
 }
 
 

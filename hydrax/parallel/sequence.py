@@ -21,6 +21,7 @@ from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
 from hydrax.ops import conv, delta, ema, linear, scan, slots, softmax, sparse
+from hydrax.ops.slots import working_memory as memory
 from hydrax.ops.softmax import relative
 from hydrax.parallel import halo, layout, ring, rules, state_scan
 from hydrax.parallel.exchange import exchange
@@ -97,6 +98,7 @@ OPS = {
     "slot_attention": Op(slots.slot_attention, "diag", ("bth",) * 5, summarize=_writes(slots.summarize)),
     "softmax_decay": Op(slots.softmax_decay, "diag", ("bth",), summarize=_summarize_sums),
     "slot_softmax": Op(slots.slot_softmax, "stabilised", ("bth",) * 3),
+    "working_memory": Op(memory.working_memory, "stabilised", ("bth", "bth", "bth", "bt")),
     "short_conv": Op(conv.short_conv, "taps", ("bth", "_h", "h"), state="b_h"),
     "attention": Op(_attention, "lse", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
     "window_attention": Op(_attention, "window", (*("bth",) * 3, *OF_TOKENS.values()), state=""),
@@ -167,7 +169,7 @@ def _carried_state(carrier: str, op: Op, x: tuple, rows: Rows, how: Mapping[str,
 
 
 def _ulysses(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
-    kinds = {"bth": "heads", "bt": "rows", "h": "weights"}
+    kinds = {"bth": "heads", "bt": "rows", "h": "weights", "h_": "weights"}
 
     def run(ids: Array | None, state: PyTree, *x: Array) -> tuple[Array, PyTree]:
         return op.run(*x, initial_state=state, segment_ids=ids, **how)
@@ -341,6 +343,11 @@ def softmax_decay(logits: Array, **facts: Any) -> tuple[Array, Array]:
 def slot_softmax(q: Array, scores: Array, v: Array, **facts: Any) -> tuple[Array, tuple[Array, Array, Array]]:
     """`ops.slots.slot_softmax`."""
     return _run("slot_softmax", (q, scores, v), **facts)
+
+
+def working_memory(q: Array, k: Array, v: Array, positions: Array, **facts: Any) -> tuple[Array, tuple[Array, Array]]:
+    """`ops.slots.working_memory.working_memory`."""
+    return _run("working_memory", (q, k, v, positions), **facts)
 
 
 def short_conv(x: Array, w: Array, b: Array | None = None, **facts: Any) -> tuple[Array, Array]:

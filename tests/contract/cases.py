@@ -21,6 +21,7 @@ LAYER = {"layer_index": 1, "depth": 3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "aaren": [{"slots": 3}],
     "abc": [{"feature": "silu", "norm_affine": False}],
+    "agent": [{"conv_width": 0}],
     "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
     "dma": [
@@ -28,16 +29,20 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"keep_last": 0, "qk_norm": "none", "softcap": 20.0},
     ],
     "dsa": [{"keep": 100, "index_rope": 0.0, "qk_norm": "head", "softcap": 20.0, "bias": True}],
+    "efficient": [{"key_norm": False}],
     "evict_linear": [
         {"memory": "gla", "fusion": "joint"},
         {"memory": "mamba2", "fusion": "joint", "feature_map": "hedgehog", "rope": {"fraction": 0.0}},
         {"memory": "kda", "window": 20},
         {"memory": "linear_attn"},
     ],
+    "fastmax": [{"degree": 1}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
     "hcam": [{"chunk": 3, "top": 2, "kv_heads": 4, "softcap": 20.0, "out_gate": "headwise", "rope": {"fraction": 0.0}}],
+    "inline": [{"activation": "silu", "conv_width": 0}],
+    "infllm2": [{"block": 3, "kernel": 3, "stride": 1, "topk": 4, "init_blocks": 2, "local": 0, "dense_len": 0}],
     "kda": [{"safe_gate": True, "gate_bias": True}],
     "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
@@ -50,8 +55,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "mega": [{"bias": "rotary", "heads": 1}, {"weights": "laplace"}, {"bias": "none"}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
+    "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],
+    "rat": [{"chunk": 1, "rope": {"fraction": 0.0}}, {"chunk": 100, "groups": 4}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
     "stochastic": [{"window": 2, "width": 5, "table": 64, "qk_norm": "head", "out_gate": "headwise"}],

@@ -28,12 +28,12 @@ AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe"
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
 """Every pair of axes once. The first ten hold every axis."""
 
-OWN_KEYS = {"dma", "dsa", "nats"}  # of those with keys, mixers that choose among their own
+OWN_KEYS = {"dma", "dsa", "infllm2", "moba", "nats"}  # of those with keys, mixers that choose among their own
 LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
-LINEAR = ("aaren", "abc", "deltanet", "gdn", "gla", "gsa", "hgrn2", "kda", "lightning", "linear_attn", "mamba2",
-          "nonapprox", "retention", "taylor")  # fmt: skip
+LINEAR = ("aaren", "abc", "agent", "based", "deltanet", "efficient", "fastmax", "flow", "gdn", "gla", "gsa", "hgrn2",
+          "inline", "kda", "lightning", "linear_attn", "mamba2", "nonapprox", "retention", "taylor")  # fmt: skip
 """The others that can be parts of heads(...)."""
 
 SPLIT = {

@@ -264,7 +264,7 @@ def test_cache_bytes_are_what_cost_says(hybrid: Hybrid):
     for max_len in (3, 100):
         cache = jax.eval_shape(lambda p, n=max_len: hybrid.plan.merge(p).init_cache(5, n, jnp.bfloat16), cast)
         priced = cost.cost(hybrid.cfg, seq_len=max_len, batch=5)
-        assert tree.nbytes(cache.layers) == priced.state_bytes + priced.kv_bytes
+        assert tree.nbytes((cache.layers, cache.final)) == priced.state_bytes + priced.kv_bytes
     tokens = jax.ShapeDtypeStruct((5, 7), jnp.int32)
     y, new = jax.eval_shape(lambda p, c, t: hybrid.plan.merge(p).prefill(t, c), cast, cache, tokens)
     assert new == cache

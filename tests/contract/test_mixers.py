@@ -363,6 +363,10 @@ def test_a_row_of_padding_leaves_the_state_alone(mixer: Case):
         assert traces == mixer.remembers, "real tokens leave no trace in the state"
 
 
+BY_POSITION = {"rat"}
+"""Mixers whose token at position 0 sees no state, whether it is told of a new document or not."""
+
+
 def test_starts_forgets_the_state(mixer: Case):
     """Row 0 starts a document, row 1 continues one; a call of one token and a call of several."""
     state = mixer.init(2, T)
@@ -378,7 +382,8 @@ def test_starts_forgets_the_state(mixer: Case):
         for who, i, want in (("a new document", 0, (fresh, fresh_state)), ("a continued one", 1, (kept, kept_state))):
             for a, b in zip(jax.tree.leaves((y, new)), jax.tree.leaves(want), strict=True):
                 assert_equal(f"{who} after {n} tokens", a[i], b[i])
-        assert np.any(np.asarray(y[0] != kept[0])) == mixer.remembers, "the state does not matter"
+        if mixer.name not in BY_POSITION:
+            assert np.any(np.asarray(y[0] != kept[0])) == mixer.remembers, "the state does not matter"
 
 
 # ------------------------------------------------------------------------------------------- (f) extremes stay finite

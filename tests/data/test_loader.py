@@ -201,3 +201,27 @@ def test_joined_documents_are_one_to_the_model(folder, data):
         ConfigError, match=r"^data\.documents = False: expected True with model\.prefix\.meta_tokens = 2$"
     ):
         open_data(cfg, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seq_len": 20}, "data.doc_align = 8: expected a divisor of data.seq_len = 20"),
+        ({"documents": False}, "data.doc_align = 8: expected 1 with data.documents = False"),
+        ({"landmark_every": 4}, "data.doc_align = 8: expected 1 with data.landmark_every = 4"),
+        ({"task": "mqar"}, "data.doc_align = 8: expected 1 with data.task = mqar"),
+    ],
+)
+def test_what_cannot_be_aligned_is_refused(values, message):
+    with pytest.raises(ConfigError) as refused:
+        build(DataConfig, {"seq_len": 16, "doc_align": 8, **values}, "data")
+    assert str(refused.value) == message
+
+
+def test_aligned_documents(folder):
+    data = open_data(DataConfig(path=str(folder), seq_len=16, val_fraction=0.2, doc_align=8))
+    rows = [np.where(b["segment_ids"], b["positions"], 1) for b in data.val_batches(2)]
+    starts = [np.flatnonzero(row == 0) for row in np.concatenate(rows)]
+    assert any(at.size > 1 for at in starts) and all(not (at % 8).any() for at in starts)
+    with pytest.raises(ConfigError, match=r"data.doc_align = 8: expected 1 with model.prefix.meta_tokens = 2"):
+        open_data(DataConfig(path=str(folder), seq_len=16, doc_align=8), prefix=2)

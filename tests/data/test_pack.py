@@ -14,9 +14,9 @@ def corpus_of(texts):
     return Corpus(np.concatenate(bodies), offsets, np.zeros(len(texts), RECORD))
 
 
-def packed(texts, seq_len, *, seed=0, partial=True, documents=None, prefix=0):
+def packed(texts, seq_len, *, seed=0, documents=None, **options):
     documents = np.arange(len(texts)) if documents is None else documents
-    return PackedRows(corpus_of(texts), documents, BYTES, seq_len, seed=seed, partial=partial, prefix=prefix)
+    return PackedRows(corpus_of(texts), documents, BYTES, seq_len, seed=seed, **{"partial": True, **options})
 
 
 @pytest.fixture
@@ -26,10 +26,11 @@ def texts():
     return [bytes([i]) * n for i, n in enumerate(lengths)]
 
 
-def reference(texts, seq_len, seed, prefix=0):
+def reference(texts, seq_len, seed, prefix=0, align=1):
     """The definition, a token at a time: (token, target, segment, position, weight) of every place of every row."""
     order = np.random.default_rng(seed).permutation(len(texts))
-    stream = [(t, d) for d in order for t in (*[None] * prefix, BYTES.bos, *texts[d], BYTES.eos)]
+    bodies = {d: (*[None] * prefix, BYTES.bos, *texts[d], BYTES.eos) for d in order}
+    stream = [(t, d) for d in order for t in (*bodies[d], *[BYTES.pad] * (-len(bodies[d]) % align))]
     rows, stride = [], seq_len - prefix
     for start in range(prefix, len(stream) - 1, stride):
         row, segment, current = [], 0, None
@@ -42,7 +43,7 @@ def reference(texts, seq_len, seed, prefix=0):
                 row += [(BYTES.pad, BYTES.pad, segment, j, 0) for j in range(prefix - 1)]
                 row += [(BYTES.pad, token, segment, prefix - 1, 0)] * (prefix > 0)
             target = BYTES.pad if target is None else target
-            row.append((token, target, segment, position, int(document == next_document)))
+            row.append((token, target, segment, position, int(document == next_document and target != BYTES.pad)))
             position += 1
         rows.append(row + [(BYTES.pad, BYTES.pad, 0, 0, 0)] * (seq_len - len(row)))
     return np.array(rows)
@@ -62,6 +63,16 @@ def assert_equal(rows, expected):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_rows_are_what_the_definition_says(texts, seq_len, seed):
     assert_equal(packed(texts, seq_len, seed=seed), reference(texts, seq_len, seed))
+
+
+@pytest.mark.parametrize(("seq_len", "align"), [(8, 8), (12, 4), (60, 5), (5000, 50)])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_aligned_rows_are_what_the_definition_says(texts, seq_len, align, seed):
+    rows = packed(texts, seq_len, seed=seed, align=align)
+    assert_equal(rows, reference(texts, seq_len, seed, align=align))
+    for row in rows:
+        starts = np.flatnonzero((row["positions"] == 0) & (row["segment_ids"] > 0))
+        assert starts.size and not (starts % align).any()
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3, 5, 16])
@@ -103,9 +114,11 @@ def test_a_prefix_may_be_longer_than_the_corpus(seed):
     assert_equal(packed(texts, 60, seed=seed, prefix=16), reference(texts, 60, seed, 16))
 
 
-@pytest.mark.parametrize(("seq_len", "prefix"), [(13, 0), (13, 3), (29, 8), (5, 4)])
-def test_every_token_is_predicted_exactly_once(texts, seq_len, prefix):
-    rows = packed(texts, seq_len, prefix=prefix)
+@pytest.mark.parametrize(("seq_len", "options"), [
+    (13, {}), (13, {"prefix": 3}), (29, {"prefix": 8}), (5, {"prefix": 4}), (12, {"align": 4}),
+])  # fmt: skip
+def test_every_token_is_predicted_exactly_once(texts, seq_len, options):
+    rows = packed(texts, seq_len, **options)
     batch = rows.batch(np.arange(len(rows)))
     predicted = np.bincount(batch["targets"][batch["weights"] > 0], minlength=BYTES.vocab_size)
     expected = np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=BYTES.vocab_size)

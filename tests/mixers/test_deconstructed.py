@@ -300,7 +300,7 @@ def test_taylor_in_bf16_keeps_weights_that_are_small_sums_of_large_products() ->
 @pytest.mark.parametrize(
     ("cfg", "expected"),
     [
-        (taylor.Config(), {"key_dim": 16, "value_dim": 16, "state_shape": (4, 273, 17)}),
+        (taylor.Config(), {"key_dim": 16, "value_dim": 16, "state_shape": (4, 153, 17)}),
         (taylor.Config(heads=3, value_dim=5), {"value_dim": 5}),
         (nonapprox.Config(), {"key_dim": 16, "value_dim": 16}),
         (fixedqk.Config(kv_heads=2), {"kv_heads": 2, "key_dim": 16, "value_dim": 16, "sigma": 1.0}),

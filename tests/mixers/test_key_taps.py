@@ -29,15 +29,22 @@ def projected(mixer: Any, x: Array) -> Array:
 
 KEYS: dict[str, Callable[[Any, Array], Array]] = {
     "aaren": projected,
+    "agent": projected,
+    "based": projected,
     "deltanet": convolved,
+    "efficient": projected,
+    "fastmax": projected,
+    "flow": projected,
     "gdn": convolved,
     "gla": projected,
     "hgrn2": lambda mixer, x: hgrn2.forget_gates(mixer.forget(x), jnp.zeros((2, 8)))[1],
+    "inline": projected,
     "kda": convolved,
     "lightning": projected,
     "linear_attn": projected,
     "mamba2": lambda mixer, x: mixer.b_conv(mixer.b(x))[0],
     "retention": projected,
+    "taylor": projected,
 }
 
 

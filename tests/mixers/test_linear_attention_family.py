@@ -108,7 +108,7 @@ def test_without_the_division_every_head_is_normed() -> None:
 @pytest.mark.parametrize("name", features.TABLE)
 def test_a_feature_map_fixes_the_state_and_whether_it_is_normalised(name: str) -> None:
     cfg = build(linear_attn.Config, {"heads": 2, "key_dim": 4, "value_dim": 6, "feature_map": name}).fill(D)
-    width = {"hedgehog": 8, "dpfp": 32, "taylor2": 21}.get(name, 4)
+    width = {"hedgehog": 8, "dpfp": 32, "taylor2": 15}.get(name, 4)
     signed = name in ("hadamard", "identity")
     assert cfg.state_shape == (2, width, 6 if signed else 7)
     assert mixers.row("linear_attn").state_bytes(cfg, 1, 2) == 4 * 2 * width * (6 if signed else 7)

@@ -12,6 +12,8 @@ LEARN = {
     "dsa": ({"heads": 2, "keep": 8, "index_heads": 4, "index_dim": 16}, 1200),
     "evict_linear": ({"heads": 2, "window": WINDOW}, 2400),
     "hcam": ({"heads": 2, "chunk": 4, "top": 4}, 2400),
+    "infllm2": ({"heads": 2, "block": 2, "kernel": 2, "stride": 1, "topk": 7, "local": 1, "dense_len": 0}, 1200),
+    "moba": ({"heads": 2, "block": 2, "top": 8}, 1200),
     "nats": ({"heads": 2, "sliding": WINDOW}, 1200),
 }
 """The options of every mixer that has to learn it, and the steps that it may take: a line for each."""

@@ -83,6 +83,25 @@ def test_norms_stand_where_they_are_told(place: str, norm: str):
     assert_close("y", run(block), x, TOLERANCE["fp32_op"])
 
 
+@pytest.mark.parametrize("place", ["pre", "reordered", "sandwich"])
+def test_two_hops_leave_the_mixer_out_of_the_stream(place: str):
+    """The FFN reads x + mixer(x), but joins x: with nothing from it, a layer gives back what it read."""
+    block = build(norm_place=place, norm="srmsnorm", two_hop=True)
+    p, x, same = parameters(block), np.asarray(X, np.float64), lambda h: rms(h, 1.0, eps=EPS)
+    middle = PLACES[place](x, lambda h: mixed(p, h), same, same)
+    after = PLACES[place](middle, lambda h: widened(p, h), same, same) - middle
+    assert_close("y", run(block), x + after, TOLERANCE["fp32_op"])
+    block.ffn.down.kernel[...] *= 0
+    assert_equal("nothing from the FFN", run(block), X)
+
+
+def test_a_mixer_that_norms_its_input_has_no_norm_before_it():
+    (spec,) = layers("megalodon", mixers={"megalodon": {"groups": 4}})
+    block = Block(config("megalodon", mixers={"megalodon": {"groups": 4}}), spec, depth=1, rngs=nnx.Rngs(0))
+    assert block.mixer_norm is None
+    assert_close("y", block._add(X, lambda h: h, block.mixer_norm, None), 2 * X, TOLERANCE["fp32_op"])
+
+
 def test_a_layer_without_channel_mixing_has_no_norm_for_it():
     block = build(ffn="none", norm_place="sandwich")
     p, x = parameters(block), np.asarray(X, np.float64)

@@ -241,7 +241,7 @@ def test_bytes_are_those_of_the_cache(pattern: str, values: dict):
             plan.shapes,
         )
         result = cost(cfg, seq_len=length, batch=2, itemsize=jnp.dtype(dtype).itemsize)
-        assert result.cache_bytes == tree.nbytes(cache.layers)
+        assert result.cache_bytes == tree.nbytes((cache.layers, cache.final))
 
 
 def test_totals_and_layers():

@@ -35,8 +35,9 @@ def hedgehog(x: np.ndarray, phi: nnx.Module) -> np.ndarray:
 
 
 def taylor2(x: np.ndarray, phi: object) -> np.ndarray:
-    pairs = np.stack([x[..., i] * x[..., j] for i in range(K) for j in range(K)], axis=-1)
-    return np.concatenate([np.ones_like(x[..., :1]), x / K**0.25, pairs / np.sqrt(2 * K)], axis=-1)
+    of_pairs = [x[..., i] * x[..., j] * (0.5**0.5 if i == j else 1) for i in range(K) for j in range(i, K)]
+    pairs = np.stack(of_pairs, axis=-1) / np.sqrt(K)
+    return np.concatenate([np.ones_like(x[..., :1]), x / K**0.25, pairs], axis=-1)
 
 
 FORMULAS = {

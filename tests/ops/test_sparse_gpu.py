@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydrax.ops.documents import document_positions
 from hydrax.ops.pallas.tuning import Tuning
-from hydrax.ops.softmax import cases, gpu, live
+from hydrax.ops.softmax import cases, forms, gpu, live
 from hydrax.ops.softmax.cases import Case
+from hydrax.ops.sparse import blocks
 from hydrax.ops.sparse.gpu import block_topk_attention, refusal
+from hydrax.ops.sparse.tokens import rows_and_keys
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 from tests.ops.test_softmax import documents
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
@@ -99,6 +102,24 @@ def check_case(name: str) -> None:
 @pytest.mark.usefixtures("emulated_gpu")
 def test_bodies_equal_the_definition(name: str) -> None:
     check_case(name)
+
+
+@pytest.mark.parametrize("lengths", [(128, 72), (100, 100)])
+@pytest.mark.usefixtures("emulated_gpu")
+def test_blocks_of_documents_are_those_of_the_row_where_these_are_aligned(lengths: tuple[int, int]) -> None:
+    """The form of the op gives what another does, whatever the documents."""
+    arrays, _, _ = problem("heads")
+    ids = jnp.asarray(np.repeat([1, 2], lengths)[None], jnp.int32)
+    own = np.concatenate([np.arange(n) for n in lengths]) // 64
+    idx = np.random.default_rng(2).integers(-1, own[None, :, None, None] + 1, size=(1, 200, 1, CHOSEN))
+    facts = {"idx": jnp.asarray(idx, jnp.int32), "block_size": 64, "segment_ids": ids, "return_lse": True}
+    want = blocks.block_topk_attention(**arrays, **facts, impl="masked")
+    queries, keys = rows_and_keys(*arrays.values(), ids, jnp.asarray(document_positions(ids)), None, None)
+    rules = forms.Rules(64**-0.5, None, None, 0, aligned=True)
+    o, lse = blocks.FORMS["pallas_gpu"](queries, keys, facts["idx"], rules, 64, None)
+    assert_close("o", o.reshape(want[0].shape), want[0], TOLERANCE["bf16_output"])
+    some = np.isfinite(want[1])
+    assert_close("lse", lse.reshape(some.shape)[some], want[1][some], TOLERANCE["bf16_output"])
 
 
 @pytest.mark.parametrize("name", [*CASES, "groups_documents"])

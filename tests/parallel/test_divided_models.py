@@ -127,6 +127,8 @@ def test_a_random_hybrid_is_that_of_one_device(seed: int, layout: str):
 
 IN_ORDER = {
     "aaren": "aaren is served by ulysses",
+    "agent": "agent is served by ulysses",
+    "efficient": "efficient is served by ulysses",
     "nonapprox": "nonapprox is served by ulysses",
     "workspace": "memory.workspace reads rows in their order",
     "granularity chunk": "granularity = 'chunk' reads rows in their order",

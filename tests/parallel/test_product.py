@@ -47,6 +47,8 @@ COVERING = [
     ("dma", "allgather_kv", "zigzag", 4),
     ("nats", "ring", "zigzag", 4),
     ("dsa", "allgather_kv", "zigzag", 4),
+    ("infllm2", "allgather_kv", "zigzag", 2),
+    ("moba", "allgather_kv", "zigzag", 4),
     ("mega", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
     # refused: a strategy of other mixers, a layout, heads, taps

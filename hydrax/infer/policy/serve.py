@@ -76,10 +76,12 @@ def served_layers(model: LM) -> list[AttentionConfig]:
     """The options of the softmax layers that a policy serves, from the first to the last.
 
     Raises:
-      ConfigError: there are none, or the model runs layers several times.
+      ConfigError: there are none, the model runs layers several times, or its last norm has a state.
     """
     if any(section.loops > 1 for section in model.sections):
         raise ConfigError("policy", "loop", "expected a model without loops")
+    if model.cfg.final_norm is not None:
+        raise ConfigError("policy", model.cfg.final_norm, "expected a model whose last norm has no state")
     layers = [layer for section in model.sections for layer in section.layers]
     found: list[Any] = [s.options for layer in layers for s in layer.mix.singles() if s.mixer == SERVED]
     if not found:
@@ -104,7 +106,7 @@ def walk(
             x, made = run.x, made | run.made
             after.append(run.states)
         new.append(jax.tree.map(lambda *s: jnp.stack(s)[None], *after))
-    return model.norm(x), new
+    return model.finish(x, ctx)[0], new
 
 
 def attending(model: LM, attend: Attend) -> Visit:

@@ -13,7 +13,7 @@ from hydrax.core.build import Positive
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
-from hydrax.nn.features import divided, taylor2, with_ones
+from hydrax.nn.features import divided, taylor2, taylor2_width, with_ones
 from hydrax.nn.linear import Linear
 from hydrax.nn.position import Rope
 from hydrax.parallel.sequence import linear_attention
@@ -22,7 +22,7 @@ from hydrax.parallel.sequence import linear_attention
 @dataclasses.dataclass(frozen=True)
 class Config(MixerConfig):
     heads: Positive = 4
-    key_dim: Positive = 16  # K per head; the state has 1 + K + K² rows
+    key_dim: Positive = 16  # K per head; the state has 1 + K + K (K + 1) / 2 rows
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     rope: Rope = dataclasses.field(default_factory=Rope)
     chunk_size: Positive | None = None  # tokens per chunk of the training form
@@ -33,13 +33,13 @@ class Config(MixerConfig):
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """(heads, features, V and the normaliser)."""
-        return self.heads, 1 + self.key_dim + self.key_dim**2, self.value_dim + 1
+        return self.heads, taylor2_width(self.key_dim), self.value_dim + 1
 
 
 class Taylor(Mixer):
     """q, k = RoPE(W x);  y = W_o o.
 
-    In fp32 from the features on: w >= ½ is the sum of 1 + K + K² products that may be far larger and cancel.
+    In fp32 from the features on: w >= ½ is the sum of products of features that may be far larger and cancel.
     """
 
     Config: TypeAlias = Config
@@ -55,8 +55,8 @@ class Taylor(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         rope = self.cfg.rope
         o, memory = linear_attention(
-            taylor2(fp32(rope.turn(self.q(x), ctx.positions))),
-            taylor2(fp32(rope.turn(self.k(x), ctx.positions))),
+            self.features(rope.turn(self.q(x), ctx.positions)),
+            self.features(rope.turn(ctx.tap("keys", self.k(x)), ctx.positions)),
             with_ones(fp32(ctx.tap("values", self.v(x)))),
             scale=1.0,
             initial_state=None if state is None else state["memory"],
@@ -66,6 +66,10 @@ class Taylor(Mixer):
             chunk_size=self.cfg.chunk_size,
         )
         return ctx.tap("reads", divided(o).astype(x.dtype)), {"memory": memory}
+
+    def features(self, x: Array) -> Array:
+        """φ of queries and keys [B,T,H,K], in fp32."""
+        return taylor2(fp32(x))
 
     def out(self, z: Array) -> Array:
         return self.project(z)

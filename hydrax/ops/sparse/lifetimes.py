@@ -204,6 +204,21 @@ class ShiftedGroups(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunks(Pattern):
+    """Queries see what is not after them of their own chunk of tokens and of the `seen` - 1 before it (2404.08801)."""
+
+    chunk: int
+    seen: int = 1
+
+    @property
+    def reach(self) -> int:
+        return self.chunk * self.seen
+
+    def lives(self, p: Any, layer: Any) -> Any:
+        return (p // self.chunk + self.seen) * self.chunk - 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Spans(Pattern):
     """Head h of layer l sees its own block and those before it, `blocks[l][h]` in all, and block 0 (arXiv 2406.14909).
 
