@@ -7,8 +7,8 @@
 The sizes of the released code: 200m, size=1p3b, size=7b. The norm before each FFN is an RMSNorm with weights around 1
 here, and a LayerNorm there; ungated FFNs have a GELU here, and a SiLU there.
 Hardware: one GPU of 80 GB for 200m, 8 for 1p3b (`--config.mesh.fsdp=8`). Not run by us.
-Expected: 221M, 1343M and 7386M parameters (2 · 32000 · width of them embeddings). Published: a training loss of 1.70 of
-the 7B after 2T tokens.
+Expected: 221M parameters, 1343M and 7386M in the larger sizes (2 · 32000 · width of them embeddings). Published: a
+training loss of 1.70 of the 7B after 2T tokens.
 """
 
 from ml_collections import ConfigDict

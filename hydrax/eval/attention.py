@@ -1,13 +1,10 @@
 """Time and memory of attention ops against the length of a row, beside full attention, after a check of their results.
 
-Another op is a line of `SUBJECTS`. First comes accuracy: outputs and all gradients of a short row against the
-definition in fp32. Then come time and memory, forward and forward + backward.
+Another op is a line of `SUBJECTS`.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import jax
@@ -16,9 +13,8 @@ import numpy as np
 
 from hydrax.core.build import Check, ConfigError, NonNegative, Positive, PositiveFloat
 from hydrax.core.typing import Array
-from hydrax.eval.layer import PASSES, Inputs, Memory, Program, forward_backward, uncached
-from hydrax.eval.timing import Times, side_by_side
-from hydrax.eval.tolerances import op_tolerance, relative_rms
+from hydrax.eval import contest
+from hydrax.eval.layer import Inputs
 from hydrax.ops.softmax import attention
 from hydrax.ops.sparse import block_topk_attention, lifetimes, pooled, pooled_keys
 from hydrax.ops.sparse.ranked import ranked_ends
@@ -146,33 +142,17 @@ class Settings:
                 raise ConfigError("subjects", name, f"expected all, or some of {', '.join(SUBJECTS)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A pass."""
-
-    compile_seconds: float
-    seconds: Times
-    memory: Memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A subject at one width and length. `verdict`: "right", "not checked", or what is wrong with its results."""
-
-    subject: str
-    width: int
-    seq_len: int
-    verdict: str
-    errors: dict[str, float]
-    results: dict[str, Measured]
-    error: str | None  # why a pass is missing
-
-
 class Op:
     """A subject as a layer without parameters: x holds what has a gradient."""
 
+    dtype = "bfloat16"
+
     def __init__(self, subject: Subject, heads: int, width: int, impl: str | None):
         self.subject, self.heads, self.width, self.impl = subject, heads, width, impl
+
+    @property
+    def definition(self) -> "Op":
+        return Op(self.subject, self.heads, self.width, "recurrent")
 
     def inputs(self, batch: int, seq_len: int) -> Inputs:
         """Normal values, in bfloat16 but for arguments of the subject."""
@@ -193,72 +173,8 @@ class Op:
         return self.subject.op(**x, **facts, **options, impl=self.impl)
 
 
-class Plan:
-    """A subject at one width, while it is compiled: its check, and a program per length and pass."""
-
-    def __init__(self, name: str, width: int, settings: Settings, pool: concurrent.futures.Executor):
-        subject = SUBJECTS[name]
-        self.name, self.width, self.op = name, width, Op(subject, settings.heads, width, subject.impl)
-        self.check = pool.submit(compare, self.op, settings.check)
-        self.programs = {
-            (seq_len, which): pool.submit(Program, self.op, which, None, 1, seq_len)
-            for seq_len in sorted(set(settings.seq_lens))
-            for which in PASSES
-        }
-
-
-def bench(settings: Settings) -> Iterator[list[Row]]:
-    """The rows of one subject and width after another, by length. What fails is a row with an error."""
-    with uncached(), concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
-        plans = [Plan(name, width, settings, pool) for width in settings.widths for name in settings.subjects]
-    # Leaving the pool waits for all: compilers would disturb what is timed.
-    while plans:  # what was measured makes room
-        yield measure(plans.pop(0), settings)
-
-
-def measure(plan: Plan, settings: Settings) -> list[Row]:
-    """The rows of one subject and width."""
-    verdict, errors = plan.check.result()
-    programs: dict[tuple[int, str], Program] = {}
-    failed: dict[int, str] = {}
-    lengths = sorted(set(settings.seq_lens))
-    for seq_len in lengths:
-        try:
-            inputs = plan.op.inputs(1, seq_len)
-            for which in PASSES:
-                program = plan.programs[seq_len, which].result()
-                program.start(None, inputs)
-                programs[seq_len, which] = program
-        except Exception as error:  # out of memory, or whatever an op raises
-            failed[seq_len] = _line(error)
-    times = side_by_side(programs, repeats=settings.repeats, seconds=settings.seconds)
-    found = {key: Measured(p.compile_seconds, times[key], p.memory) for key, p in programs.items()}
-    by_pass = {T: {which: found[T, which] for which in PASSES if (T, which) in found} for T in lengths}
-    return [Row(plan.name, plan.width, T, verdict, errors, by_pass[T], failed.get(T)) for T in lengths]
-
-
-def compare(op: Op, seq_len: int) -> tuple[str, dict[str, float]]:
-    """How far the results of a short row are from those of the definition; of no tokens nothing is known."""
-    if not seq_len:
-        return "not checked", {}
-    inputs = op.inputs(1, seq_len)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), {"x": inputs["x"], "dy": inputs["dy"]})
-    definition = Op(op.subject, op.heads, op.width, "recurrent")
-    try:
-        found, expected = _results(op, inputs), _results(definition, inputs | wide)
-    except Exception as error:
-        return f"fails: {_line(error)}", {}
-    errors = {name: relative_rms(found[name], expected[name]) for name in expected}
-    wrong = [name for name, x in errors.items() if not x <= op_tolerance(name, "bfloat16")]
-    return (f"wrong: {', '.join(wrong)}" if wrong else "right"), errors
-
-
-def _results(op: Op, inputs: Inputs) -> Mapping[str, np.ndarray]:
-    """The output and all gradients."""
-    o, (_, dx) = jax.jit(functools.partial(forward_backward, op, None))(**inputs)
-    return {name: np.asarray(a, np.float32) for name, a in {"o": o, **{f"d{n}": a for n, a in dx.items()}}.items()}
-
-
-def _line(error: Exception) -> str:
-    """The beginning of what an error says, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def bench(settings: Settings) -> Iterator[list[contest.Row]]:
+    """The rows of one subject and width after another, by length."""
+    pairs = ((name, width) for width in settings.widths for name in settings.subjects)
+    ops = {(name, w): Op(SUBJECTS[name], settings.heads, w, SUBJECTS[name].impl) for name, w in pairs}
+    return contest.bench(ops, settings)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from hydrax.eval.attention import Row
+from hydrax.eval.contest import Row
 from hydrax.eval.layer import PASSES
 from hydrax.train.figure import INK, blank, quiet, save
 

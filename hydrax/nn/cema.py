@@ -33,7 +33,7 @@ class CEMA(nnx.Module):
 
     def __init__(self, width: int, modes: int, *, skip: bool, rngs: nnx.Rngs):
         shape, axes, normal = (width, modes), ("inner", "ema"), jax.nn.initializers.normal
-        self.scale = modes**-0.5 if skip else 1.0
+        self.shape, self.scale = shape, modes**-0.5 if skip else 1.0
         self.alpha = param(rngs, normal(0.2), shape, axes)
         self.delta = param(rngs, normal(0.2), shape, axes)
         self.theta = param(rngs, _spread, (width,), ("inner",))
@@ -65,4 +65,4 @@ class CEMA(nnx.Module):
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> PyTree:
         """The state before token 0, zeros."""
-        return {name: jnp.zeros((batch, *self.alpha.shape), wide(dtype)) for name in ("real", "imaginary")}
+        return {name: jnp.zeros((batch, *self.shape), wide(dtype)) for name in ("real", "imaginary")}

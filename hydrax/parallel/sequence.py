@@ -169,7 +169,7 @@ def _carried_state(carrier: str, op: Op, x: tuple, rows: Rows, how: Mapping[str,
 
 
 def _ulysses(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
-    kinds = {"bth": "heads", "bt": "rows", "h": "weights", "h_": "weights"}
+    kinds = {"bth": "heads", "bt": "rows", "h": "weights"}
 
     def run(ids: Array | None, state: PyTree, *x: Array) -> tuple[Array, PyTree]:
         return op.run(*x, initial_state=state, segment_ids=ids, **how)

@@ -37,6 +37,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"memory": "linear_attn"},
     ],
     "fastmax": [{"degree": 1}],
+    "gecko": [{"chunk": 5, "rope_heads": 1}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
@@ -54,6 +55,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"norm": "none"},
     ],
     "mega": [{"bias": "rotary", "heads": 1}, {"weights": "laplace"}, {"bias": "none"}],
+    "megalodon": [{"heads": 1, "chunk": 16, "modes": 5, "groups": 4}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
     "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hydrax.core.build import ConfigError, build
-from hydrax.eval import attention, attention_report, report
+from hydrax.eval import attention_report, contest, report
 from hydrax.eval.attention import SUBJECTS, Op, Settings, Subject, bench
 from hydrax.ops.softmax import attention as softmax_attention
 
@@ -23,7 +23,7 @@ def settings(**options) -> Settings:
 
 @pytest.fixture(autouse=True)
 def cached(monkeypatch):
-    monkeypatch.setattr(attention, "uncached", contextlib.nullcontext)
+    monkeypatch.setattr(contest, "uncached", contextlib.nullcontext)
 
 
 def test_right_results_are_timed_at_every_length():

@@ -10,6 +10,7 @@ import pytest
 
 import launch.bench
 import launch.bench_attention
+import launch.bench_averages
 import launch.bench_kernels
 import launch.bench_train
 import launch.compile_time
@@ -28,6 +29,7 @@ MAINS = {
     "cost": launch.cost.main,
     "bench": launch.bench.main,
     "bench_attention": launch.bench_attention.main,
+    "bench_averages": launch.bench_averages.main,
     "bench_kernels": launch.bench_kernels.main,
     "bench_train": launch.bench_train.main,
     "compile_time": launch.compile_time.main,
@@ -111,6 +113,7 @@ def command_line(command: str, config: str, workdir: pathlib.Path, extra: Sequen
         "evaluate": {"workdir": workdir, "out": workdir.parent / "evaluation"},
         "bench": {},
         "bench_attention": {},
+        "bench_averages": {},
         "bench_kernels": {},
         "bench_train": {"config": config},
         "compile_time": {"config": config},

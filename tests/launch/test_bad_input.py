@@ -173,6 +173,7 @@ OTHERS = [
         r"out = '.*/x\.json': cannot be written \(.*\); expected a new file",
     ),
     ("bench_attention", ["--subjects=mla"], r"subjects = 'mla': expected all, or some of cudnn, plain"),
+    ("bench_averages", ["--subjects=fft"], r"subjects = 'fft': expected all, or some of real_chunks_16"),
     ("bench_attention", ["--widths=64,x"], r"widths\[1\] = 'x': expected an integer"),
     ("bench_attention", ["--seq_lens=0"], r"seq_lens\[0\] = 0: expected an integer >= 1"),
     (

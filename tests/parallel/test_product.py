@@ -51,6 +51,8 @@ COVERING = [
     ("moba", "allgather_kv", "zigzag", 4),
     ("mega", "allgather_kv", "zigzag", 4),
     ("gated_conv", "allgather_state", "zigzag", 4),
+    ("megalodon", "ring", "zigzag", 4),
+    ("gecko", "ulysses", "contiguous", 2),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
     ("attn", "ulysses", "zigzag", 2),
