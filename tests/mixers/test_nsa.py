@@ -61,7 +61,7 @@ def far(q: np.ndarray, k: np.ndarray, v: np.ndarray, starts: list[int], t: int, 
     for r, head in enumerate(q if starts else []):
         p = softmax(k @ head / np.sqrt(K))
         o[r], weights = p @ v, weights + p
-    score = {j: 0.0 for j in range(own)}
+    score = dict.fromkeys(range(own), 0.0)
     for j in score:
         for s, p in zip(starts, weights, strict=True):
             shared = min(s + c.kernel, (j + 1) * c.block) - max(s, j * c.block)

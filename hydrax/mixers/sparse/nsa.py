@@ -183,13 +183,13 @@ class NativeSparseAttention(Mixer):
             near = kv_cache.Keys(k3, v3)
         else:
             terms = {"k": self.k_spans.terms(k1, *own.values()), "v": self.v_spans.terms(v1, *own.values())}
-            places = {"size": cfg.stride, **own}
-            sums = {n: pooled.block_sums(t, **places, before=state["sums"][n]) for n, t in terms.items()}
+            at = (cfg.stride, ctx.positions, ids)
+            sums = {n: pooled.block_sums(t, *at, state["sums"][n]) for n, t in terms.items()}
             keys = kv_cache.in_order(k2, v2, state["cache"], **facts)
             far = self._far(ctx, rows, sums, keys)
             near = keys if "ring" not in state else kv_cache.collect(k3, v3, state["ring"], **facts)
             new = {
-                "sums": {n: pooled.add_sums(state["sums"][n], t, **places) for n, t in terms.items()},
+                "sums": {n: pooled.add_sums(state["sums"][n], t, *at) for n, t in terms.items()},
                 "cache": kv_cache.write(state["cache"], k2, v2, **facts),
             }
             if "ring" in state:
@@ -234,7 +234,7 @@ class NativeSparseAttention(Mixer):
         cfg, dtype = self.cfg, rows["q"].dtype
         positions, ids = rows["positions"], rows["segment_ids"]
         by_group = rows["fine"].reshape(*rows["q"].shape[:2], cfg.kv_heads, -1, cfg.key_dim)
-        scale = cfg.scale or cfg.key_dim**-0.5  # type: ignore[operator]
+        scale = cfg.scale or cfg.key_dim**-0.5
         rules = Rules(scale, cfg.softcap, None, 0, aligned=False)
         spans = self._spans(sums)
         o, idx = compress.span_attention(Queries(by_group, positions, ids), spans, sums["k"], cfg.choice, rules)

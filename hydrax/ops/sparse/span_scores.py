@@ -98,7 +98,8 @@ def _over_blocks(p: Float[Array, "B T G N"], sums: Blocks, choice: Choice) -> Fl
         best = jnp.stack(parts).max(0)
     else:
         most = min(strides, later + 1)
-        best = sum(x * min(i + 1, strides + later - i, most) for i, x in enumerate(parts))
+        shared = [min(i + 1, strides + later - i, most) for i in range(len(parts))]
+        best = jnp.stack([x * n for x, n in zip(parts, shared, strict=True)]).sum(0)
     return _by_block(jnp.where(_ends(sums, choice)[:, None, None], best, -jnp.inf), strides)
 
 
