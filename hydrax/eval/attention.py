@@ -15,9 +15,10 @@ from hydrax.core.build import Check, ConfigError, NonNegative, Positive, Positiv
 from hydrax.core.typing import Array
 from hydrax.eval import contest
 from hydrax.eval.layer import Inputs
-from hydrax.ops.softmax import attention
-from hydrax.ops.sparse import block_topk_attention, lifetimes, pooled, pooled_keys
+from hydrax.ops.softmax import attention, forms
+from hydrax.ops.sparse import block_topk_attention, compress, lifetimes, pooled, pooled_keys
 from hydrax.ops.sparse.ranked import ranked_ends
+from hydrax.ops.sparse.span_scores import Choice
 from hydrax.ops.sparse.tokens import rows_and_keys
 
 WINDOW = 512
@@ -98,6 +99,22 @@ def _routed_blocks(q: Array, k: Array, v: Array, *, block_size: int, top: int, i
     return block_topk_attention(q, k, v, idx, block_size=block_size, impl=impl)
 
 
+def _spans_blocks_window(q: Array, k: Array, v: Array, *, choice: Choice, impl: str | None) -> Array:
+    """What the mixer `nsa` does with means of spans, all gates 1."""
+    queries, keys = rows_and_keys(q, k, v, None, None, None, None)
+    sums = [pooled.block_sums(x, choice.stride, keys.positions, None) for x in (k, v)]
+    means, values = (pooled_keys(x, choice.stride, choice.length) for x in sums)
+    ends = means.numbers * choice.stride + choice.length - 1
+    spans = forms.Keys(means.x, values.x, ends, means.segment_ids)
+    rules = forms.Rules(q.shape[-1] ** -0.5, None, None, 0, aligned=False)
+    ids = jnp.ones(q.shape[:2], jnp.int32)
+    exact = queries._replace(q=queries.q.astype(jnp.float32), segment_ids=ids)
+    o, idx = compress.span_attention(exact, spans, sums[0], choice, rules)
+    chosen = block_topk_attention(q, k, v, idx, block_size=choice.block, impl=impl)
+    near = attention(q, k, v, window=WINDOW, impl=impl)
+    return o.reshape(chosen.shape).astype(chosen.dtype) + chosen + near
+
+
 SUBJECTS = {
     "cudnn": Subject(impl="cudnn"),
     "plain": Subject(impl="pallas_gpu"),
@@ -121,6 +138,11 @@ SUBJECTS = {
     "blocks_gather": Subject(block_topk_attention, _chosen(64, 16, 1), impl="gather", kv_heads=1),
     "blocks_inverse": Subject(block_topk_attention, _chosen(64, 16, 1), impl="inverse", kv_heads=1),
     "blocks_512": Subject(block_topk_attention, _chosen(512, 4, 512), impl="pallas_gpu"),
+    "nsa": Subject(
+        _spans_blocks_window,
+        lambda tokens, heads: {"choice": Choice(64, 32, 16, first=1, local=1, count=16, pool="sum")},
+        kv_heads=1,
+    ),
     "moba": Subject(_routed_blocks, lambda tokens, heads: {"block_size": WINDOW // 2, "top": 4}),
 }
 

@@ -379,6 +379,39 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * c.heads * (c.value_dim + 2),
         flops=lambda c, n: 2 * c.heads * (c.key_dim + 2 * c.value_dim),
     ),
+    "nsa": Row(
+        path="hydrax.mixers.sparse.nsa:NativeSparseAttention",
+        about="softmax attention to spans made into tokens, to the blocks these choose, and to a window, gated",
+        paper="2502.11089",
+        transition="chosen",
+        tiny={
+            "heads": 4,
+            "kv_heads": 2,
+            "key_dim": 8,
+            "block": 4,
+            "kernel": 4,
+            "stride": 2,
+            "top": 3,
+            "window": 5,
+            "compress": "weighted",
+        },
+        state_bytes=lambda c, n, b: (
+            _cache(c, n, b)
+            + (_cache(c, min(n, c.window), b) if c.kv_sharing == "separate" else 0)
+            + 4 * -(-n // c.stride) * c.roles * c.kv_heads * (c.key_dim + c.value_dim)
+        ),
+        flops=lambda c, n: (
+            2
+            * c.heads
+            * (c.key_dim + c.value_dim)
+            * (
+                lifetimes.Window(c.block * c.top).visible(n)
+                + lifetimes.Window(c.window).visible(n)
+                + n / (2 * c.stride)
+            )
+            + c.compress_flops
+        ),
+    ),
     "rat": Row(
         path="hydrax.mixers.average.rat:Rat",
         about="gated averages within chunks, softmax attention to the ends of chunks",

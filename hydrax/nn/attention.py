@@ -64,11 +64,12 @@ class QKV(nnx.Module):
     """q = s_t RoPE(norm(x W_q)), k = RoPE(norm(x W_k)), v = x W_v; k and v are None where another layer lends them.
 
     s_t = 1, or ln(t + a) / ln(a) with `q_logscale` a (arXiv 2601.22156). All three W may have biases. With a `source`
-    e [B,T,D] of their own, q and k are made of e instead of x (arXiv 2510.11602).
+    e [B,T,D] of their own, q and k are made of e instead of x (arXiv 2510.11602). `kv_heads` may be others than those
+    of the config.
     """
 
-    def __init__(self, d_model: int, cfg: AttentionConfig, *, rngs: nnx.Rngs):
-        H, G, K, V = cfg.heads, cfg.kv_heads, cfg.key_dim, cfg.value_dim
+    def __init__(self, d_model: int, cfg: AttentionConfig, *, rngs: nnx.Rngs, kv_heads: int | None = None):
+        H, G, K, V = cfg.heads, kv_heads or cfg.kv_heads, cfg.key_dim, cfg.value_dim
         queries, keys = ("heads", "head_dim"), ("kv_heads", "head_dim")
         own = cfg.kv == "own"
         self.rope, self.q_logscale = cfg.rope, cfg.q_logscale

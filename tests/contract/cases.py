@@ -60,6 +60,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],
+    "nsa": [
+        {"compress": "linear", "kv_sharing": "separate", "qk_norm": "head", "rotate": "centre"},
+        {"compress": "mlp", "block": 3, "kernel": 6, "stride": 3, "local": 0, "init_blocks": 0, "softcap": 20.0},
+        {"compress": "mean", "rotate": "keys", "kernel": 2, "out_gate": "headwise"},
+    ],
     "rat": [{"chunk": 1, "rope": {"fraction": 0.0}}, {"chunk": 100, "groups": 4}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],

@@ -15,6 +15,7 @@ LEARN = {
     "infllm2": ({"heads": 2, "block": 2, "kernel": 2, "stride": 1, "topk": 7, "local": 1, "dense_len": 0}, 1200),
     "moba": ({"heads": 2, "block": 2, "top": 8}, 1200),
     "nats": ({"heads": 2, "sliding": WINDOW}, 1200),
+    "nsa": ({"heads": 2, "block": 2, "kernel": 2, "stride": 2, "top": 7, "window": WINDOW}, 1200),
 }
 """The options of every mixer that has to learn it, and the steps that it may take: a line for each."""
 

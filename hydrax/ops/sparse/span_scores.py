@@ -5,6 +5,7 @@ score_tj = max of p_tc over the spans that overlap block j,   both over the span
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class Choice:
       first, local: blocks of the start of the document, and before the query's own, that are always read.
       count: blocks that are read, these and the own one among them.
       dense: queries before that position read everything.
+      pool: a block scores the largest p of the spans that overlap it, or their sum, each as often as it shares strides
+        with the block (arXiv 2502.11089).
     """
 
     block: int
@@ -35,7 +38,8 @@ class Choice:
     first: int
     local: int
     count: int
-    dense: int
+    dense: int = 0
+    pool: Literal["max", "sum"] = "max"
 
 
 def choose_by_spans(
@@ -48,8 +52,8 @@ def choose_by_spans(
     """
     queries, sums = jax.lax.stop_gradient((queries, sums))
     spans = pooled_keys(sums, choice.stride, choice.length)
-    blocks = _whole_blocks(sums, choice)
-    width = min(max(choice.count, -(-choice.dense // choice.block)), blocks.numbers.shape[1] + 1)
+    count = -(-sums.numbers.shape[1] // (choice.block // choice.stride))
+    width = min(max(choice.count, -(-choice.dense // choice.block)), count + 1)
 
     def block(rows: tuple, keys: forms.Keys) -> tuple[Array]:
         (own,) = rows
@@ -60,12 +64,7 @@ def choose_by_spans(
             visible &= spans.segment_ids[:, None] == own.segment_ids[..., None]
         z = einsum("btgrk,bngk->btgrn", fp32(own.q), keys.k) * scale
         p = softmax(jnp.where(visible[:, :, None, None], z, forms.MASKED)).sum(3)
-        forced = (blocks.numbers < choice.first)[:, None] | (
-            blocks.numbers[:, None] >= number[..., None] - choice.local
-        )
-        seen = seen_blocks(blocks, number, own.segment_ids)
-        facts = {"own": number, "numbers": blocks.numbers, "seen": seen, "forced": forced}
-        chosen = causal_block_topk(_over_blocks(p, sums, choice), choice.count, **facts)
+        chosen = choose(p, own, sums, choice)
         chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, max(0, width - chosen.shape[-1]))], constant_values=-1)
         index = jnp.arange(chosen.shape[-1])
         every = jnp.where(index <= number[..., None], index, -1)[:, :, None]
@@ -77,15 +76,30 @@ def choose_by_spans(
     return checkpoint_name(chosen.astype(jnp.int32), KERNEL)
 
 
+def choose(p: Float[Array, "B T G N"], own: forms.Queries, sums: Blocks, choice: Choice) -> Int[Array, "B T G n"]:
+    """Numbers of the blocks of best p, by the entries of `sums`; -1 where there are none left."""
+    blocks, number = _whole_blocks(sums, choice), own.positions // choice.block
+    forced = (blocks.numbers < choice.first)[:, None] | (blocks.numbers[:, None] >= number[..., None] - choice.local)
+    seen = seen_blocks(blocks, number, own.segment_ids)
+    facts = {"own": number, "numbers": blocks.numbers, "seen": seen, "forced": forced}
+    return causal_block_topk(_over_blocks(p, sums, choice), choice.count, **facts)
+
+
 def _over_blocks(p: Float[Array, "B T G N"], sums: Blocks, choice: Choice) -> Float[Array, "B T G M"]:
-    """The largest p of the spans that overlap each block, by the entries of blocks.
+    """The p of the spans that overlap each block, the largest or their sum, by the entries of blocks.
 
     A span has the entry of its last stride. So those of a block end at its strides, or up to a span less one later.
     """
     strides, later = choice.block // choice.stride, choice.length // choice.stride - 1
     N = p.shape[-1]
     wide = jnp.pad(p, [(0, 0)] * 3 + [(strides - 1, later)])
-    best = jnp.stack([wide[..., i : i + N] for i in range(strides + later)]).max(0)
+    parts = [wide[..., i : i + N] for i in range(strides + later)]
+    if choice.pool == "max":
+        best = jnp.stack(parts).max(0)
+    else:
+        most = min(strides, later + 1)
+        shared = [min(i + 1, strides + later - i, most) for i in range(len(parts))]
+        best = jnp.stack([x * n for x, n in zip(parts, shared, strict=True)]).sum(0)
     return _by_block(jnp.where(_ends(sums, choice)[:, None, None], best, -jnp.inf), strides)
 
 
