@@ -1,11 +1,13 @@
-"""`ema`: both forms against the recurrence in complex128, with every gradient; modes against scipy-like filters."""
+"""`ema`: both forms against the recurrence in complex128, with every gradient, and against SciPy's filters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import signal
 
 from hydrax.ops.ema import attention_matrix, ema, summarize
+from hydrax.ops.ema.cases import CASES, Case, inputs
 from tests.ops import matrix_state as ms
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
@@ -14,21 +16,7 @@ FORMS = {"recurrent": {"impl": "recurrent"}, "chunked": {"impl": "chunked", "chu
 
 
 def problem(T: int, kind: str, B: int = 2) -> dict[str, np.ndarray]:
-    """Random arguments in fp64; some modes hardly decay, one is as good as gone."""
-    rng = np.random.default_rng(T)
-    x = {
-        "x": rng.normal(size=(B, T, D)),
-        "log_decay": -np.exp(rng.uniform(-6, 2, (D, N))),
-        "write": rng.normal(size=(D, N)),
-    }
-    x["log_decay"][0, 0] = -60
-    x["read"] = rng.normal(size=(D, N))
-    x["initial_state"] = rng.normal(size=(B, D, N))
-    if kind == "complex":
-        x["angle"] = rng.uniform(0, 6.3, (D, N))
-        x["read"] = x["read"] + 1j * rng.normal(size=(D, N))
-        x["initial_state"] = x["initial_state"] + 1j * rng.normal(size=(B, D, N))
-    return x
+    return inputs(Case(B, T, D, N, complex=kind == "complex"))
 
 
 def oracle(x, log_decay, write, read, initial_state, ids, angle=0.0):
@@ -52,14 +40,27 @@ def low(x):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["real", "complex"])
-@pytest.mark.parametrize("T", [1, 15, 16, 67])
-def test_forms_equal_the_recurrence(T, kind, form):
-    x, ids = problem(T, kind), ms.documents(2, T)
+@pytest.mark.parametrize("name", CASES)
+def test_forms_equal_the_recurrence(name, form):
+    x, ids = inputs(CASES[name]), ms.documents(CASES[name].B, CASES[name].T)
     y, h = jax.jit(lambda **x: ema(**x, segment_ids=jnp.asarray(ids), **FORMS[form]))(**low(x))
     wanted, last = oracle(**x, ids=ids)
     assert_close("y", y, wanted, TOLERANCE["fp32_op"])
     assert_close("h", np.abs(np.asarray(h) - last), np.zeros(last.shape), TOLERANCE["fp32_op"], floor=1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_modes_are_filters(form):
+    """y = Σ_n γ_n p_n / (1 - q_n z⁻¹) x, in fp64."""
+    x = inputs(CASES["real"])
+    del x["initial_state"]
+    wanted = np.zeros_like(x["x"])
+    for d, n in np.ndindex(*x["write"].shape):
+        keep = np.exp(max(x["log_decay"][d, n], -50))
+        wanted[:, :, d] += signal.lfilter([(x["read"] * x["write"])[d, n]], [1, -keep], x["x"][:, :, d], axis=1)
+    with jax.enable_x64(True):
+        y, _ = ema(**{name: jnp.asarray(a) for name, a in x.items()}, **FORMS[form])
+    assert_close("y", y, wanted, TOLERANCE["fp64"])
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
