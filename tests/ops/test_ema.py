@@ -59,7 +59,7 @@ def test_modes_are_filters(form):
         keep = np.exp(max(x["log_decay"][d, n], -50))
         wanted[:, :, d] += signal.lfilter([(x["read"] * x["write"])[d, n]], [1, -keep], x["x"][:, :, d], axis=1)
     with jax.enable_x64(True):
-        y, _ = ema(**{name: jnp.asarray(a) for name, a in x.items()}, **FORMS[form])
+        y, _ = jax.jit(lambda **x: ema(**x, **FORMS[form]))(**{name: jnp.asarray(a) for name, a in x.items()})
     assert_close("y", y, wanted, TOLERANCE["fp64"])
 
 
@@ -85,23 +85,24 @@ def test_packed_documents_equal_separate_ones():
     x = low(problem(67, "complex"))
     del x["initial_state"]
     ids = jnp.asarray([[1] * 20 + [2] * 5 + [3] * 42] * 2)
-    y, _ = ema(**x, segment_ids=ids, impl="chunked", chunk_size=16)
+    run = jax.jit(lambda **x: ema(**x, impl="chunked", chunk_size=16)[0])
+    y = run(**x, segment_ids=ids)
     for start, stop in ((0, 20), (20, 25), (25, 67)):
-        alone, _ = ema(**{**x, "x": x["x"][:, start:stop]}, impl="chunked", chunk_size=16)
+        alone = run(**{**x, "x": x["x"][:, start:stop]})
         assert_close("y", y[:, start:stop], alone, TOLERANCE["fp32_op"])
-    edited = x["x"].at[:, :25].set(jnp.nan)
-    assert_equal("y", ema(**{**x, "x": edited}, segment_ids=ids, impl="chunked", chunk_size=16)[0][:, 25:], y[:, 25:])
+    edited = {**x, "x": x["x"].at[:, :25].set(jnp.nan)}
+    assert_equal("y", run(**edited, segment_ids=ids)[:, 25:], y[:, 25:])
 
 
 def test_summary_maps_the_state():
     x, ids = low(problem(67, "complex")), jnp.asarray(ms.documents(2, 67))
-    _, h = ema(**x, segment_ids=ids, impl="recurrent")
+    _, h = jax.jit(lambda **x: ema(**x, impl="recurrent"))(**x, segment_ids=ids)
     start = x.pop("initial_state")
     del x["read"]
-    M, U = summarize(**x, segment_ids=ids)
+    M, U = jax.jit(summarize)(**x, segment_ids=ids)
     assert_close("h", np.abs(M * start + U - h), np.zeros(h.shape), TOLERANCE["fp32_op"], floor=1.0)
     x["x"] = x["x"][:, :9]
-    M, _ = summarize(**x)
+    M, _ = jax.jit(summarize)(**x)
     assert_close(
         "M",
         np.abs(M[0] - jnp.exp(9 * (jnp.maximum(x["log_decay"], -50) + 1j * x["angle"]))),
@@ -113,10 +114,9 @@ def test_summary_maps_the_state():
 
 def test_matrix_makes_outputs():
     x = low(problem(20, "complex"))
-    start = x.pop("initial_state")
-    A = attention_matrix(x["x"], *(x[n] for n in ("log_decay", "write", "read", "angle")))
-    assert_close("y", jnp.einsum("bdij,bjd->bid", A, x["x"]), ema(**x)[0], TOLERANCE["fp32_op"])
-    assert start.shape == (2, D, N)
+    del x["initial_state"]
+    A = jax.jit(attention_matrix)(x["x"], *(x[n] for n in ("log_decay", "write", "read", "angle")))
+    assert_close("y", jnp.einsum("bdij,bjd->bid", A, x["x"]), jax.jit(ema)(**x)[0], TOLERANCE["fp32_op"])
 
 
 def test_long_rows_do_not_drift():
