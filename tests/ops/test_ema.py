@@ -1,11 +1,13 @@
-"""`ema`: both forms against the recurrence in complex128, with every gradient; modes against scipy-like filters."""
+"""`ema`: both forms against the recurrence in complex128, with every gradient, and against SciPy's filters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import signal
 
 from hydrax.ops.ema import attention_matrix, ema, summarize
+from hydrax.ops.ema.cases import CASES, Case, inputs
 from tests.ops import matrix_state as ms
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
@@ -14,21 +16,7 @@ FORMS = {"recurrent": {"impl": "recurrent"}, "chunked": {"impl": "chunked", "chu
 
 
 def problem(T: int, kind: str, B: int = 2) -> dict[str, np.ndarray]:
-    """Random arguments in fp64; some modes hardly decay, one is as good as gone."""
-    rng = np.random.default_rng(T)
-    x = {
-        "x": rng.normal(size=(B, T, D)),
-        "log_decay": -np.exp(rng.uniform(-6, 2, (D, N))),
-        "write": rng.normal(size=(D, N)),
-    }
-    x["log_decay"][0, 0] = -60
-    x["read"] = rng.normal(size=(D, N))
-    x["initial_state"] = rng.normal(size=(B, D, N))
-    if kind == "complex":
-        x["angle"] = rng.uniform(0, 6.3, (D, N))
-        x["read"] = x["read"] + 1j * rng.normal(size=(D, N))
-        x["initial_state"] = x["initial_state"] + 1j * rng.normal(size=(B, D, N))
-    return x
+    return inputs(Case(B, T, D, N, complex=kind == "complex"))
 
 
 def oracle(x, log_decay, write, read, initial_state, ids, angle=0.0):
@@ -52,14 +40,27 @@ def low(x):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["real", "complex"])
-@pytest.mark.parametrize("T", [1, 15, 16, 67])
-def test_forms_equal_the_recurrence(T, kind, form):
-    x, ids = problem(T, kind), ms.documents(2, T)
+@pytest.mark.parametrize("name", CASES)
+def test_forms_equal_the_recurrence(name, form):
+    x, ids = inputs(CASES[name]), ms.documents(CASES[name].B, CASES[name].T)
     y, h = jax.jit(lambda **x: ema(**x, segment_ids=jnp.asarray(ids), **FORMS[form]))(**low(x))
     wanted, last = oracle(**x, ids=ids)
     assert_close("y", y, wanted, TOLERANCE["fp32_op"])
     assert_close("h", np.abs(np.asarray(h) - last), np.zeros(last.shape), TOLERANCE["fp32_op"], floor=1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_modes_are_filters(form):
+    """y = Σ_n γ_n p_n / (1 - q_n z⁻¹) x, in fp64."""
+    x = inputs(CASES["real"])
+    del x["initial_state"]
+    wanted = np.zeros_like(x["x"])
+    for d, n in np.ndindex(*x["write"].shape):
+        keep = np.exp(max(x["log_decay"][d, n], -50))
+        wanted[:, :, d] += signal.lfilter([(x["read"] * x["write"])[d, n]], [1, -keep], x["x"][:, :, d], axis=1)
+    with jax.enable_x64(True):
+        y, _ = jax.jit(lambda **x: ema(**x, **FORMS[form]))(**{name: jnp.asarray(a) for name, a in x.items()})
+    assert_close("y", y, wanted, TOLERANCE["fp64"])
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
@@ -84,23 +85,24 @@ def test_packed_documents_equal_separate_ones():
     x = low(problem(67, "complex"))
     del x["initial_state"]
     ids = jnp.asarray([[1] * 20 + [2] * 5 + [3] * 42] * 2)
-    y, _ = ema(**x, segment_ids=ids, impl="chunked", chunk_size=16)
+    run = jax.jit(lambda **x: ema(**x, impl="chunked", chunk_size=16)[0])
+    y = run(**x, segment_ids=ids)
     for start, stop in ((0, 20), (20, 25), (25, 67)):
-        alone, _ = ema(**{**x, "x": x["x"][:, start:stop]}, impl="chunked", chunk_size=16)
+        alone = run(**{**x, "x": x["x"][:, start:stop]})
         assert_close("y", y[:, start:stop], alone, TOLERANCE["fp32_op"])
-    edited = x["x"].at[:, :25].set(jnp.nan)
-    assert_equal("y", ema(**{**x, "x": edited}, segment_ids=ids, impl="chunked", chunk_size=16)[0][:, 25:], y[:, 25:])
+    edited = {**x, "x": x["x"].at[:, :25].set(jnp.nan)}
+    assert_equal("y", run(**edited, segment_ids=ids)[:, 25:], y[:, 25:])
 
 
 def test_summary_maps_the_state():
     x, ids = low(problem(67, "complex")), jnp.asarray(ms.documents(2, 67))
-    _, h = ema(**x, segment_ids=ids, impl="recurrent")
+    _, h = jax.jit(lambda **x: ema(**x, impl="recurrent"))(**x, segment_ids=ids)
     start = x.pop("initial_state")
     del x["read"]
-    M, U = summarize(**x, segment_ids=ids)
+    M, U = jax.jit(summarize)(**x, segment_ids=ids)
     assert_close("h", np.abs(M * start + U - h), np.zeros(h.shape), TOLERANCE["fp32_op"], floor=1.0)
     x["x"] = x["x"][:, :9]
-    M, _ = summarize(**x)
+    M, _ = jax.jit(summarize)(**x)
     assert_close(
         "M",
         np.abs(M[0] - jnp.exp(9 * (jnp.maximum(x["log_decay"], -50) + 1j * x["angle"]))),
@@ -112,10 +114,9 @@ def test_summary_maps_the_state():
 
 def test_matrix_makes_outputs():
     x = low(problem(20, "complex"))
-    start = x.pop("initial_state")
-    A = attention_matrix(x["x"], *(x[n] for n in ("log_decay", "write", "read", "angle")))
-    assert_close("y", jnp.einsum("bdij,bjd->bid", A, x["x"]), ema(**x)[0], TOLERANCE["fp32_op"])
-    assert start.shape == (2, D, N)
+    del x["initial_state"]
+    A = jax.jit(attention_matrix)(x["x"], *(x[n] for n in ("log_decay", "write", "read", "angle")))
+    assert_close("y", jnp.einsum("bdij,bjd->bid", A, x["x"]), jax.jit(ema)(**x)[0], TOLERANCE["fp32_op"])
 
 
 def test_long_rows_do_not_drift():
