@@ -157,11 +157,11 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 6 * _matrix(c),
     ),
     "gecko": Row(
-        path="hydrax.mixers.average.gecko:Gecko",
+        path="hydrax.mixers.average.megalodon:Gecko",
         about="megalodon over two chunks, with a memory of those before",
         paper="2601.06463",
         transition="stabilised",
-        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 3, "modes": 3, "groups": 8},
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "chunk": 3, "modes": 3, "groups": 8},
         state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, 2 * c.key_dim),
         flops=lambda c, n: (
             _averaged(c)
@@ -327,7 +327,7 @@ TABLE: dict[str, Row] = {
         about="softmax attention in chunks over complex moving averages, under a norm by the past",
         paper="2404.08801",
         transition="lse",
-        tiny={"heads": 2, "key_dim": 8, "value_dim": 16, "chunk": 6, "modes": 3, "groups": 8},
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "chunk": 6, "modes": 3, "groups": 8},
         state_bytes=lambda c, n, b: c.fixed_bytes + _chunk_cache(c, n, b, c.key_dim),
         flops=lambda c, n: _averaged(c) + 2 * c.heads * (c.key_dim + c.value_dim) * c.alive.visible(n),
     ),

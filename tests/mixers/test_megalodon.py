@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hydrax.core.build import ConfigError, build
-from hydrax.mixers.average import gecko, megalodon
+from hydrax.mixers.average import megalodon
 from hydrax.mixers.base import Context
 from hydrax.nn.cema import CEMA
 from hydrax.nn.timestep_norm import BETAS
@@ -200,12 +200,13 @@ def test_the_memory_sees_what_attention_cannot() -> None:
     [
         ({"groups": 32}, "groups = 32: expected a divisor of d_model = 32 below it"),
         ({"heads": 4, "groups": 2}, "groups = 2: expected a multiple of heads = 4"),
+        ({"heads": 2, "inner_dim": 33}, "inner_dim = 33: expected a multiple of heads = 2"),
         ({"heads": 2, "groups": 8, "width": 16}, "width = 16: expected d_model = 32, or nothing"),
         ({"heads": 2, "groups": 8, "rope_heads": 3}, "rope_heads = 3: expected at most heads = 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict, line: str) -> None:
-    Config = gecko.Config if "rope_heads" in options else megalodon.Config
+    Config = megalodon.GeckoConfig if "rope_heads" in options else megalodon.Config
     with pytest.raises(ConfigError) as refused:
         build(Config, options).fill(D)
     assert str(refused.value) == line
