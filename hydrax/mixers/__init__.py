@@ -292,6 +292,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
         flops=lambda c, n: 4 * (math.prod(c.state_shape) + c.heads * c.map_matrices * c.key_dim**2),
     ),
+    "lstm": Row(
+        path="hydrax.mixers.average.lstm:LSTM",
+        about="the LSTM, heads with a recurrent matrix each: serial, however it is trained",
+        paper="2510.06828",
+        transition="nonlinear",
+        tiny={"heads": 2, "value_dim": 16},
+        state_bytes=lambda c, n, b: 4 * 2 * c.heads * c.value_dim,
+        flops=lambda c, n: 2 * 4 * c.heads * c.value_dim**2,
+    ),
     "mamba": Row(
         path="hydrax.mixers.linear.mamba:Mamba",
         about="selective state space, decay per channel and state",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from hydrax.ops import conv, delta, ema, linear, moments, rowwise, scan, slots, softmax
+from hydrax.ops import conv, delta, ema, linear, lstm, moments, rowwise, scan, slots, softmax
 from hydrax.ops.dispatch import choices
 from hydrax.ops.slots import working_memory
 from hydrax.ops.softmax import relative
@@ -18,6 +18,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,
     "linear_scan": scan.LINEAR,
+    "lstm": lstm.FORMS,
     "moments": moments.FORMS,
     "permuted_window": permuted.FORMS,
     "ranked_ends": ranked.FORMS,

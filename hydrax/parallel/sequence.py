@@ -20,7 +20,7 @@ from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.ops import conv, delta, ema, linear, scan, slots, softmax, sparse
+from hydrax.ops import conv, delta, ema, linear, lstm as cells, scan, slots, softmax, sparse
 from hydrax.ops.slots import working_memory as memory
 from hydrax.ops.softmax import relative
 from hydrax.parallel import halo, layout, ring, rules, state_scan
@@ -89,6 +89,7 @@ OPS = {
         ("bth", "bth", "h", "bt", "bt"),
         summarize=lambda x, dt, A, b, c, **facts: scan.summarize_selective(x, dt, A, b, **facts),
     ),
+    "lstm": Op(cells.lstm, "nonlinear", ("bth", "h")),
     "moving_average": Op(
         ema.ema,
         "diag",
@@ -319,6 +320,11 @@ def linear_scan(a: Array, b: Array, **facts: Any) -> tuple[Array, Array]:
 def selective_scan(x: Array, dt: Array, A: Array, b: Array, c: Array, **facts: Any) -> tuple[Array, Array]:
     """`ops.scan.selective_scan`."""
     return _run("selective_scan", (x, dt, A, b, c), **facts)
+
+
+def lstm(x: Array, w: Array, **facts: Any) -> tuple[Array, tuple[Array, Array]]:
+    """`ops.lstm.lstm`."""
+    return _run("lstm", (x, w), **facts)
 
 
 def moving_average(

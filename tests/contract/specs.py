@@ -33,7 +33,8 @@ LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
 LINEAR = ("aaren", "abc", "agent", "based", "deltanet", "efficient", "fastmax", "flow", "gdn", "gla", "gsa", "hgrn2",
-          "inline", "kda", "lightning", "linear_attn", "mamba2", "nonapprox", "retention", "taylor")  # fmt: skip
+          "inline", "kda", "lightning", "linear_attn", "lstm", "mamba2", "nonapprox", "retention",
+          "taylor")  # fmt: skip
 """The others that can be parts of heads(...)."""
 
 SPLIT = {

@@ -129,6 +129,7 @@ IN_ORDER = {
     "aaren": "aaren is served by ulysses",
     "agent": "agent is served by ulysses",
     "efficient": "efficient is served by ulysses",
+    "lstm": "lstm is served by ulysses",
     "nonapprox": "nonapprox is served by ulysses",
     "workspace": "memory.workspace reads rows in their order",
     "granularity chunk": "granularity = 'chunk' reads rows in their order",
