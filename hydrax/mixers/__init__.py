@@ -11,7 +11,7 @@ from hydrax.ops.sparse import lifetimes
 
 TABLE: dict[str, Row] = {
     "aaren": Row(
-        path="hydrax.mixers.average.aaren:Aaren",
+        path="hydrax.mixers.average.slots:Aaren",
         about="softmax attention with learned queries, as a recurrence",
         paper="2405.13956",
         transition="stabilised",
@@ -29,7 +29,7 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 4 * c.heads * c.slots * (c.key_dim + c.value_dim),
     ),
     "agent": Row(
-        path="hydrax.mixers.average.agent:Agent",
+        path="hydrax.mixers.average.slots:Agent",
         about="learned agents that average the past by softmax, read by a softmax",
         paper="2312.08874",
         transition="stabilised",
@@ -49,7 +49,7 @@ TABLE: dict[str, Row] = {
         flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
     ),
     "based": Row(
-        path="hydrax.mixers.linear.based:Based",
+        path="hydrax.mixers.linear.taylor:Based",
         about="linear attention with the Taylor polynomial of the exponential, without positions",
         paper="2402.18668",
         transition="none",
@@ -88,7 +88,7 @@ TABLE: dict[str, Row] = {
         ),
     ),
     "efficient": Row(
-        path="hydrax.mixers.average.efficient:Efficient",
+        path="hydrax.mixers.average.slots:Efficient",
         about="key features that average the past, each by a softmax of its own",
         paper="1812.01243",
         transition="stabilised",
@@ -112,7 +112,7 @@ TABLE: dict[str, Row] = {
         ),
     ),
     "fastmax": Row(
-        path="hydrax.mixers.linear.fastmax:Fastmax",
+        path="hydrax.mixers.linear.taylor:Fastmax",
         about="linear attention with a polynomial of the scores of normed queries and keys",
         paper="2402.07901",
         transition="none",

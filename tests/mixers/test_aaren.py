@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hydrax.core.build import build
-from hydrax.mixers.average.aaren import Aaren, Config
+from hydrax.mixers.average.slots import Aaren
 from hydrax.mixers.base import Context
 from hydrax.ops.softmax import attention
 from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
@@ -19,7 +19,7 @@ X = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
 
 
 def made(**options: object) -> Aaren:
-    cfg = build(Config, {"heads": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 16} | options).fill(D)
+    cfg = build(Aaren.Config, {"heads": 2, "key_dim": 8, "value_dim": 16, "chunk_size": 16} | options).fill(D)
     return Aaren(D, cfg, rngs=nnx.Rngs(0))
 
 

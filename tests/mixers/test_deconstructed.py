@@ -79,7 +79,7 @@ def mlp_formula(p: Params, x: Array, e: Array, cfg: mlp.Config) -> Array:
     return (silu(x @ p["gate/kernel"]) * (x @ p["up/kernel"])) @ p["project/kernel"]
 
 
-def taylor_formula(p: Params, x: Array, e: Array, cfg: taylor.Config) -> Array:
+def taylor_formula(p: Params, x: Array, e: Array, cfg: taylor.TaylorConfig) -> Array:
     s = scores(turned(projected(p, "q", x)), turned(projected(p, "k", x)))
     return out(p, average(1 + s + s**2 / 2, projected(p, "v", x)))
 
@@ -300,8 +300,8 @@ def test_taylor_in_bf16_keeps_weights_that_are_small_sums_of_large_products() ->
 @pytest.mark.parametrize(
     ("cfg", "expected"),
     [
-        (taylor.Config(), {"key_dim": 16, "value_dim": 16, "state_shape": (4, 153, 17)}),
-        (taylor.Config(heads=3, value_dim=5), {"value_dim": 5}),
+        (taylor.TaylorConfig(), {"key_dim": 16, "value_dim": 16, "state_shape": (4, 153, 17)}),
+        (taylor.TaylorConfig(heads=3, value_dim=5), {"value_dim": 5}),
         (nonapprox.Config(), {"key_dim": 16, "value_dim": 16}),
         (fixedqk.Config(kv_heads=2), {"kv_heads": 2, "key_dim": 16, "value_dim": 16, "sigma": 1.0}),
     ],

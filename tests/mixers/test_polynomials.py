@@ -8,19 +8,20 @@ from flax import nnx
 
 from hydrax.core.build import build
 from hydrax.mixers.base import Context
-from hydrax.mixers.linear import based, fastmax, flow, inline, taylor
+from hydrax.mixers.linear.flow import Flow
+from hydrax.mixers.linear.inline import InLine
+from hydrax.mixers.linear.taylor import LONGEST, Based, Fastmax, Taylor
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 pytestmark = pytest.mark.thorough
 
 D, T, H, K, V = 32, 37, 2, 6, 16
 X = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
-CLASSES = {based: based.Based, fastmax: fastmax.Fastmax, flow: flow.Flow, inline: inline.InLine, taylor: taylor.Taylor}
 
 
-def made(module, **options):
-    cfg = build(module.Config, {"heads": H, "key_dim": K, "value_dim": V, "chunk_size": 16} | options).fill(D)
-    return CLASSES[module](D, cfg, rngs=nnx.Rngs(0))
+def made(mixer, **options):
+    cfg = build(mixer.Config, {"heads": H, "key_dim": K, "value_dim": V, "chunk_size": 16} | options).fill(D)
+    return mixer(D, cfg, rngs=nnx.Rngs(0))
 
 
 @nnx.jit
@@ -40,25 +41,25 @@ def averaged(s, v, degree=2):
 
 
 def test_based_is_its_definition():
-    m = made(based)
+    m = made(Based)
     q, k, v = (projected(y) for y in (m.q, m.k, m.v))
     assert_close("heads", heads(m, X)[0], averaged(np.einsum("thk,shk->hts", q, k) / K**0.5, v), TOLERANCE["fp32_op"])
 
 
 def test_based_is_taylor_without_positions():
-    assert build(based.Config, {"rope": {"theta": 5.0}}).rope.fraction == 0
-    m, other = made(based), made(taylor, rope={"fraction": 0.0})
+    assert build(Based.Config, {"rope": {"theta": 5.0}}).rope.fraction == 0
+    m, other = made(Based), made(Taylor, rope={"fraction": 0.0})
     assert_equal("heads", heads(m, X), heads(other, X))
-    assert np.any(np.asarray(heads(m, X) != heads(made(taylor), X)))
+    assert np.any(np.asarray(heads(m, X) != heads(made(Taylor), X)))
 
 
 @pytest.mark.parametrize(("degree", "length"), [(1, 0.7), (1, 3.0), (2, 1.5)])
 def test_fastmax_is_its_definition(degree: int, length: float):
-    m = made(fastmax, degree=degree)
+    m = made(Fastmax, degree=degree)
     m.length[...] = jnp.asarray([length, 0.5])
     q, k = (y - y.mean(-1, keepdims=True) for y in (projected(m.q), projected(m.k)))
     q, k = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (q, k))
-    c = np.minimum([length, 0.5], fastmax.LONGEST if degree == 1 else np.inf)
+    c = np.minimum([length, 0.5], LONGEST if degree == 1 else np.inf)
     want = averaged(np.einsum("h,thk,shk->hts", c**2, q, k), projected(m.v), degree)
     assert_close("heads", heads(m, X)[0], want, 3e-5)  # ε of the norm
 
@@ -84,7 +85,7 @@ def flow_formula(q, k, v, clip=5.0, eps=1e-6):
 
 @pytest.mark.parametrize("clip", [5.0, 0.9])
 def test_flow_is_its_definition(clip: float):
-    m = made(flow, clip=clip)
+    m = made(Flow, clip=clip)
     for linear in (m.q, m.k):
         linear.kernel[...] = 3 * linear.kernel[...]
     want = flow_formula(projected(m.q), projected(m.k), projected(m.v), clip)
@@ -102,7 +103,7 @@ def inline_formula(q, k, v):
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_inline_is_its_definition_wherever_the_keys_lie(shift: float):
-    m = made(inline, conv_width=0)
+    m = made(InLine, conv_width=0)
     q, k, v = (projected(y) for y in (m.q, m.k, m.v))
     keys = m.k
     m.k = lambda x: keys(x) + shift
@@ -110,16 +111,16 @@ def test_inline_is_its_definition_wherever_the_keys_lie(shift: float):
     assert_close("heads", got[0], inline_formula(q, k, v), TOLERANCE["fp32_op"] if not shift else 1e-4)
 
 
-@pytest.mark.parametrize("module", [based, fastmax, inline])
-def test_weights_sum_to_one(module):
-    m = made(module, **({"conv_width": 0} if module is inline else {}))
+@pytest.mark.parametrize("mixer", [Based, Fastmax, InLine])
+def test_weights_sum_to_one(mixer):
+    m = made(mixer, **({"conv_width": 0} if mixer is InLine else {}))
     m.v = lambda x: jnp.ones((*x.shape[:2], H, V))
     assert_close("heads", m.mix(X, Context.of(X), None)[0], np.ones((1, T, H, V)), 1e-5)
 
 
 def test_long_documents_stay_finite():
     """The sums of flow grow with the row."""
-    m = made(flow)
+    m = made(Flow)
     x = jax.random.normal(jax.random.key(0), (1, 16_384, D), jnp.bfloat16)
     z = np.asarray(heads(m, x), np.float32)
     assert np.isfinite(z).all() and 0.1 < np.abs(z[:, -1000:]).mean() / np.abs(z[:, 1000:2000]).mean() < 10

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from hydrax.core.build import build
-from hydrax.mixers.average import aaren, agent, efficient
+from hydrax.mixers.average.slots import Aaren, Agent, Efficient
 from hydrax.mixers.base import Context
 from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
 
@@ -16,9 +16,9 @@ D, T, H, K, V = 32, 37, 2, 8, 16
 X = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
 
 
-def made(module, **options):
-    cfg = build(module.Config, {"heads": H, "key_dim": K, "value_dim": V, "chunk_size": 16} | options).fill(D)
-    return {aaren: aaren.Aaren, agent: agent.Agent, efficient: efficient.Efficient}[module](D, cfg, rngs=nnx.Rngs(0))
+def made(mixer, **options):
+    cfg = build(mixer.Config, {"heads": H, "key_dim": K, "value_dim": V, "chunk_size": 16} | options).fill(D)
+    return mixer(D, cfg, rngs=nnx.Rngs(0))
 
 
 @nnx.jit
@@ -43,7 +43,7 @@ def running(s, v):
 
 
 def test_agent_is_its_definition():
-    m, x = made(agent, agents=5), X[0].astype(np.float64)
+    m, x = made(Agent, agents=5), X[0].astype(np.float64)
     a = np.asarray(m.agents[...], np.float64) / np.sqrt(K)
     v, w = projected(m.v, x), np.asarray(m.v_conv.weight[...], np.float64)
     p, s = (np.einsum("hmk,thk->thm", a, projected(y, x)) for y in (m.q, m.k))
@@ -54,7 +54,7 @@ def test_agent_is_its_definition():
 
 def test_one_agent_is_aaren():
     """With gradients of all that they share; nothing reaches the queries of a single agent."""
-    one, other = made(agent, agents=1, conv_width=0), made(aaren)
+    one, other = made(Agent, agents=1, conv_width=0), made(Aaren)
     other.query[...], other.k.kernel[...] = one.agents[...], one.k.kernel[...]
     other.v.kernel[...], other.project.kernel[...] = one.v.kernel[...], one.project.kernel[...]
     dz = np.random.default_rng(1).standard_normal((1, T, H, V)).astype(np.float32)
@@ -76,16 +76,16 @@ def test_one_agent_is_aaren():
 
 @pytest.mark.parametrize("key_norm", [True, False])
 def test_efficient_is_its_definition(key_norm: bool):
-    m, x = made(efficient, key_norm=key_norm), X[0].astype(np.float64)
+    m, x = made(Efficient, key_norm=key_norm), X[0].astype(np.float64)
     k, v = projected(m.k, x), projected(m.v, x)
     s = k / np.sqrt((k**2).mean(-1, keepdims=True) + 1e-6) if key_norm else k
     want = np.einsum("thm,thmv->thv", softmax(projected(m.q, x)), running(s, v))
     assert_close("heads", heads(m, X)[0], want, TOLERANCE["fp32_op"])
 
 
-@pytest.mark.parametrize("module", [agent, efficient])
-def test_weights_sum_to_one(module):
-    m = made(module)
+@pytest.mark.parametrize("mixer", [Agent, Efficient])
+def test_weights_sum_to_one(mixer):
+    m = made(mixer)
     m.v = lambda x: jax.numpy.ones((*x.shape[:2], H, V))
     m.v_conv = None
     assert_close("heads", m.mix(X, Context.of(X), None)[0], np.ones((1, T, H, V)), 1e-6)

@@ -1,5 +1,5 @@
-"""What mixers of running softmax averages share: M slots per head, each the average of the values so far under weights
-of its own, and a mixture of the slots for every token.
+"""Mixers of running softmax averages: `aaren`, `agent`, `efficient`. They have M slots per head, each the average of
+the values so far under weights of its own, and a mixture of the slots for every token.
 
     o_t = Σ_m p_tm Σ_{j<=t} e^{s_jm} v_j / Σ_{j<=t} e^{s_jm}
 
@@ -8,17 +8,20 @@ convolution or another mixer before it can tell one order from another.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
-from hydrax.core.numerics import wide
+from hydrax.core.build import NonNegative, Positive, PositiveFloat
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
 from hydrax.nn.conv import ShortConv
 from hydrax.nn.linear import Linear
+from hydrax.nn.norm import RMSNorm
+from hydrax.nn.param import param
 from hydrax.parallel.sequence import slot_softmax
 
 
@@ -83,3 +86,92 @@ class SlotAverages(Mixer):
         memory = {name: jnp.zeros(shape, wide(dtype)) for name, shape in sums.items()}
         state = {"max": jnp.zeros(slots, jnp.int32), "memory": memory}
         return state if self.v_conv is None else {**state, "v": self.v_conv.init_state(batch, dtype)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AarenConfig(SlotConfig):
+    slots: Positive = 1  # M learned queries per head, mixed by each token if more than one
+
+
+class Aaren(SlotAverages):
+    """Attention whose queries are parameters, as a recurrence (Aaren, arXiv 2405.13956):
+
+    o_t = Σ_m p_tm Σ_{j<=t} e^{s_jm} v_j / Σ_{j<=t} e^{s_jm},      s_jm = K^-½ a_m·k_j,      p_t = softmax(W_r x_t)
+
+    The paper has one query a per head, so that p = 1.
+    """
+
+    Config: TypeAlias = AarenConfig
+
+    def __init__(self, d_model: int, cfg: AarenConfig, *, rngs: nnx.Rngs):
+        H, K, M = cfg.heads, cfg.key_dim, cfg.slots
+        self.query = param(rngs, jax.nn.initializers.normal(K**-0.5), (H, M, K), ("heads", "slots", "state_k"))
+        self.k = Linear(d_model, (H, K), axes=("embed", "heads", "state_k"), rngs=rngs)
+        self.read = Linear(d_model, (H, M), axes=("embed", "heads", "slots"), rngs=rngs) if M > 1 else None
+        super().__init__(d_model, cfg, M, rngs=rngs)
+
+    def weights(self, x: Array, ctx: Context) -> tuple[Array, Array]:
+        k = fp32(ctx.tap("keys", self.k(x)))
+        s = einsum("hmk,bthk->bthm", fp32(self.query[...]), k) * self.cfg.key_dim**-0.5
+        return jnp.ones_like(s) if self.read is None else jax.nn.softmax(fp32(self.read(x)), axis=-1), s
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig(SlotConfig):
+    agents: Positive = 16  # M per head
+    conv_width: NonNegative = 3  # taps of the convolution of the values; 0: none
+
+
+class Agent(SlotAverages):
+    """Agent attention (arXiv 2312.08874), causal form: M learned agents read the past, and tokens read the agents.
+
+        o_t = Σ_m softmax_m(K^-½ q_t·a_m) Σ_{j<=t} softmax_j(K^-½ a_m·k_j) v_j + conv(v)_t
+
+    The paper is about images: its agents are the pooled queries of all tokens, which here would look ahead. Agents
+    are parameters instead, as the queries of `aaren` are, and the causal form is hydrax's own. The convolution of the
+    values (3 taps) is the paper's, in one dimension.
+    """
+
+    Config: TypeAlias = AgentConfig
+
+    def __init__(self, d_model: int, cfg: AgentConfig, *, rngs: nnx.Rngs):
+        H, K, M = cfg.heads, cfg.key_dim, cfg.agents
+        self.agents = param(rngs, jax.nn.initializers.normal(0.02), (H, M, K), ("heads", "slots", "state_k"))
+        self.q = Linear(d_model, (H, K), axes=("embed", "heads", "state_k"), rngs=rngs)
+        self.k = Linear(d_model, (H, K), axes=("embed", "heads", "state_k"), rngs=rngs)
+        super().__init__(d_model, cfg, M, rngs=rngs, width=cfg.conv_width)
+
+    def weights(self, x: Array, ctx: Context) -> tuple[Array, Array]:
+        a = fp32(self.agents[...]) * self.cfg.key_dim**-0.5
+        q, k = fp32(self.q(x)), fp32(ctx.tap("keys", self.k(x)))
+        logits, s = (einsum("hmk,bthk->bthm", a, y) for y in (q, k))
+        return jax.nn.softmax(logits, axis=-1), s
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientConfig(SlotConfig):
+    key_norm: bool = True  # RMSNorm of the keys
+    norm_eps: PositiveFloat = 1e-6  # of that
+
+
+class Efficient(SlotAverages):
+    """Efficient attention (arXiv 1812.01243), causal form: every key feature averages the past by a softmax of its own.
+
+        o_t = Σ_n softmax_n(q_t)_n Σ_{j<=t} softmax_j(k_jn) v_j
+
+    In the paper the softmax of a key feature is over the whole input; here it runs over the past, which is hydrax's own
+    form. Keys are normed to the length √K, or one outlier would fill a slot for the rest of the document.
+    """
+
+    Config: TypeAlias = EfficientConfig
+
+    def __init__(self, d_model: int, cfg: EfficientConfig, *, rngs: nnx.Rngs):
+        shape, axes = (cfg.heads, cfg.key_dim), ("heads", "state_k")
+        self.q = Linear(d_model, shape, axes=("embed", *axes), bias=True, rngs=rngs)
+        self.k = Linear(d_model, shape, axes=("embed", *axes), bias=True, rngs=rngs)
+        self.k_norm = RMSNorm(cfg.key_dim, axes=axes[1:], eps=cfg.norm_eps, rngs=rngs) if cfg.key_norm else None
+        super().__init__(d_model, cfg, cfg.key_dim, rngs=rngs)
+
+    def weights(self, x: Array, ctx: Context) -> tuple[Array, Array]:
+        k = ctx.tap("keys", self.k(x))
+        return jax.nn.softmax(fp32(self.q(x)), axis=-1), fp32(k if self.k_norm is None else self.k_norm(k))
