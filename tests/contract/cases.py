@@ -56,6 +56,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mega": [{"bias": "rotary", "heads": 1}, {"weights": "laplace"}, {"bias": "none"}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
     "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
+    "mosa": [{"sparsity": 3, "slack": 1.0, "softcap": 20.0, "bias": True, "rope": {"fraction": 0.0}}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],
     "rat": [{"chunk": 1, "rope": {"fraction": 0.0}}, {"chunk": 100, "groups": 4}],
