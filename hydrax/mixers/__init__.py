@@ -366,7 +366,7 @@ TABLE: dict[str, Row] = {
         about="every head attends among the tokens that it chooses itself",
         paper="2505.00315",
         transition="lse",
-        tiny={"heads": 4, "key_dim": 8, "sparsity": 2},
+        tiny={"heads": 4, "key_dim": 8, "sparsity": 1, "start": 0.0},
         state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=2) + 4 * c.heads,
         flops=lambda c, n: c.heads * (c.key_dim + c.value_dim) * c.slots(n) * (c.slots(n) + 1) / n,
     ),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ConfigError, Fraction, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -44,6 +44,7 @@ class Config(AttentionConfig, MixerConfig):
     sparsity: Positive = 16  # ρ: a head chooses one token of so many
     slack: PositiveFloat = 1.25  # tokens that it may keep by threshold, over those that it should
     rate: PositiveFloat = 0.01  # of the moves of θ
+    start: Fraction = 0.5  # θ at first; r is σ of numbers around 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +77,7 @@ class MixtureOfSparseAttention(Mixer):
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         fan_in = jax.nn.initializers.uniform(2 * d_model**-0.5)
         self.router = param(rngs, lambda *a: fan_in(*a) - d_model**-0.5, (d_model, H), ("embed", "heads"), decay=True)
-        start = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, 0].set(0.5)  # noqa: E731
+        start = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, 0].set(cfg.start)  # noqa: E731
         self.theta = param(rngs, start, (H, 2), ("heads", "norm"), rule="average")
         self.gate = OutGate(d_model, cfg, rngs=rngs)
         axes = ("heads", "head_dim", "embed")
