@@ -32,13 +32,12 @@ def reference(layer, x, seg):
     z = np.zeros(v.shape)
     for b, h in np.ndindex(len(x), 4):
         for document in set(seg[b]) - {0}:
-            places, chosen, above = np.flatnonzero(seg[b] == document), [], 0
+            places, chosen = np.flatnonzero(seg[b] == document), []
             n = max(1, len(places) // 3)
             best = sorted(places, key=lambda t: (-r[b, t, h], t))[:n]
             for p, t in enumerate(places):
-                above += r[b, t, h] >= 0.5
-                first_come = r[b, t, h] >= 0.5 and above <= (p + 1) * 5 // 12
-                if best.__contains__(t) if layer.cfg.mode == "ec" else first_come:
+                first_come = r[b, t, h] >= 0.5 and len(chosen) < (p + 1) * 5 // 12
+                if t in best if layer.cfg.mode == "ec" else first_come:
                     chosen.append(t)
                     s = np.array([q[b, t, h] @ k[b, j, h] for j in chosen]) * 8**-0.5
                     p_ = np.exp(s - s.max())

@@ -34,6 +34,9 @@ from hydrax.ops.sparse import sets
 from hydrax.ops.sparse.lifetimes import FOREVER
 from hydrax.parallel.shards import in_order
 
+MANY = 2**28
+"""More tokens than there are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(AttentionConfig, MixerConfig):
@@ -67,7 +70,7 @@ class Config(AttentionConfig, MixerConfig):
 
 
 class MixtureOfSparseAttention(Mixer):
-    """y = W_o (z ⊙ σ(W_g x)); the state holds the chosen keys of each head, and how often r was >= θ."""
+    """y = W_o (z ⊙ σ(W_g x)); the state holds the chosen keys of each head, and how many it chose."""
 
     Config: TypeAlias = Config
 
@@ -120,15 +123,17 @@ class MixtureOfSparseAttention(Mixer):
         return summed(r, theta, jax.lax.stop_gradient(jnp.stack([move, jnp.full_like(move, jnp.sum(valid))], axis=-1)))
 
     def _choose(self, r: Array, positions: Array, ids: Array, seen: Array | None) -> tuple[Array, Array]:
-        """Which tokens each head keeps, bool [B,T,H], and how many were above θ in the last document, int32 [B,H]."""
+        """Which tokens each head keeps, bool [B,T,H], and how many so far in the last document, int32 [B,H]."""
         filled, valid = documents.fill_padding(ids)
         if self.cfg.mode == "ec":
             return best(r, ids, self.cfg.sparsity), jnp.zeros(r[:, 0].shape, jnp.int32)
         high = (r >= self.theta[...][:, 0]) & valid[..., None]
-        total = jnp.cumsum(high, axis=1, dtype=jnp.int32) + (0 if seen is None else seen[:, None])
         begins = documents.changes(filled)[..., None]
-        rank = total - jax.lax.cummax(jnp.where(begins, total - high, 0), axis=1)
-        return high & (rank <= self.cfg.room(positions + 1)[..., None]), rank[:, -1]
+        room = jnp.broadcast_to(self.cfg.room(positions + 1)[..., None], high.shape)
+        before = jnp.zeros_like(room[:, 0]) if seen is None else seen
+        count = kept_so_far(high, jnp.where(valid[..., None], room, MANY), begins, before)
+        last = jnp.where(begins, 0, jnp.concatenate([before[:, None], count[:, :-1]], axis=1))
+        return count > last, count[:, -1]
 
     def _among(self, q: Array, k: Array, v: Array, kept: Array, ids: Array, options: dict[str, Any]) -> Array:
         """o of the kept tokens, 0 of the others."""
@@ -151,6 +156,23 @@ class MixtureOfSparseAttention(Mixer):
             raise ConfigError("mode", cfg.mode, "expected threshold to generate: ec chooses by the whole row")
         cache = cfg.init_cache(batch, cfg.slots(max_len), dtype, by_head=(cfg.heads,))
         return {"cache": cache, "seen": jnp.zeros((batch, cfg.heads), jnp.int32)}
+
+
+def kept_so_far(
+    high: Bool[Array, "B T H"], room: Int[Array, "B T H"], begins: Bool[Array, "B T #H"], before: Int[Array, "B H"]
+) -> Int[Array, "B T H"]:
+    """n_t = min(n_(t-1) + high_t, room_t), from `before`, or 0 where a document begins.
+
+    Steps are n -> min(n + a, b); so are two of them together.
+    """
+
+    def then(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.minimum(one[0] + two[0], MANY), jnp.minimum(one[1] + two[0], two[1])
+
+    a = high.astype(jnp.int32)
+    steps = (jnp.where(begins, MANY, a), jnp.where(begins, jnp.minimum(a, room), room))
+    a, b = jax.lax.associative_scan(then, steps, axis=1)
+    return jnp.minimum(before[:, None] + a, b)
 
 
 def best(r: Float[Array, "B T H"], ids: Int[Array, "B T"], sparsity: int) -> Bool[Array, "B T H"]:
