@@ -96,9 +96,9 @@ class MixtureOfSparseAttention(Mixer):
         r = self._watched(r, ids != 0)
         known = (jax.lax.stop_gradient(r), ctx.positions, ids)
         if state is None:
-            kept = in_order(lambda *a: self._choose(*a, None)[0], ctx.shards, *known)
+            kept = in_order(lambda r, p, i: self._choose(r, p, i, None)[0], ctx.shards, *known)
         else:
-            kept, seen = self._choose(*known, state["seen"])
+            kept, seen = self._choose(known[0], ctx.positions, ids, state["seen"])
         options: dict[str, Any] = {"scale": cfg.scale, "softcap": cfg.softcap, "impl": ctx.impl}
         ends = jnp.where(kept, FOREVER, -1)
         if state is None and ctx.shards is None:
@@ -141,9 +141,8 @@ class MixtureOfSparseAttention(Mixer):
         n = T if self.cfg.mode == "ec" else self.cfg.slots(T)  # of many short documents ec takes one token each
         find = jax.vmap(jax.vmap(lambda row: jnp.nonzero(row, size=n, fill_value=-1)[0], in_axes=1))
         places = find(kept)
-        o = sets.token_set_attention(
-            *(sets.take_heads(a, places) for a in (q, k, v)), places, segment_ids=ids, **options
-        )
+        q, k, v = (sets.take_heads(a, places) for a in (q, k, v))
+        o = sets.token_set_attention(q, k, v, places, segment_ids=ids, **options)
         return sets.put_heads(o, places, T)
 
     def out(self, z: Array) -> Array:
