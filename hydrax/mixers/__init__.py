@@ -370,6 +370,15 @@ TABLE: dict[str, Row] = {
             + 2 * c.heads * c.key_dim * n / (2 * c.block)
         ),
     ),
+    "mosa": Row(
+        path="hydrax.mixers.sparse.mosa:MixtureOfSparseAttention",
+        about="every head attends among the tokens that it chooses itself",
+        paper="2505.00315",
+        transition="lse",
+        tiny={"heads": 4, "key_dim": 8, "sparsity": 1, "start": 0.0},
+        state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=2) + 4 * c.heads,
+        flops=lambda c, n: c.heads * (c.key_dim + c.value_dim) * c.slots(n) * (c.slots(n) + 1) / n,
+    ),
     "nats": Row(
         path="hydrax.mixers.sparse.nats:NeuralAttentionSearch",
         about="softmax attention whose keys live for ever, until the next such key, or for a window",

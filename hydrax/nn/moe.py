@@ -23,7 +23,7 @@ from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Bool, Float, Int
 from hydrax.nn.ffn import FFN, GLU, KINDS, activated, default_width
 from hydrax.nn.linear import Linear
-from hydrax.nn.param import param
+from hydrax.nn.param import param, summed
 from hydrax.ops.scan import linear_scan
 from hydrax.parallel.experts import Weights, by_tokens, mixture
 
@@ -179,7 +179,7 @@ class MoE(nnx.Module):
         gates = cfg.scale * (gates / (gates.sum(-1, keepdims=True) + TINY) if cfg.renorm else gates)
         load = jnp.sum(jnp.where(valid[..., None, None], chosen, 0), axis=(0, 1, 2))
         if self.bias is not None:
-            gates = _with_load(gates, self.bias[...], load)
+            gates = summed(gates, self.bias[...], load - load.mean())
         (_, T, k), cap = ids.shape, cfg.capacity
         slots = None if cap is None else min(T, math.ceil(cap * k * T / cfg.experts))
         y = self.experts(x, ids, gates, slots)
@@ -224,18 +224,6 @@ def losses(
         lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         terms["router_z"] = cfg.z_loss * mean(lse**2)[0]
     return terms
-
-
-@jax.custom_vjp
-def _with_load(gates: Array, bias: Array, load: Array) -> Array:
-    """The gates; `bias` gets load - mean load for a gradient, see `MoE`."""
-    return gates
-
-
-_with_load.defvjp(
-    lambda gates, bias, load: (gates, (load - load.mean()).astype(bias.dtype)),
-    lambda excess, dgates: (dgates, excess, None),
-)
 
 
 def _by_chunks(

@@ -80,7 +80,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, meta: Mapping[str, ParamMeta]) 
     """p ← p - lr · factor · (direction(clipped gradient) + weight_decay · p), the decay only where `meta.decay`.
 
     Parameters whose `meta.rule` is "balance" step by `balance_rate` against the sign of their gradient (arXiv
-    2408.15664), and count in no norm. Those with a factor of 0 are left alone, and no moments are kept of them.
+    2408.15664), those of "average" by the ratio of the sums and the number in it; both count in no norm. Those with a
+    factor of 0 are left alone, and no moments are kept of them.
     """
     scale, still = factors(cfg, meta), frozen(cfg, meta)
     usual = optax.chain(
@@ -94,7 +95,16 @@ def make_optimizer(cfg: OptimConfig, steps: int, meta: Mapping[str, ParamMeta]) 
     if set(rules.values()) == {"gradient"}:
         return usual
     balance = optax.chain(optax.stateless_with_tree_map(lambda g, p: jnp.sign(g)), optax.scale(-cfg.balance_rate))
-    return optax.partition({"gradient": usual, "balance": balance, "frozen": optax.set_to_zero()}, rules)
+    average = optax.stateless_with_tree_map(lambda g, p: _mean_move(g))
+    known = {"gradient": usual, "balance": balance, "average": average, "frozen": optax.set_to_zero()}
+    return optax.partition(known, rules)
+
+
+def _mean_move(g: jax.Array) -> jax.Array:
+    """Sums over their number, the last entry; no move where nothing was counted, and none of that entry."""
+    number = g[..., -1:]
+    move = jnp.where(number > 0, g[..., :-1] / jnp.where(number > 0, number, 1), 0)
+    return jnp.concatenate([move, jnp.zeros_like(number)], axis=-1)
 
 
 def _scaled(factor: Mapping[str, float]) -> optax.GradientTransformation:

@@ -58,6 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "megalodon": [{"heads": 1, "chunk": 16, "modes": 5, "groups": 4}],
     "mla": [{"q_rank": None, "kv_rank": 10, "rope": {"fraction": 0.0}}],  # a call of many tokens absorbs as well
     "moba": [{"block": 5, "top": 2, "route": "kv", "softcap": 20.0, "qk_norm": "head", "out_gate": "headwise"}],
+    "mosa": [{"sparsity": 3, "start": 0.5, "slack": 1.0, "softcap": 20.0, "bias": True, "rope": {"fraction": 0.0}}],
     "nats": [{"capacity": 40, "softcap": 20.0, "bias": True}],
     "nonapprox": [{"qk_norm": "head"}],
     "nsa": [
@@ -107,6 +108,11 @@ class Case:
     def cast_names(self) -> set[str]:
         """The parameters used in the compute dtype; gates, norms and the like stay fp32."""
         return {_name(path) for path, variable in self.variables if variable.get_metadata()["cast"]}
+
+    @property
+    def told_names(self) -> set[str]:
+        """The parameters whose gradient is a statistic, see `nn.param`."""
+        return {_name(path) for path, variable in self.variables if variable.get_metadata()["rule"] != "gradient"}
 
     def cast(self, dtype: jnp.dtype, params: dict[str, Array] | None = None) -> dict[str, Array]:
         """The parameters as a step in that compute dtype gets them."""

@@ -28,7 +28,15 @@ AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe"
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
 """Every pair of axes once. The first ten hold every axis."""
 
-OWN_KEYS = {"dma", "dsa", "infllm2", "moba", "nats", "nsa"}  # of those with keys, mixers that choose among their own
+OWN_KEYS = {
+    "dma",
+    "dsa",
+    "infllm2",
+    "moba",
+    "mosa",
+    "nats",
+    "nsa",
+}  # of those with keys, those that choose among their own
 LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 """Mixers whose keys and values other layers may use."""
 
