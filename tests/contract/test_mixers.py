@@ -15,7 +15,20 @@ from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees
 pytestmark = pytest.mark.thorough
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
-BOTH = pytest.mark.parametrize("lengths", [None, (1, 8, 1, 6, 5)], ids=["whole", "packed"])
+PACKED = (1, 8, 1, 6, 5)
+ROWS = pytest.mark.parametrize(
+    "lengths", [pytest.param(None, marks=pytest.mark.slow, id="whole"), pytest.param(PACKED, id="packed")]
+)
+SPLIT = pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    [
+        pytest.param(PACKED, jnp.float32, id="packed-fp32"),
+        pytest.param(None, jnp.bfloat16, id="whole-bf16"),
+        pytest.param(None, jnp.float32, marks=pytest.mark.slow, id="whole-fp32"),
+        pytest.param(PACKED, jnp.bfloat16, marks=pytest.mark.slow, id="packed-bf16"),
+    ],
+)
+"""`make test` runs every mixer and every kind of row once, `make test-all` all of them."""
 
 
 @pytest.fixture(params=mixers.names())
@@ -236,8 +249,7 @@ def split_row(lengths: tuple[int, ...] | None):
     return seg, positions[0], starts[0]
 
 
-@DTYPES
-@BOTH
+@SPLIT
 def test_prefill_then_steps_at_every_split(mixer: Case, lengths: tuple[int, ...] | None, dtype: jnp.dtype):
     """Row s of the batch prefills s tokens, right-padded, then decodes the others one by one."""
     seg, positions, starts = split_row(lengths)
@@ -266,7 +278,7 @@ def test_prefill_then_steps_at_every_split(mixer: Case, lengths: tuple[int, ...]
         assert_close(f"steps after {s}", rest[s, : T - s], full[0, s:], tolerance)
 
 
-@BOTH
+@ROWS
 def test_two_calls_equal_one_at_every_split(mixer: Case, lengths: tuple[int, ...] | None):
     """A second call of many tokens continues the first, wherever the row is cut."""
     seg, positions, starts = split_row(lengths)
@@ -393,7 +405,9 @@ def test_starts_forgets_the_state(mixer: Case):
 # ------------------------------------------------------------------------------------------- (f) extremes stay finite
 
 
-@DTYPES
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow, id="fp32"), pytest.param(jnp.bfloat16, id="bf16")]
+)
 def test_extremes_stay_finite(mixer: Case, dtype: jnp.dtype):
     """Saturated gates, silence, repetition and size leave outputs, states and gradients finite."""
     x = normal(16, 1, AFTER, D)
