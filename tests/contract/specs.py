@@ -22,7 +22,7 @@ from tests.contract.cases import VARIANTS, D, tiny
 
 VOCABULARY = 67
 ANY = tuple(name for name in FUSIONS if name != "flat")  # which joins attn and swa alone: tests/models/test_fusion.py
-ORDER = 16  # with which the fixed models have all mixers
+ORDER = 17  # with which the fixed models have all mixers
 COMPOSITIONS = ("heads", "parallel", "modes", "route")
 AXES = (*COMPOSITIONS, "shared", "feed", "loop", "kv", "memory", "prefix", "moe")
 PAIRS = [(AXES[i], AXES[(i + d) % len(AXES)]) for d in range(1, 6) for i in range(len(AXES))]
