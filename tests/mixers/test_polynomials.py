@@ -61,7 +61,7 @@ def test_fastmax_is_its_definition(degree: int, length: float):
     q, k = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (q, k))
     c = np.minimum([length, 0.5], LONGEST if degree == 1 else np.inf)
     want = averaged(np.einsum("h,thk,shk->hts", c**2, q, k), projected(m.v), degree)
-    assert_close("heads", heads(m, X)[0], want, 3e-5)  # ε of the norm
+    assert_close("heads", heads(m, X)[0], want, TOLERANCE["fp32_op"])
 
 
 def flow_formula(q, k, v, clip=5.0, eps=1e-6):
@@ -108,7 +108,8 @@ def test_inline_is_its_definition_wherever_the_keys_lie(shift: float):
     keys = m.k
     m.k = lambda x: keys(x) + shift
     got = m.mix(X, Context.of(X), None)[0]
-    assert_close("heads", got[0], inline_formula(q, k, v), TOLERANCE["fp32_op"] if not shift else 1e-4)
+    # Keys of 100 and something have lost two digits before they come here.
+    assert_close("heads", got[0], inline_formula(q, k, v), TOLERANCE["fp32_op"] * (1 + shift))
 
 
 @pytest.mark.parametrize("mixer", [Based, Fastmax, InLine])
