@@ -26,6 +26,7 @@ from hydrax.ops.linear import cases as linear_cases, linear_attention
 from hydrax.ops.rowwise import cases as rowwise_cases, glu, rms_norm
 from hydrax.ops.scan import cases as scan_cases, linear_scan
 from hydrax.ops.softmax import attention, cases as attention_cases
+from hydrax.ops.sparse import block_topk_attention, cases as sparse_cases
 
 Inputs = dict[str, np.ndarray]
 Tensors = dict[str, Array]
@@ -55,6 +56,10 @@ def _attention(**x: Any) -> tuple[Array]:
     return (attention(**x),)
 
 
+def _chosen(**x: Any) -> tuple[Array]:
+    return (block_topk_attention(**x),)
+
+
 SUBJECTS: dict[str, Subject] = {
     "attention": Subject(
         _attention,
@@ -62,6 +67,13 @@ SUBJECTS: dict[str, Subject] = {
         attention_cases.inputs,
         ("q", "k", "v"),
         options=lambda case: {"window": case.window},
+    ),
+    "block_topk_attention": Subject(
+        _chosen,
+        sparse_cases.KERNELS,
+        sparse_cases.inputs,
+        ("q", "k", "v"),
+        options=lambda case: {"block_size": case.block},
     ),
     "linear_attention": Subject(
         linear_attention, linear_cases.KERNELS, functools.partial(linear_cases.inputs, beta=False), ("q", "k", "v")

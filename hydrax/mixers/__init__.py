@@ -399,7 +399,7 @@ TABLE: dict[str, Row] = {
     ),
     "nsa": Row(
         path="hydrax.mixers.sparse.nsa:NativeSparseAttention",
-        about="softmax attention to spans made into tokens, to the blocks these choose, and to a window, gated",
+        about="softmax attention to spans made into tokens, the blocks these choose, and a window, gated",
         paper="2502.11089",
         transition="chosen",
         tiny={

@@ -87,6 +87,10 @@ class Context:
         """`z`, after the tap of that name if one is set."""
         return self.taps[name](z) if name in self.taps else z
 
+    def by_channel(self, name: str, z: Array) -> Array:
+        """`tap` of z [B,T,H,V] of which every channel has a matrix of its own: the tap sees [B,T,HV]."""
+        return self.tap(name, z.reshape(*z.shape[:2], -1)).reshape(z.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:

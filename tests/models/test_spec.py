@@ -33,7 +33,7 @@ from hydrax.models.spec import ModelConfig, resolve
         ),
         ({"pattern": "gla", "mixers": {"gdn": {"preset": [1]}}}, "mixers.gdn.preset = [1]: expected one of olmo"),
         ({"pattern": "gla", "mixers": {"attn": {"heads": "4"}}}, "mixers.attn.heads = '4': expected an integer"),
-        ({"pattern": "gla", "mixers": {"attm": {}}}, "mixers.attm = {}: expected one of aaren, abc, attn,"),
+        ({"pattern": "gla", "mixers": {"attm": {}}}, "mixers.attm = {}: expected one of aaren, abc, agent, attn,"),
         ({"pattern": "gla", "mixers": {"attn": 3}}, "mixers.attn = 3: expected a mapping of options"),
         ({"pattern": "x", "blocks": {"x": {}}}, "blocks.x = {}"),
         (

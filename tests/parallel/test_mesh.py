@@ -136,7 +136,20 @@ def test_rules(axes: tuple, shape: tuple, sizes: dict[str, int], expected: tuple
 
 def test_every_axis_of_a_parameter_is_known():
     """A misspelt logical axis would be replicated in silence."""
-    small = {"conv", "depth", "feature", "gates", "norm", "parts", "rank", "slots"}
+    small = {
+        "conv",
+        "depth",
+        "distance",
+        "ema",
+        "embed_out",
+        "feature",
+        "gates",
+        "kinds",
+        "norm",
+        "parts",
+        "rank",
+        "slots",
+    }
     unsharded = small | {"layers", "head_dim", "state_k", "state_v"}
     known = unsharded | {axis for axis, _ in rules.RULES}
     plans = [PLAN, *(lm.blueprint(build(ModelConfig, {**MODEL, "pattern": name})) for name in mixers.names())]

@@ -53,7 +53,7 @@ class Cell(nnx.Module):
     def __call__(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Float[Array, "B T H V"], PyTree]:
         into = einsum("btd,dhgv->bthgv", x, self.input[...].astype(x.dtype)).astype(x.dtype)
         h, (short, long) = lstm(
-            ctx.tap("values", into) + self.bias[...].astype(x.dtype),
+            into + self.bias[...].astype(x.dtype),
             self.recurrent[...],
             initial_state=None if state is None else (state["h"], state["c"]),
             segment_ids=ctx.segment_ids,
@@ -81,7 +81,7 @@ class LSTM(Mixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         h, memory = self.cell(x, ctx, None if state is None else state["memory"])
-        return ctx.tap("reads", h), {"memory": memory}
+        return h, {"memory": memory}
 
     def out(self, z: Array) -> Array:
         return self.project(z)

@@ -72,7 +72,7 @@ class Rat(Mixer):
         tiles = (1, 1, cfg.heads // cfg.groups, 1)
         number = ctx.positions // cfg.chunk
         q = cfg.rope.turn(jnp.tile(self.q(x), tiles), number)
-        k, u = jnp.tile(ctx.tap("keys", self.k(x)), tiles), ctx.tap("values", self.v(x))
+        k, u = jnp.tile(ctx.tap("keys", self.k(x)), tiles), ctx.by_channel("values", self.v(x))
         f = jax.nn.sigmoid(fp32(self.forget(x)) + self.forget_bias[...])
         first = (ctx.positions % cfg.chunk == 0)[..., None, None]
         h, memory = linear_scan(
@@ -94,7 +94,7 @@ class Rat(Mixer):
             return self._read(rows, _ends_of_chunks(keys, cfg.slots(keys["k"].shape[1]), cache), ctx.impl)
 
         o = over_all_keys(read, {"q": q, **own}, own, ctx.shards)
-        o = ctx.tap("reads", o) * jax.nn.sigmoid(self.gate(x))
+        o = ctx.by_channel("reads", o) * jax.nn.sigmoid(self.gate(x))
         place = jnp.where(ends, number, NOWHERE)
         return o, {"memory": memory, "cache": kv_cache.write(cache, k, s, place, ctx.segment_ids)}
 

@@ -69,12 +69,12 @@ class RGLRU(Mixer):
         factor = jnp.where(first, 1, bounded_sqrt(-jnp.expm1(2 * log_a)))
         h, memory = linear_scan(
             jnp.exp(log_a),
-            factor * self.write(u) * _tap(ctx, "values", fp32(u)),
+            factor * self.write(u) * ctx.by_channel("values", fp32(u)),
             initial_state=past["memory"],
             chunk_size=self.cfg.chunk_size,
             **facts,
         )
-        h = _tap(ctx, "reads", h).astype(x.dtype)
+        h = ctx.by_channel("reads", h).astype(x.dtype)
         return h * jax.nn.gelu(self.gate(x)), {"memory": memory, "x": tail}
 
     def out(self, z: Array) -> Array:
@@ -105,11 +105,6 @@ def bounded_sqrt(x: Array) -> Array:
 
 
 bounded_sqrt.defjvps(lambda dx, _, x: dx / jnp.sqrt(jnp.maximum(4 * x, MAX_SLOPE**-2)))
-
-
-def _tap(ctx: Context, name: str, x: Array) -> Array:
-    """`x` [B,T,H,V] after a tap that sees its channels, each of which has a matrix of its own, as [B,T,HV]."""
-    return ctx.tap(name, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 def _rates(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
