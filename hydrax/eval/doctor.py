@@ -190,8 +190,9 @@ class _Patient:
         case = subject.cases[what.case]
         inputs = subject.inputs(case)
         seg = jnp.asarray(linear_cases.documents(case.B, case.T)) if what.packed else None
-        self._low = {n: jnp.asarray(x, what.dtype if n in subject.values else "float32") for n, x in inputs.items()}
-        self._exact = {n: x.astype(jnp.float32) for n, x in self._low.items()}
+        dtypes = {n: what.dtype if n in subject.values else _low(x.dtype) for n, x in inputs.items()}
+        self._low = {n: jnp.asarray(x, dtypes[n]) for n, x in inputs.items()}
+        self._exact = {n: jnp.asarray(x, _low(x.dtype)) for n, x in self._low.items()}
         op = functools.partial(subject.op, segment_ids=seg, **subject.options(case))
         kernel, definition = (functools.partial(op, impl=impl) for impl in (what.kernel, "recurrent"))
         try:
@@ -213,6 +214,11 @@ class _Patient:
         return Finding(self.what, errors=errors, seconds=times["kernel"].median)
 
 
+def _low(dtype: Any) -> str:
+    """What tensors are handed over as that do not come in the dtype of an examination."""
+    return "int32" if jnp.issubdtype(dtype, jnp.integer) else "float32"
+
+
 def _compiled(op: Callable, x: Tensors, cotangents: tuple[Array, ...]) -> Callable[..., Tensors]:
     """(inputs, cotangents) -> o, state and d<input>, the latter for more than one token and not of constant decays."""
 
@@ -220,7 +226,11 @@ def _compiled(op: Callable, x: Tensors, cotangents: tuple[Array, ...]) -> Callab
     def run(x: Tensors, cotangents: tuple[Array, ...]) -> Tensors:
         if cotangents[0].shape[1] == 1:  # a step of decoding: where it is differentiated, the definition runs
             return dict(zip(("o", "state"), op(**x), strict=False))
-        fixed = {name: a for name, a in x.items() if name == "log_decay" and a.ndim == 1}
+        fixed = {
+            name: a
+            for name, a in x.items()
+            if (name == "log_decay" and a.ndim == 1) or jnp.issubdtype(a.dtype, jnp.integer)
+        }
         outputs, pullback = jax.vjp(lambda own: op(**own, **fixed), {n: a for n, a in x.items() if n not in fixed})
         (gradients,) = pullback(tuple(d.astype(o.dtype) for d, o in zip(cotangents, outputs, strict=True)))
         return dict(zip(("o", "state"), outputs, strict=False)) | {f"d{name}": d for name, d in gradients.items()}

@@ -161,12 +161,12 @@ def test_forms_agree(variant: Case):
 
 
 LENGTHS = (1, 63, 64, 65, 257)
-OF_EACH_OP = {"abc", "attn", "gdn", "gla", "hgrn", "kda", "lightning", "mamba"}
-"""A mixer for every op and kind of decay. Others meet them at all lengths in `make test-all`."""
+EVERYWHERE = {"attn", "gdn", "hgrn", "lightning"}
+"""A mixer for every kind of op. Others meet them at all lengths in `make test-all`."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in OF_EACH_OP else pytest.mark.slow) for n in mixers.names()]
+    "name", [pytest.param(n, marks=() if n in EVERYWHERE else pytest.mark.slow) for n in mixers.names()]
 )
 def test_every_length(name: str):
     """Chunks of the default size, documents at their edges: output, state and gradients equal the fp64 recurrence."""
