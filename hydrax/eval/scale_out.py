@@ -117,12 +117,15 @@ TINY = {
     "model.vocab_size": 256,
     "model.mixers.gdn": {"heads": 8, "key_dim": 8, "value_dim": 8},
     "model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 8},
-    "model.mixers.mamba2": {"key_dim": 8, "value_dim": 16},
+    "model.mixers.mamba2": {"heads": 8, "key_dim": 8, "value_dim": 16},
     "train.dtype": "float32",
     "optim.lr": 3e-3,
     "optim.warmup": 1,
 }
-HEADS = {"model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 128}}  # as many as devices, for ulysses
+HEADS = {  # as many as devices, for ulysses
+    "model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 128},
+    "model.mixers.mamba2": {"heads": 8, "key_dim": 128, "value_dim": 64},
+}
 
 
 def cells(settings: Settings, present: int) -> Iterator[Cell]:
