@@ -121,6 +121,7 @@ TINY = {
     "train.dtype": "float32",
     "optim.lr": 3e-3,
     "optim.warmup": 1,
+    "optim.eps": 1e-2,  # at 1e-8 the first updates are signs, and rounding decides those of small gradients
 }
 HEADS = {  # as many as devices, for ulysses
     "model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 128},
