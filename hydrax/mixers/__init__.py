@@ -66,6 +66,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 6 * _matrix(c),
     ),
+    "depthwise_conv": Row(
+        path="hydrax.mixers.average.local:DepthwiseConv",
+        about="short convolution by channel, in heads, without a gate",
+        paper="2205.12956",
+        transition="none",
+        tiny={"heads": 2, "value_dim": 16, "width": 4},
+        state_bytes=lambda c, n, b: b * (c.width - 1) * c.heads * c.value_dim,
+        flops=lambda c, n: 2 * c.width * c.heads * c.value_dim,
+    ),
     "dma": Row(
         path="hydrax.mixers.sparse.dma:DynamicMaskAttention",
         about="softmax attention to the keys whose values score best, each with a bias of that score",
@@ -319,6 +328,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * _matrix(c) + b * _tails(c),
         flops=lambda c, n: 4 * _matrix(c),
         head_option="value_heads",
+    ),
+    "max_pool": Row(
+        path="hydrax.mixers.average.local:MaxPool",
+        about="largest of the last few tokens, by channel",
+        paper="2205.12956",
+        transition="none",
+        tiny={"heads": 2, "value_dim": 16, "width": 3},
+        state_bytes=lambda c, n, b: 4 * (c.width - 1) * c.heads * c.value_dim,
+        flops=lambda c, n: (c.width - 1) * c.heads * c.value_dim,
     ),
     "mega": Row(
         path="hydrax.mixers.average.mega:Mega",
