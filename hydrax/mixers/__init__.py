@@ -46,7 +46,7 @@ TABLE: dict[str, Row] = {
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
         state_bytes=lambda c, n, b: _cache(c, n, b),
-        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+        flops=lambda c, n: c.flops(n),
     ),
     "based": Row(
         path="hydrax.mixers.linear.taylor:Based",

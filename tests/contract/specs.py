@@ -48,6 +48,7 @@ LINEAR = ("aaren", "abc", "agent", "based", "deltanet", "efficient", "fastmax", 
 
 SPLIT = {
     **{name: {"kv_heads": 1, "value_dim": 16} for name in LENDERS},
+    "attn": {"kv_heads": 1, "key_dim": 16, "value_dim": 16},
     "swa": {"kv_heads": 1, "value_dim": 16, "pattern": "window"},
     "gdn": {"value_heads": None},
     "mamba2": {"heads": 1},
