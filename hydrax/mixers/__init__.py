@@ -46,7 +46,7 @@ TABLE: dict[str, Row] = {
         transition="lse",
         tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "qk_norm": "head", "out_gate": "elementwise", "softcap": 20.0},
         state_bytes=lambda c, n, b: _cache(c, n, b),
-        flops=lambda c, n: 2 * c.heads * (c.key_dim + c.value_dim) * (n + 1) / 2,
+        flops=lambda c, n: c.flops(n),
     ),
     "based": Row(
         path="hydrax.mixers.linear.taylor:Based",
@@ -474,6 +474,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "value_dim": 12},
         state_bytes=lambda c, n, b: c.heads * c.value_dim * (4 + b * (c.conv_width - 1)),
         flops=lambda c, n: 4 * c.heads * c.value_dim,
+    ),
+    "sha_rnn": Row(
+        path="hydrax.mixers.average.lstm:ShaRNN",
+        about="the LSTM, and one softmax attention to its outputs without projections to keys and values",
+        paper="1911.11423",
+        transition="nonlinear",
+        tiny={"heads": 2, "value_dim": 16, "window": 7},
+        state_bytes=lambda c, n, b: 4 * 2 * c.heads * c.value_dim + c.slots(n) * (c.heads * c.value_dim * b + 8),
+        flops=lambda c, n: 4 * c.heads * c.value_dim * (2 * c.value_dim + lifetimes.Window(c.slots(n)).visible(n)),
     ),
     "staticqk": Row(
         path="hydrax.mixers.softmax.staticqk:StaticQK",

@@ -22,7 +22,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "aaren": [{"slots": 3}],
     "abc": [{"feature": "silu", "norm_affine": False}],
     "agent": [{"conv_width": 0}],
-    "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
+    "attn": [
+        {"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True},
+        {"hops": 2, "hop_map": "learned"},
+    ],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
     "dma": [
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},

@@ -45,7 +45,10 @@ from hydrax.models.spec import ModelConfig, resolve
             {"pattern": "x", "blocks": {"x": {"mixer": "gla", "ffn": "swigl"}}},
             "blocks.x.ffn = 'swigl': expected one of",
         ),
-        ({"pattern": "gla", "norm": "layernorm"}, "norm = 'layernorm': expected one of rmsnorm, rmsnorm1p, srmsnorm"),
+        (
+            {"pattern": "gla", "norm": "layer"},
+            "norm = 'layer': expected one of rmsnorm, rmsnorm1p, srmsnorm, layernorm",
+        ),
         ({"pattern": "gla", "norm_place": "mid"}, "norm_place = 'mid': expected one of pre, reordered, sandwich, post"),
         ({"pattern": "gla", "post_alpha": 0}, "post_alpha = 0.0: expected a number > 0"),
         ({"pattern": "2*gla", "ffn_pattern": "swiglu"}, "ffn_pattern = 'swiglu': it has 1 entries for 2 layers"),

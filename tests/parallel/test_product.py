@@ -174,6 +174,21 @@ def test_lifetimes_of_keys_on_divided_rows(pattern: str, strategy: str, layout: 
 
 
 @pytest.mark.parametrize(
+    ("strategy", "layout", "P"),
+    [
+        pytest.param("ring", "zigzag", 2),
+        pytest.param("allgather_kv", "zigzag", 4, marks=pytest.mark.slow),
+        pytest.param("ulysses", "contiguous", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_hops_on_divided_rows(strategy: str, layout: str, P: int) -> None:
+    options: dict[str, Any] = {"dtype": jnp.float32, "tolerance": TOLERANCE["fp32_op"]}
+    compare(
+        "attn", strategy, layout, P, **options, variant=next(i for i, v in enumerate(VARIANTS["attn"]) if "hops" in v)
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "strategy", "layout"),
     [
         pytest.param(name, strategy, layout, marks=[] if (name, strategy, layout) in EXACT else [pytest.mark.slow])
