@@ -522,6 +522,15 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: 4 * math.prod(c.state_shape),
         flops=lambda c, n: 4 * math.prod(c.state_shape),
     ),
+    "token_gate": Row(
+        path="hydrax.mixers.average.token_gate:TokenGate",
+        about="what is read, gated by a small network that looks along the row and over channels",
+        paper="2403.02411",
+        transition="diag",
+        tiny={"taps": 3, "inner_dim": 48},
+        state_bytes=lambda c, n, b: c.state_bytes(b),
+        flops=lambda c, n: c.flops,
+    ),
 }
 
 

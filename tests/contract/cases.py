@@ -82,6 +82,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[3, 0], [0, 0.4]]]}},
         {"pattern": "log_bands", "window": 3},
     ],
+    "token_gate": [{"operator": "ema", "modes": 3}],
 }
 """Options, beside those of the table, that take another path through a mixer."""
 
