@@ -50,7 +50,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "kda": [{"safe_gate": True, "gate_bias": True}],
     "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
-    "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
+    "linear_attn": [
+        {"feature_map": "hadamard", "normalizer": "rmsnorm"},
+        {"feature_map": "dpfp"},
+        {"feature_map": "identity", "normalizer": "learned", "bias": True},
+    ],
     "mamba": [{"bcdt_norm": True}],
     "mamba2": [
         {"heads": 2},

@@ -2,9 +2,9 @@
 
     r_t = 1 + x_t + (Q₂ gelu(Q₁ norm(x)))_t,   g_t = r_t + W_b gelu(W_a norm(r_t)),   y_t = W_o (g_t ⊙ (W x_t + b))
 
-x is the input of the layer, normed as in every block. Q₁ and Q₂ look along the row. In the paper, which is about images,
-they are matrices over all positions; here they are causal and restart with every document: depthwise convolutions, or
-complex moving averages. The 1 lets a new layer pass on about what it reads; W_o is hydrax's too.
+x is the input of the layer, normed as in every block. Q₁ and Q₂ look along the row. In the paper, on images, they are
+matrices over all positions; here they are causal and restart with every document: depthwise convolutions, or complex
+moving averages. The 1 lets a new layer pass on about what it reads; W_o is hydrax's too.
 """
 
 import dataclasses
