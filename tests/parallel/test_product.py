@@ -55,6 +55,7 @@ COVERING = [
     ("gated_conv", "allgather_state", "zigzag", 4),
     ("megalodon", "ring", "zigzag", 4),
     ("gecko", "ulysses", "contiguous", 2),
+    ("sha_rnn", "ulysses", "contiguous", 2),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
     ("attn", "ulysses", "zigzag", 2),
