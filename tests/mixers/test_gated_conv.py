@@ -178,6 +178,7 @@ def test_lka_sees_its_taps_and_nothing_else():
     assert_equal("outputs that do not see the token", after[outside], before[outside])
 
 
+@pytest.mark.slow
 def test_a_filter_without_weight_leaves_the_taps():
     """Outputs, and gradients of all that both have."""
     short, long = make(conv_width=3, conv_activation="silu"), make(**KERNELS["ema"])
@@ -192,9 +193,12 @@ def test_a_filter_without_weight_leaves_the_taps():
 
 
 @EACH
-def test_a_document_restarts_and_decodes(variant: int):
-    contract.test_prefill_then_steps_at_every_split(case("gated_conv", variant), contract.PACKED, jnp.float32)
+def test_the_state_is_what_the_table_says(variant: int):
     contract.test_state_is_what_the_table_says(case("gated_conv", variant), jnp.bfloat16)
+
+
+def test_a_document_restarts_and_decodes():
+    contract.test_prefill_then_steps_at_every_split(case("gated_conv", LKA), contract.PACKED, jnp.float32)
 
 
 @pytest.mark.slow
@@ -202,6 +206,7 @@ def test_a_document_restarts_and_decodes(variant: int):
 @pytest.mark.parametrize(
     "test",
     [
+        lambda mixer: contract.test_prefill_then_steps_at_every_split(mixer, contract.PACKED, jnp.float32),
         lambda mixer: contract.test_prefill_then_steps_at_every_split(mixer, None, jnp.bfloat16),
         lambda mixer: contract.test_two_calls_equal_one_at_every_split(mixer, contract.PACKED),
         lambda mixer: contract.test_the_future_does_not_change_the_past(mixer, 1e3),
