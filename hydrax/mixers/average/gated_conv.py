@@ -43,7 +43,7 @@ class Config(MixerConfig):
     conv_activation: Activation = "none"  # of the convolution
     gate_activation: Activation = "silu"  # of the gate W_z x
     lka: LargeKernel = dataclasses.field(default_factory=LargeKernel)  # large kernel attention, in place of all these
-    filter: long_conv.Name = "ema"  # of kernel long; implicit: for training on rows of one document each
+    filter: long_conv.Name = "ema"  # of kernel long; implicit: of whole rows, no documents, no decoding
     modes: Positive = 16  # exponentials per channel of filter ema
     horizon: Positive = 2048  # T₀ of filter implicit: tokens over which its kernels change and decay
     chunk_size: Positive | None = None  # tokens per chunk of the training form of filter ema
@@ -77,6 +77,10 @@ class Config(MixerConfig):
     @property
     def long(self) -> bool:
         return self.kernel == "long"
+
+    @property
+    def restarts(self) -> bool:
+        return not self.long or self.filter != "implicit"
 
 
 class GatedConv(Mixer):

@@ -153,9 +153,13 @@ class Mega(Highway):
 @dataclasses.dataclass(frozen=True)
 class ShortLongConfig(HighwayConfig):
     conv_width: Positive = 3  # taps of the short convolution, and of the branch beside the filter
-    filter: long_conv.Name = "ema"  # the long convolution; implicit: for training on rows of one document each
+    filter: long_conv.Name = "ema"  # the long convolution; implicit: of whole rows, no documents, no decoding
     horizon: Positive = 2048  # T₀ of filter implicit: tokens over which its kernels change and decay
     norm_eps: PositiveFloat = 1e-5  # of both norms
+
+    @property
+    def restarts(self) -> bool:
+        return self.filter != "implicit"
 
     def state_bytes(self, b: int) -> int:
         """Of one row, with b bytes per number of the compute dtype."""
