@@ -149,12 +149,12 @@ TABLE: dict[str, Row] = {
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
-        about="gated short convolution without a recurrence",
+        about="gated convolution: short and without a recurrence, of large kernels, or with a long filter",
         paper="2405.07992",
         transition="none",
         tiny={"inner_dim": 48, "conv_width": 5, "conv_activation": "silu"},
-        state_bytes=lambda c, n, b: b * (c.conv_width - 1) * c.inner_dim,
-        flops=lambda c, n: 2 * c.conv_width * c.inner_dim,
+        state_bytes=lambda c, n, b: c.state_bytes(b),
+        flops=lambda c, n: c.flops(n),
     ),
     "gdn": Row(
         path="hydrax.mixers.linear.gdn:GatedDeltaNet",
@@ -483,6 +483,15 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "value_dim": 16, "window": 7},
         state_bytes=lambda c, n, b: 4 * 2 * c.heads * c.value_dim + c.slots(n) * (c.heads * c.value_dim * b + 8),
         flops=lambda c, n: 4 * c.heads * c.value_dim * (2 * c.value_dim + lifetimes.Window(c.slots(n)).visible(n)),
+    ),
+    "short_long_conv": Row(
+        path="hydrax.mixers.average.mega:ShortLongConv",
+        about="linear attention over a short and a long convolution",
+        paper="2406.08128",
+        transition="diag",
+        tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "modes": 3},
+        state_bytes=lambda c, n, b: c.state_bytes(b),
+        flops=lambda c, n: c.flops(n),
     ),
     "staticqk": Row(
         path="hydrax.mixers.softmax.staticqk:StaticQK",

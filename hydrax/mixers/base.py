@@ -102,6 +102,11 @@ class MixerConfig:
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    @property
+    def restarts(self) -> bool:
+        """Whether documents may share a row, and a state be carried; if not, whole rows are all that is served."""
+        return True
+
     def fill(self, d_model: int) -> Self:
         """The config with every None that depends on the model width filled in.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, ema, linear, lstm, moments, rowwise, scan, slots, softmax
+from hydrax.ops.conv import long
 from hydrax.ops.dispatch import choices
 from hydrax.ops.slots import working_memory
 from hydrax.ops.softmax import relative
@@ -14,6 +15,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     "chunk_attention": groups.FORMS,
     "delta_rule": delta.FORMS,
     "ema": ema.FORMS,
+    "fft_conv": long.FORMS,
     "glu": rowwise.GLU,
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,

@@ -184,7 +184,7 @@ def _ulysses(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Arra
 def _halo(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     inputs, taps, *others = x
     facts: dict[str, Any] = {"axis": AXIS, "layout": rows.layout, "first": rows.state}
-    tail = halo.halo_left(inputs, taps.shape[0] - 1, rows.segment_ids, **facts)
+    tail = halo.halo_left(inputs, (taps.shape[0] - 1) * how.get("dilation", 1), rows.segment_ids, **facts)
     inputs, ids = layout.cut((inputs, rows.segment_ids), rows.layout)
     y, end = op.run(inputs, taps, *others, initial_state=tail, segment_ids=ids, **how)
     return layout.join(y, rows.layout), state_scan.last(end, rows.ends, AXIS)

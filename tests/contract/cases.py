@@ -40,6 +40,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"memory": "linear_attn"},
     ],
     "fastmax": [{"degree": 1}],
+    "gated_conv": [
+        {"kernel": "lka", "lka": {"width": 3, "spaced_width": 4, "dilation": 3}},
+        {"kernel": "long", "modes": 3},
+    ],
     "gecko": [{"chunk": 5, "rope_heads": 1}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
