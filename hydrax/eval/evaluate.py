@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from hydrax.core.build import ConfigError, NonNegative, Positive, Raw
+from hydrax.data.landmarks import landmarks_of
 from hydrax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from hydrax.eval import length, recall
 from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
@@ -90,7 +91,9 @@ def open_run(workdir: str, name: str, tokens_at_once: int) -> Subject:
     plan = blueprint(cfg.model)
     arrays = {key: jnp.asarray(value) for key, value in params.items()}
     model = plan.merge(plan.cast(arrays, compute_dtype(cfg.train.dtype)))
-    return Subject(name, Scorer(model, tokens_at_once), cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
+    tokenizer = open_tokenizer(cfg.data.tokenizer)
+    scorer = Scorer(model, tokens_at_once, landmarks_of(cfg.data.landmark_every, tokenizer))
+    return Subject(name, scorer, cfg, tokenizer, steps[0])
 
 
 def evaluate(
@@ -172,6 +175,7 @@ def _recall(subject: Subject, argument: str, settings: Settings, advance: Advanc
         settings.context or subject.trained,
         tokens_at_once=settings.tokens_at_once,
         advance=advance,
+        landmarks=subject.scorer.landmarks,
     )
 
 
@@ -222,6 +226,7 @@ def _lm_eval(subject: Subject, argument: str, settings: Settings, advance: Advan
         max_length=settings.context or subject.trained,
         tokens_at_once=settings.tokens_at_once,
         advance=advance,
+        landmarks=subject.scorer.landmarks,
     )
     return harness.run(model, argument, include=settings.include, limit=settings.examples or None)
 

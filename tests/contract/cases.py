@@ -50,7 +50,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hgrn": [{"complex": True}],
     "hcam": [{"chunk": 3, "top": 2, "kv_heads": 4, "softcap": 20.0, "out_gate": "headwise", "rope": {"fraction": 0.0}}],
     "inline": [{"activation": "silu", "conv_width": 0}],
-    "infllm2": [{"block": 3, "kernel": 3, "stride": 1, "topk": 4, "init_blocks": 2, "local": 0, "dense_len": 0}],
+    "infllm2": [
+        {
+            "block": 3,
+            "kernel": 3,
+            "stride": 1,
+            "topk": 4,
+            "init_blocks": 2,
+            "local": 0,
+            "dense_len": 0,
+            "use_nope": True,
+        }
+    ],
     "kda": [{"safe_gate": True, "gate_bias": True}],
     "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-import hydrax
 from hydrax.core.build import ConfigError, build
-from hydrax.data.landmarks import tokens_per_row, with_landmarks
+from hydrax.data.landmarks import Landmarks, tokens_per_row, with_landmarks
 from hydrax.data.loader import DataConfig, open_data
 from hydrax.train.config import RunConfig
 from hydrax.train.source import open_source
@@ -39,6 +38,16 @@ def test_a_landmark_stands_behind_every_three_tokens() -> None:
     for name, values in want.items():
         np.testing.assert_array_equal(row[name][0], values, err_msg=name)
         assert row[name].dtype == packed(3, width=3)[name].dtype
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_starts_of_documents_are_laid_as_rows_are(every: int) -> None:
+    """But for the landmark behind the last token, which comes with the next one."""
+    laid, n = Landmarks(every, LANDMARK), 12
+    row = packed(n, width=n)
+    whole = with_landmarks(row, every, landmark=LANDMARK, pad=PAD, length=n + n // every)["tokens"]
+    assert np.array_equal(laid.lay(row["tokens"]), whole[:, :-1] if n % every == 0 else whole)
+    np.testing.assert_array_equal(laid.due(np.arange(whole.size)), whole[0] == LANDMARK)
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 50])
@@ -83,9 +92,3 @@ def test_landmark_layers_and_data_agree(every: int, given: dict[str, int]) -> No
         ConfigError, match=rf"data.landmark_every = {every}: expected 4, the section of landmark layers"
     ):
         open_source(build(RunConfig, {"model": model, "data": given}))
-
-
-def test_text_of_landmark_layers_is_not_generated() -> None:
-    model = hydrax.build({"d_model": 16, "vocab_size": 9, "pattern": "landmark", "mixers": {"landmark": {"heads": 2}}})
-    with pytest.raises(ConfigError, match=r"model.pattern = 'landmark': landmark layers: generation does not"):
-        hydrax.generate(model, np.ones((1, 3), np.int32), max_new_tokens=1)
