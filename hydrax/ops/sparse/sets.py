@@ -1,11 +1,13 @@
 """Softmax attention inside sets of tokens: each head has its own, chosen from the row."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hydrax.core.typing import Array, Float, Int
+from hydrax.core.typing import Array, Bool, Float, Int
+from hydrax.ops.documents import changes
 from hydrax.ops.softmax import attention
 
 
@@ -55,3 +57,17 @@ def put_heads(y: Float[Array, "B H n V"], I: Int[Array, "B H n"], T: int) -> Flo
         return jnp.zeros((T, y.shape[-1]), y.dtype).at[jnp.where(i < 0, T, i)].add(y, mode="drop")
 
     return jax.vmap(jax.vmap(head, out_axes=1))(y, I)
+
+
+def largest(r: Float[Array, "B T H"], ids: Int[Array, "B T"], most: Callable[[Array], Any]) -> Bool[Array, "B T H"]:
+    """Which r are among the most(n) largest of their document of n tokens; ties go to the earlier token."""
+    lengths = jnp.sum(ids[:, :, None] == ids[:, None], axis=2)
+
+    def head(r: Array, ids: Array) -> Array:
+        order = jnp.lexsort((-r, ids))
+        place = jnp.arange(ids.size)
+        begins = jax.lax.cummax(jnp.where(changes(ids[order][None])[0], place, 0))
+        return jnp.zeros_like(place).at[order].set(place - begins)
+
+    rank = jax.vmap(jax.vmap(head, in_axes=(1, None), out_axes=1))(r, ids)
+    return (rank < jnp.asarray(most(lengths))[..., None]) & (ids != 0)[..., None]
