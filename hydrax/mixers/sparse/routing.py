@@ -111,7 +111,7 @@ class RoutingAttention(Mixer):
         rank, count = clusters.ranks(c, ids, cfg.clusters, state["count"])
         keys = kv_cache.collect(k, v, cache, **facts)
         all_c, all_ranks = (jnp.concatenate([cache[n], a], 1) for n, a in (("cluster", c), ("rank", rank)))
-        seen = {"kv_clusters": all_c, "kv_ranks": all_ranks, "kv_segment_ids": keys.segment_ids}
+        seen: dict[str, Any] = {"kv_clusters": all_c, "kv_ranks": all_ranks, "kv_segment_ids": keys.segment_ids}
         o = clusters.clustered_window(
             q, keys.k, keys.v, clusters=c, ranks=rank, **seen, cached=cache["k"].shape[1], **options
         )
@@ -136,8 +136,8 @@ class RoutingAttention(Mixer):
         @jax.checkpoint
         def add(total: Array, kept: Array) -> tuple[Array, None]:
             places = jnp.repeat(find(kept), R, axis=1)
-            own = (sets.take_heads(a, places) for a in (q, k, v))
-            o = sets.token_set_attention(*own, places, segment_ids=ctx.segment_ids, **options)
+            qs, ks, vs = (sets.take_heads(a, places) for a in (q, k, v))
+            o = sets.token_set_attention(qs, ks, vs, places, segment_ids=ctx.segment_ids, **options)
             return total + sets.put_heads(fp32(o), places, T), None
 
         total, _ = jax.lax.scan(add, jnp.zeros_like(fp32(v)), jnp.moveaxis(kept, 3, 0))

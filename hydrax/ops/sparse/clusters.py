@@ -80,7 +80,7 @@ def clustered_window(
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     sets = _sets(clusters, ids, number)
     own = kv_clusters is None
-    kv_sets = sets if own else _sets(kv_clusters, kv_segment_ids, number)
+    kv_sets = sets if kv_clusters is None else _sets(kv_clusters, kv_segment_ids, number)
     kv_ranks = ranks if own else kv_ranks
     fold = lambda x: jnp.moveaxis(x.reshape(B, x.shape[1], G, -1), 2, 1).reshape(B * G, x.shape[1], -1)  # noqa: E731
     of_queries, of_keys = ([fold(x)[..., 0] for x in y] for y in ((sets, ranks), (kv_sets, kv_ranks)))
@@ -99,7 +99,12 @@ def _in_the_row(
 ) -> Array:
     """Every query looks at all keys, where they are."""
     sets, kv_sets = (jnp.where(x[0] == NOWHERE, 0, x[0]) for x in (of_queries, of_keys))
-    facts = {"segment_ids": sets, "positions": of_queries[1], "kv_segment_ids": kv_sets, "kv_positions": of_keys[1]}
+    facts: dict[str, Any] = {
+        "segment_ids": sets,
+        "positions": of_queries[1],
+        "kv_segment_ids": kv_sets,
+        "kv_positions": of_keys[1],
+    }
     return attention(q, k, v, impl=impl, **facts, **how)
 
 
