@@ -134,7 +134,7 @@ OPS = {
     "clustered_window": Op(
         _of_keys(sparse.clustered_window, "clusters", "ranks"),
         "groups",
-        ("bth",) * 5,
+        ("bth",) * 7,
         state="",
         in_order=("clusters", "ranks"),
     ),
@@ -411,6 +411,16 @@ def permuted_window(q: Array, k: Array, v: Array, *, positions: Array, ranks: Ar
     return _run("permuted_window", (q, k, v, positions, ranks), **facts)[0]
 
 
-def clustered_window(q: Array, k: Array, v: Array, *, clusters: Array, ranks: Array, **facts: Any) -> Array:
+def clustered_window(
+    q: Array,
+    k: Array,
+    v: Array,
+    asked: Array | None = None,
+    asked_ranks: Array | None = None,
+    *,
+    clusters: Array,
+    ranks: Array,
+    **facts: Any,
+) -> Array:
     """`ops.sparse.clustered_window`."""
-    return _run("clustered_window", (q, k, v, clusters, ranks), **facts)[0]
+    return _run("clustered_window", (q, k, v, clusters, ranks, asked, asked_ranks), **facts)[0]

@@ -1,6 +1,7 @@
 """routing: the formula in fp64, what one cluster reduces to, what its cache holds, and how centroids move."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -46,11 +47,14 @@ def turned(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
-def nearness(layer: Any, k: np.ndarray) -> np.ndarray:
-    """k̂·μ̂ [B,T,G,C]."""
-    mu = np.asarray(layer.centroids[...], np.float64)[..., :-1]
-    mu /= np.linalg.norm(mu, axis=-1, keepdims=True)
-    return np.einsum("btgk,gck->btgc", k / np.linalg.norm(k, axis=-1, keepdims=True), mu)
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def nearness(layer: Any, x: np.ndarray) -> np.ndarray:
+    """û·μ̂ of keys [B,T,G,C] or queries [B,T,H,C]."""
+    mu = unit(np.asarray(layer.centroids[...], np.float64)[..., :-1])
+    return np.einsum("bthk,hck->bthc", unit(x), np.repeat(mu, x.shape[2] // G, axis=0))
 
 
 def softmax_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -62,42 +66,44 @@ def softmax_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def reference(layer: Any, x: np.ndarray) -> np.ndarray:
     """z by loops over rows, heads and tokens."""
     (q, k, v), positions = projected(layer, x), inside(SEG)[0]
-    near, (q, k) = nearness(layer, k), (turned(a, positions) for a in (q, k))
+    of_keys = nearness(layer, k)
+    of_queries = nearness(layer, q) if layer.cfg.route == "query" else np.repeat(of_keys, H // G, axis=2)
+    q, k = (turned(a, positions) for a in (q, k))
     z = np.zeros((2, T, H, v.shape[-1]))
     for b, h in np.ndindex(2, H):
-        g = h // (H // G)
+        near, far = of_keys[b, :, h // (H // G)], of_queries[b, :, h]
         for document in set(SEG[b]) - {0}:
             places = np.flatnonzero(SEG[b] == document)
             members: list[list[int]] = [[] for _ in range(C)]
-            taken = [sorted(places, key=lambda t, c=c: (-near[b, t, g, c], t))[:W] for c in range(C)]
+            keys, queries = ([sorted(places, key=lambda t: (-a[t, c], t))[:W] for c in range(C)] for a in (near, far))
             for t in places:
-                own = int(np.argmax(near[b, t, g]))
-                members[own].append(t)
-                read = [members[own][-W:]]
+                members[int(np.argmax(near[t]))].append(t)
+                read = [members[int(np.argmax(far[t]))][-W:]]
                 if layer.cfg.mode == "balanced":
-                    read = [[s for s in taken[c] if s <= t] for c in range(C) if t in taken[c]]
-                for s in read:
-                    z[b, t, h] += softmax_mean(q[b, t, h], k[b, s, g], v[b, s, g]) / len(read)
+                    read = [[s for s in keys[c] if s <= t] for c in range(C) if t in queries[c]]
+                for s in filter(len, read):
+                    z[b, t, h] += softmax_mean(q[b, t, h], k[b, s, h // (H // G)], v[b, s, h // (H // G)]) / len(read)
     return z
 
 
+@pytest.mark.parametrize("route", ["query", "token"])
 @pytest.mark.parametrize("mode", ["causal", "balanced"])
-def test_formula(mode: str) -> None:
-    layer, x = routing(mode=mode), normal(0, 2, T, D)
+def test_formula(mode: str, route: str) -> None:
+    layer, x = routing(mode=mode, route=route), normal(0, 2, T, D)
     z = jax.jit(lambda x: layer.mix(x, Context.of(x, jnp.asarray(SEG)), None)[0])(x)
     want = reference(layer, x.astype(np.float64))
     read = np.any(want != 0, -1)[SEG != 0]
-    assert np.all(read) if mode == "causal" else 0.3 < np.mean(read) < 1
+    assert np.all(read) if (mode, route) == ("causal", "token") else 0.3 < np.mean(read) < 1
     assert_close("z", z * (SEG != 0)[..., None, None], want, TOLERANCE["fp32_op"])
 
 
-def outputs_and_gradients(layer: Any, state: bool = False) -> Any:
+def outputs_and_gradients(layer: Any) -> Any:
     graph, params = nnx.split(layer)
     x, dy = normal(0, 2, T, D), normal(1, 2, T, D) * (SEG != 0)[..., None]
 
     def run(params: nnx.State, x: Array) -> tuple[Array, Array]:
         mixer: Mixer = nnx.merge(graph, params)
-        y = mixer(x, Context.of(x, jnp.asarray(SEG)), mixer.init_state(2, T, x.dtype) if state else None)[0]
+        y = mixer(x, Context.of(x, jnp.asarray(SEG)))[0]
         return jnp.sum(dy * y), y
 
     grads, y = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(params, x)
@@ -131,11 +137,10 @@ def test_the_state_holds_the_last_keys_of_every_cluster() -> None:
     layer, x = routing(), normal(0, 1, T, D)
     seg, cuts = segments([5, 19], T)[None], (0, 9, 23, T)
     clusters = np.argmax(nearness(layer, projected(layer, x.astype(np.float64))[1]), -1)[0]
-    state, step = layer.init_state(1, T, jnp.float32), jax.jit(lambda x, ctx, state: layer(x, ctx, state)[1])
-    positions = inside(seg)[0]
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-        state = layer(x[:, a:b], Context(positions[:, a:b], jnp.asarray(seg[:, a:b])), state)[1]
-    del step
+    state, positions = layer.init_state(1, T, jnp.float32), inside(seg)[0]
+    for a, b in itertools.pairwise(cuts):
+        run = jax.jit(lambda x, at, ids, state: layer(x, Context(at, ids), state)[1])
+        state = run(x[:, a:b], positions[:, a:b], seg[:, a:b], state)
     assert state["cache"]["k"].shape[1] == C * W < T
     v = projected(layer, x.astype(np.float64))[2][0]
     for g in range(G):
@@ -163,11 +168,11 @@ def test_centroids_move_to_the_mean_of_their_tokens() -> None:
     tx = make_optimizer(build(OptimConfig, {}), 10, {"mu": ParamMeta((), False, None, False, rule="average")})
     before = {"mu": layer.centroids[...]}
     update = np.asarray(tx.update({"mu": jnp.asarray(whole / 7)}, tx.init(before), before)[0]["mu"])
-    k = projected(layer, x.astype(np.float64))[1]
-    near, unit = nearness(layer, k).argmax(-1), k / np.linalg.norm(k, axis=-1, keepdims=True)
-    want, empty = np.zeros(update.shape), 0
+    want, empty, (q, k, _) = np.zeros(update.shape), 0, projected(layer, x.astype(np.float64))
     for g, c in np.ndindex(G, 40):
-        mine = unit[:, :, g][(near[:, :, g] == c) & (SEG != 0)]
+        both = np.concatenate([k[:, :, g : g + 1], q[:, :, g * H // G : (g + 1) * H // G]], axis=2)[SEG != 0]
+        own = np.einsum("nhk,ck->nhc", unit(both), unit(np.asarray(layer.centroids[...])[g, :, :-1])).argmax(-1)
+        mine = unit(both)[own == c]
         empty += len(mine) == 0
         if len(mine):
             want[g, c, :-1] = rate * (mine.mean(0) - np.asarray(layer.centroids[...])[g, c, :-1])
@@ -175,8 +180,8 @@ def test_centroids_move_to_the_mean_of_their_tokens() -> None:
     assert_close("moves", update, want, TOLERANCE["fp32_op"])
 
 
-def test_keys_are_drawn_to_their_centroids_in_training_alone() -> None:
-    """The loss is 1e-4 of the mean square distance of real tokens; its gradient is that of keys."""
+def test_keys_and_queries_are_drawn_to_their_centroids_in_training_alone() -> None:
+    """The loss is 1e-4 of the mean square distance of real tokens; its gradient is that of queries and keys."""
     layer, x = routing(), normal(0, 2, T, D)
     graph, params = nnx.split(layer)
 
@@ -187,8 +192,7 @@ def test_keys_are_drawn_to_their_centroids_in_training_alone() -> None:
 
     assert "routing_commitment" not in told(params, None)
     loss, grads = jax.jit(jax.value_and_grad(lambda p: told(p, jax.random.key(0))["routing_commitment"]))(params)
-    k = projected(layer, x.astype(np.float64))[1]
-    near = nearness(layer, k).max(-1)[SEG != 0]
+    near = np.concatenate([nearness(layer, a).max(-1)[SEG != 0] for a in projected(layer, x.astype(float))[:2]], axis=1)
     assert_close("loss", loss, 1e-4 * np.mean((2 - 2 * near) / 8), TOLERANCE["fp32_op"])
-    moved = {path[0:2] for path, g in nnx.to_flat_state(grads) if np.any(np.asarray(g[...]))}
-    assert moved == {("qkv", "k")}
+    moved = {path[:2] for path, g in nnx.to_flat_state(grads) if np.any(np.asarray(g[...]))}
+    assert moved == {("qkv", "k"), ("qkv", "q")}

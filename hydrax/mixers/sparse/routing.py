@@ -1,18 +1,19 @@
-"""Routing Transformer (arXiv 2003.05997): tokens attend within their cluster, found by k-means over keys.
+"""Routing Transformer (arXiv 2003.05997): queries see the keys of their cluster, found by k-means over both.
 
-    c_t = argmax_c k̂_t·μ̂_c,   k̂ = k / |k| before its rotation,   μ̂ = μ / |μ|
+    c(u) = argmax_c û·μ̂_c,   û = u / |u| of a query or key before its rotation
     z_t = Σ_s softmax_s(K^-½ q_t·k_s) v_s
 
-for each head of keys with its own `clusters` centroids. Two ways to say who attends to whom:
+for each head of keys with its own `clusters` centroids μ. Two ways to say which s a query t sees:
 
-- causal (ours): s are the last `window` tokens of the document in the cluster of t, t itself included.
-- balanced (of the paper, NOT CAUSAL): every cluster takes the `window` tokens of a document with the largest k̂·μ̂, s
-  are those of them up to t; z_t is the mean over the clusters that took t, 0 if none did. Later tokens decide whether
-  an earlier one is read, so that losses are too good and nothing can be generated.
+- causal (ours): the last `window` of those up to t with c(k_s) = c(q_t); by `route` token, of those with
+  c(k_s) = c(k_t), so that a token attends among its own kind, itself included.
+- balanced (of the paper, NOT CAUSAL): every cluster takes the `window` queries and keys of a document with the largest
+  û·μ̂ (by `route` token, tokens by their keys); of these, s <= t. z_t is the mean over the clusters that took q_t, 0 if
+  none did. Later tokens decide what an earlier one reads, so that losses are too good and nothing can be generated.
 
-The choice has no gradient. μ_c moves by `rate` · (mean of k̂ over the tokens of c in a batch - μ_c), and stays where
-there are none; keys learn to be near their centroid by `commitment` · mean (k̂ - μ̂_c)². The paper starts by k-means
-of the first batch, hydrax from random directions.
+The choice has no gradient. μ_c moves by `rate` · (mean of û over all of c in a batch - μ_c), and stays where there is
+none; û learns to be near its centroid by `commitment` · mean (û - μ̂_c)². The paper starts by k-means of the first
+batch, hydrax from random directions.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ class Config(AttentionConfig, MixerConfig):
     lifetimes: ClassVar[str] = "by content"
 
     mode: Literal["causal", "balanced"] = "causal"  # balanced: not causal, and cannot generate
+    route: Literal["query", "token"] = "query"  # whose cluster a query looks at: its own, or that of its token's key
     clusters: Positive = 16  # about √T
     window: Positive = 128  # tokens of a cluster that one sees, itself included
     rate: Fraction = 0.001  # 1 - λ, of the moves of centroids
@@ -86,8 +88,8 @@ class RoutingAttention(Mixer):
         bare_q, bare_k, v = self.qkv(x, ctx.positions, exact=True)
         q, k = (cfg.rope.turn(a, ctx.positions).astype(x.dtype) for a in (bare_q, bare_k))
         v = ctx.tap("values", v)
-        unit = _unit(fp32(bare_k))
-        near = einsum("btgk,gck->btgc", unit, jax.lax.stop_gradient(_unit(self.centroids[..., :-1])))
+        unit = _unit(self._routed(bare_q, bare_k))
+        near = einsum("btgnk,gck->btgnc", unit, jax.lax.stop_gradient(_unit(self.centroids[..., :-1])))
         c = jnp.argmax(jax.lax.stop_gradient(near), axis=-1).astype(jnp.int32)
         if ctx.noise is not None:
             self._commit(near, ids != 0, ctx)
@@ -99,6 +101,13 @@ class RoutingAttention(Mixer):
             o, state = self._causal(q, k, v, c, ids, ctx, state, options)
         return self.gate(ctx.tap("reads", o), x), state
 
+    def _routed(self, q: Array, k: Array) -> Float[Array, "B T G N K"]:
+        """What is compared with centroids: keys, and by `route` query the queries of each."""
+        k = fp32(k)[:, :, :, None]
+        if self.cfg.route == "token":
+            return k
+        return jnp.concatenate([k, fp32(q).reshape(*k.shape[:3], -1, k.shape[-1])], axis=3)
+
     def _causal(
         self, q: Array, k: Array, v: Array, c: Array, ids: Array, ctx: Context, state: PyTree | None, options: dict
     ) -> tuple[Array, PyTree]:
@@ -106,58 +115,60 @@ class RoutingAttention(Mixer):
         options = {**options, "window": cfg.window, "number": cfg.clusters, "segment_ids": ids}
         if state is None:
             rank = in_order(lambda c, i: clusters.ranks(c, i, cfg.clusters)[0], ctx.shards, c, ids)
-            return clustered_window(q, k, v, clusters=c, ranks=rank, shards=ctx.shards, **options), None
+            return clustered_window(q, k, v, **_apart(c, rank), shards=ctx.shards, **options), None
         cache = state["cache"]
         rank, count = clusters.ranks(c, ids, cfg.clusters, state["count"])
-        keys = kv_cache.collect(k, v, cache, **facts)
-        all_c, all_ranks = (jnp.concatenate([cache[n], a], 1) for n, a in (("cluster", c), ("rank", rank)))
+        keys, own = kv_cache.collect(k, v, cache, **facts), _apart(c, rank)
+        new = {"cluster": own["clusters"], "rank": own["ranks"]}
+        all_c, all_ranks = (jnp.concatenate([cache[name], a], axis=1) for name, a in new.items())
         seen: dict[str, Any] = {"kv_clusters": all_c, "kv_ranks": all_ranks, "kv_segment_ids": keys.segment_ids}
-        o = clusters.clustered_window(
-            q, keys.k, keys.v, clusters=c, ranks=rank, **seen, cached=cache["k"].shape[1], **options
-        )
+        o = clusters.clustered_window(q, keys.k, keys.v, **own, **seen, cached=cache["k"].shape[1], **options)
         ends = jnp.where(all_ranks >= _of_clusters(count, all_c) - cfg.window, FOREVER, -1)
-        old, new = jnp.split(ends, [cache["k"].shape[1]], axis=1)
-        new_keys = {"k": k, "v": v, "cluster": c, "rank": rank}
-        return o, {"cache": kv_cache.evict(cache, new_keys, **facts, ends=new, old_ends=old), "count": count}
+        old, ends = jnp.split(ends, [cache["k"].shape[1]], axis=1)
+        cache = kv_cache.evict(cache, {"k": k, "v": v, **new}, **facts, ends=ends, old_ends=old)
+        return o, {"cache": cache, "count": count}
 
     def _balanced(
-        self, q: Array, k: Array, v: Array, near: Float[Array, "B T G C"], ctx: Context, options: dict[str, Any]
+        self, q: Array, k: Array, v: Array, near: Float[Array, "B T G N C"], ctx: Context, options: dict[str, Any]
     ) -> Array:
-        """Cluster by cluster, the sum of what its tokens read, over the number of clusters of each token."""
+        """Cluster by cluster, the sum of what its queries read, over the number of clusters of each query."""
         if ctx.shards is not None:
             raise ConfigError("mode", "balanced", "expected causal where rows are divided (mesh.context)")
         (B, T), R = near.shape[:2], self.cfg.heads // near.shape[2]
         ids = jnp.ones((B, T), jnp.int32) if ctx.segment_ids is None else ctx.segment_ids
         kept = sets.largest(near.reshape(B, T, -1), ids, lambda n: self.cfg.window).reshape(near.shape)
+        keys, queries = (
+            jnp.broadcast_to(x, (*x.shape[:3], R, x.shape[4])) for x in (kept[..., :1, :], kept[..., -R:, :])
+        )
+        keys, queries = (x.reshape(B, T, self.cfg.heads, -1) for x in (keys, queries))
         n = T if ctx.segment_ids is not None else min(T, self.cfg.window)
         find = jax.vmap(jax.vmap(lambda row: jnp.nonzero(row, size=n, fill_value=-1)[0], in_axes=1))
         k, v = (jnp.repeat(a, R, axis=2) for a in (k, v))
 
         @jax.checkpoint
-        def add(total: Array, kept: Array) -> tuple[Array, None]:
-            places = jnp.repeat(find(kept), R, axis=1)
-            qs, ks, vs = (sets.take_heads(a, places) for a in (q, k, v))
-            o = sets.token_set_attention(qs, ks, vs, places, segment_ids=ctx.segment_ids, **options)
-            return total + sets.put_heads(fp32(o), places, T), None
+        def add(total: Array, own: tuple[Array, Array]) -> tuple[Array, None]:
+            I, J = map(find, own)  # noqa: E741
+            qs, ks, vs = (sets.take_heads(*x) for x in ((q, I), (k, J), (v, J)))
+            o = sets.token_set_attention(qs, ks, vs, I, J, segment_ids=ctx.segment_ids, **options)
+            return total + sets.put_heads(fp32(o), I, T), None
 
-        total, _ = jax.lax.scan(add, jnp.zeros_like(fp32(v)), jnp.moveaxis(kept, 3, 0))
-        number = jnp.repeat(jnp.maximum(kept.sum(-1), 1), R, axis=2)
-        return (total / number[..., None]).astype(v.dtype)
+        total, _ = jax.lax.scan(add, jnp.zeros_like(fp32(v)), tuple(jnp.moveaxis(x, 3, 0) for x in (queries, keys)))
+        return (total / jnp.maximum(queries.sum(-1), 1)[..., None]).astype(v.dtype)
 
-    def _commit(self, near: Float[Array, "B T G C"], valid: Bool[Array, "B T"], ctx: Context) -> None:
+    def _commit(self, near: Float[Array, "B T G N C"], valid: Bool[Array, "B T"], ctx: Context) -> None:
         """Tells of the mean of (k̂ - μ̂)² over channels, heads and real tokens, by |k̂ - μ̂|² = 2 - 2 k̂·μ̂."""
-        far = (2 - 2 * near.max(-1)).mean(-1) / (self.cfg.key_dim or 1)
+        far = (2 - 2 * near.max(-1)).mean((2, 3)) / (self.cfg.key_dim or 1)
         mean = jnp.sum(jnp.where(valid, far, 0)) / jnp.maximum(valid.sum(), 1)
         ctx.record("routing_commitment", self.cfg.commitment * mean)
 
     def _watched(
-        self, y: Array, unit: Float[Array, "B T G K"], c: Int[Array, "B T G"], valid: Bool[Array, "B T"]
+        self, y: Array, unit: Float[Array, "B T G N K"], c: Int[Array, "B T G N"], valid: Bool[Array, "B T"]
     ) -> Array:
         """y; the centroids get their moves for a gradient."""
         value = self.centroids[...]
-        own = jax.nn.one_hot(c, self.cfg.clusters, dtype=unit.dtype) * valid[..., None, None]
-        number = own.sum((0, 1))[..., None]
-        move = self.cfg.rate * (einsum("btgc,btgk->gck", own, unit) - number * value[..., :-1])
+        own = jax.nn.one_hot(c, self.cfg.clusters, dtype=unit.dtype) * valid[..., None, None, None]
+        number = own.sum((0, 1, 3))[..., None]
+        move = self.cfg.rate * (einsum("btgnc,btgnk->gck", own, unit) - number * value[..., :-1])
         return summed(y, value, jax.lax.stop_gradient(jnp.concatenate([move, number], axis=-1)))
 
     def out(self, z: Array) -> Array:
@@ -176,6 +187,15 @@ class RoutingAttention(Mixer):
 
 def _unit(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + EPSILON)
+
+
+def _apart(c: Int[Array, "B T G N"], rank: Int[Array, "B T G N"]) -> dict[str, Any]:
+    """The clusters and ranks of keys, and of queries if they have their own."""
+    facts = {"clusters": c[..., 0], "ranks": rank[..., 0]}
+    if c.shape[3] == 1:
+        return facts
+    B, T = c.shape[:2]
+    return {**facts, "asked": c[..., 1:].reshape(B, T, -1), "asked_ranks": rank[..., 1:].reshape(B, T, -1)}
 
 
 def _of_clusters(count: Int[Array, "B G C"], c: Int[Array, "B S G"]) -> Int[Array, "B S G"]:

@@ -12,37 +12,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops import documents
 from hydrax.ops.dispatch import select
-from hydrax.ops.softmax import LONG, attention
+from hydrax.ops.softmax import LONG, attention, forms
+from hydrax.ops.sparse.inverse import by_tiles
+
+BLOCK = 64
+"""Queries in a tile, and at least as many keys."""
 
 NOWHERE = 2**31 - 1
 """The set of tokens that are in none, in the order of sets."""
 
 
 def ranks(
-    clusters: Int[Array, "B T G"], ids: Int[Array, "B T"], number: int, before: Int[Array, "B G C"] | None = None
-) -> tuple[Int[Array, "B T G"], Int[Array, "B G C"]]:
-    """The rank of every token, and how many tokens of the last document are in each of `number` clusters.
+    clusters: Int[Array, "B T G N"], ids: Int[Array, "B T"], number: int, before: Int[Array, "B G C"] | None = None
+) -> tuple[Int[Array, "B T G N"], Int[Array, "B G C"]]:
+    """Ranks, and how many keys of the last document are in each of `number` clusters.
 
-    `ids` are the documents; `before` counts the tokens that the document of token 0 has had in earlier calls.
+    Args:
+      clusters: of a token's key, then of whatever else asks for the rank of the last key of a cluster up to its token;
+        that is -1 where there is none.
+      ids: documents.
+      before: counts the keys that the document of token 0 has had in earlier calls.
     """
     filled, valid = documents.fill_padding(ids)
-    if before is None:
-        before = jnp.zeros((*clusters.shape[::2], number), jnp.int32)
-    sets = _sets(clusters, ids, number)
+    (B, T, G, N), keys = clusters.shape, clusters[..., 0]
+    before = jnp.zeros((B, G, number), jnp.int32) if before is None else before
 
     def head(sets: Array) -> Array:
-        order, place = jnp.argsort(sets, stable=True), jnp.arange(sets.size)
-        begins = documents.changes(sets[order][None])[0]
-        return jnp.zeros_like(place).at[order].set(place - jax.lax.cummax(jnp.where(begins, place, 0)))
+        order, is_key = jnp.argsort(sets.reshape(-1), stable=True), jnp.arange(T * N) % N == 0
+        seen = jnp.cumsum(is_key[order])
+        begins = documents.changes(sets.reshape(-1)[order][None])[0]
+        earlier = jax.lax.cummax(jnp.where(begins, seen - is_key[order], 0))
+        return jnp.zeros_like(order).at[order].set(seen - earlier - 1).reshape(T, N)
 
-    rank = jax.vmap(jax.vmap(head, 1, 1))(sets)
+    rank = jax.vmap(jax.vmap(head, 1, 1))(_sets(clusters, ids, number))
     earlier = jax.vmap(jax.vmap(lambda n, c: n[c], (0, 1), 1))(before, clusters)
-    rank = rank + jnp.where(filled == filled[:, :1], 1, 0)[..., None] * earlier
+    rank = rank + jnp.where((filled == filled[:, :1])[..., None, None], earlier, 0)
     last = (valid & (filled == filled[:, -1:]))[..., None, None]
-    new = jnp.sum(last & (clusters[..., None] == jnp.arange(number)), axis=1, dtype=jnp.int32)
+    new = jnp.sum(last & (keys[..., None] == jnp.arange(number)), axis=1, dtype=jnp.int32)
     return rank, new + jnp.where((filled[:, :1] == filled[:, -1:])[..., None], before, 0)
 
 
@@ -50,6 +60,8 @@ def clustered_window(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
+    asked: Int[Array, "B T H"] | None = None,
+    asked_ranks: Int[Array, "B T H"] | None = None,
     *,
     window: int,
     number: int,
@@ -68,34 +80,52 @@ def clustered_window(
 
     Args:
       q, k, v: kv head h serves the query heads h·R .. h·R + R - 1, R = H / G.
+      asked, asked_ranks: the cluster that each query looks at, and the rank of its last key there; None: its token's.
       number: clusters per head of keys; they are 0 .. number - 1.
-      clusters, ranks, segment_ids: of the queries, `kv_...` of the keys, if these are not the queries' own. Documents
+      clusters, ranks, segment_ids: of the tokens, `kv_...` of the keys, if these are not the tokens' own. Documents
         may differ between heads of keys: id 0 is nowhere.
-      cached: the queries' own keys come behind so many of a cache; None: keys are any.
+      cached: the tokens' own keys come behind so many of a cache; None: keys are any.
       scale, softcap: as of `ops.softmax.attention`.
       impl: "recurrent" (the definition), "xla" (in the order of the row), "chunked" (sorted), or None to choose. Where
         a sorted token lies depends on later ones: its output then does so by rounding.
     """
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    sets = _sets(clusters, ids, number)
     own = kv_clusters is None
-    kv_sets = sets if kv_clusters is None else _sets(kv_clusters, kv_segment_ids, number)
-    kv_ranks = ranks if own else kv_ranks
-    fold = lambda x: jnp.moveaxis(x.reshape(B, x.shape[1], G, -1), 2, 1).reshape(B * G, x.shape[1], -1)  # noqa: E731
-    of_queries, of_keys = ([fold(x)[..., 0] for x in y] for y in ((sets, ranks), (kv_sets, kv_ranks)))
-    q, k, v = fold(q).reshape(B * G, T, H // G, K), fold(k)[:, :, None], fold(v)[:, :, None]
-    together = own or cached is not None  # the queries are the last keys
-    form = select("clustered_window", impl, FORMS, "chunked" if together and T > 1 and S >= LONG else "xla", q.shape)
-    form = form if together else _in_the_row
+    sets, kv_sets = _sets(clusters if asked is None else asked, ids, number), _sets(clusters, ids, number)
+    if kv_clusters is not None:
+        kv_sets = _sets(kv_clusters, kv_segment_ids, number)
+    kv_ranks = ranks if kv_ranks is None else kv_ranks
+    ranks = ranks if asked_ranks is None else asked_ranks
+
+    def fold(x: Array) -> Array:
+        """Rows of one head of keys each; [B,T,H] becomes rows of T · H / G queries."""
+        x = jnp.moveaxis(x.reshape(B, x.shape[1], G, -1, *x.shape[3:]), 2, 1)
+        return x.reshape(B * G, -1, *x.shape[4:])
+
+    facts = [(fold(x), fold(y)) for x, y in ((sets, ranks), (kv_sets, kv_ranks))]
+    form = select("clustered_window", impl, FORMS, "chunked" if T > 1 and S >= LONG else "xla", q.shape)
+    if form is _sorted and not (asked is None and (own or cached is not None)):
+        form = _tiled  # the queries are not those of the last keys
     how = {"window": window, "scale": K**-0.5 if scale is None else scale, "softcap": softcap}
     impl = "recurrent" if form is _recurrent else impl
-    o = form(q, k, v, of_queries, of_keys, impl=impl, **how)
+    if asked is None:
+        q = jnp.moveaxis(q.reshape(B, T, G, H // G, K), 2, 1).reshape(B * G, T, H // G, K)
+    else:
+        q = fold(q)[:, :, None]
+    o = form(q, fold(k)[:, :, None], fold(v)[:, :, None], *facts, impl=impl, **how)
     return jnp.moveaxis(o.reshape(B, G, T, H // G, -1), 1, 2).reshape(B, T, H, -1)
 
 
 def _in_the_row(
-    q: Array, k: Array, v: Array, of_queries: list[Array], of_keys: list[Array], *, impl: str | None, **how: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    of_queries: tuple[Array, Array],
+    of_keys: tuple[Array, Array],
+    *,
+    impl: str | None,
+    **how: Any,
 ) -> Array:
     """Every query looks at all keys, where they are."""
     sets, kv_sets = (jnp.where(x[0] == NOWHERE, 0, x[0]) for x in (of_queries, of_keys))
@@ -114,7 +144,14 @@ def _recurrent(*args: Any, **how: Any) -> Array:
 
 
 def _sorted(
-    q: Array, k: Array, v: Array, of_queries: list[Array], of_keys: list[Array], *, impl: str | None, **how: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    of_queries: tuple[Array, Array],
+    of_keys: tuple[Array, Array],
+    *,
+    impl: str | None,
+    **how: Any,
 ) -> Array:
     """Each set a packed document, without gaps; cached keys ask for nothing."""
     T, S = q.shape[1], k.shape[1]
@@ -127,10 +164,41 @@ def _sorted(
     return sort(o, jnp.argsort(order, axis=1)[:, S - T :])
 
 
-def _sets(clusters: Int[Array, "B S G"], ids: Int[Array, "B S *G"] | None, number: int) -> Int[Array, "B S G"]:
+def _tiled(
+    q: Array,
+    k: Array,
+    v: Array,
+    of_queries: tuple[Array, Array],
+    of_keys: tuple[Array, Array],
+    *,
+    window: int,
+    scale: float,
+    softcap: float | None,
+    impl: str | None,
+) -> Array:
+    """Keys sorted as in `_sorted`, in blocks of at least a window, of which a query reaches two at most."""
+    (sets, ranks), (kv_sets, kv_ranks), S = of_queries, of_keys, k.shape[1]
+    b = max(window, BLOCK)
+    order = jnp.lexsort((kv_ranks, kv_sets), axis=1)
+    sort = jax.vmap(lambda x, at: x[at])
+    k, v, kv_sets, kv_ranks = (sort(x, order) for x in (k, v, kv_sets, kv_ranks))
+    start = jax.vmap(jnp.searchsorted)(kv_sets, sets)
+    there = (sort(kv_sets, jnp.minimum(start, S - 1)) == sets) & (start < S) & (sets != NOWHERE)
+    end = jnp.where(there, start + 1 + ranks - sort(kv_ranks, jnp.minimum(start, S - 1)), start)
+    low = jnp.maximum(start, end - window)
+    k, v = (jnp.pad(x, ((0, 0), (0, -S % b), (0, 0), (0, 0))) for x in (k, v))
+    first = jnp.stack([low // b, jnp.where(end - 1 >= low // b * b + b, (end - 1) // b, -1)], axis=-1) * b
+    first = jnp.where((end > low)[..., None] & (first >= 0), first, k.shape[1])[:, :, None]
+    q, nothing = q[:, :, None], jnp.zeros((*q.shape[:2], 1, q.shape[2], v.shape[-1]), fp32(v).dtype)
+    before = (nothing, jnp.full(nothing.shape[:-1], -jnp.inf, nothing.dtype))
+    rules = forms.Rules(scale, softcap, None, 0, aligned=False)
+    return by_tiles(q, k, v, first, before, rules, b, BLOCK, (low, end))[0].astype(v.dtype)
+
+
+def _sets(clusters: Int[Array, "B S G *N"], ids: Int[Array, "B S *n"] | None, number: int) -> Int[Array, "B S G *N"]:
     """A number for each document and cluster, in their order; padding is nowhere, behind all."""
     assert ids is not None
-    ids = ids[..., None] if ids.ndim == 2 else ids
+    ids = ids.reshape(*ids.shape, *[1] * (clusters.ndim - ids.ndim))
     return jnp.where(ids == 0, NOWHERE, ids * number + clusters)
 
 
