@@ -196,3 +196,15 @@ def test_keys_and_queries_are_drawn_to_their_centroids_in_training_alone() -> No
     assert_close("loss", loss, 1e-4 * np.mean((2 - 2 * near) / 8), TOLERANCE["fp32_op"])
     moved = {path[:2] for path, g in nnx.to_flat_state(grads) if np.any(np.asarray(g[...]))}
     assert moved == {("qkv", "k"), ("qkv", "q")}
+
+
+def test_the_first_steps_may_be_dense() -> None:
+    """As attention with the same parameters; then, and outside of training, as without a warmup."""
+    layer, x = routing(warmup=0.5), normal(0, 2, T, D)
+    run = jax.jit(lambda layer, progress: layer(x, dataclasses.replace(Context.of(x), progress=progress))[0])
+    early, late, never = (run(layer, p) for p in (jnp.float32(0.4), jnp.float32(0.5), None))
+    like = made("attn", heads=H, kv_heads=G, key_dim=8)
+    nnx.update(like, nnx.from_flat_state([p for p in nnx.to_flat_state(nnx.state(layer)) if p[0][0] != "centroids"]))
+    assert_close("dense", early, like(x, Context.of(x))[0], TOLERANCE["fp32_op"])
+    assert_equal("routed", late, never)
+    assert np.any(np.asarray(early != late))

@@ -13,7 +13,8 @@ for each head of keys with its own `clusters` centroids μ. Two ways to say whic
 
 The choice has no gradient. μ_c moves by `rate` · (mean of û over all of c in a batch - μ_c), and stays where there is
 none; û learns to be near its centroid by `commitment` · mean (û - μ̂_c)². The paper starts by k-means of the first
-batch, hydrax from random directions.
+batch, hydrax from random directions, and then what matches a query may lie in another cluster, from where no gradient
+comes: with `warmup` attention is dense in the first steps, while centroids already follow.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ from hydrax.nn.attention import QKV, AttentionConfig, OutGate
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param, summed
 from hydrax.nn.position import Rope
-from hydrax.ops.sparse import clusters, sets
+from hydrax.ops.sparse import clusters
+from hydrax.ops.sparse.balanced import balanced_clusters
 from hydrax.ops.sparse.lifetimes import FOREVER
 from hydrax.parallel.sequence import clustered_window
 from hydrax.parallel.shards import in_order
@@ -50,6 +52,7 @@ class Config(AttentionConfig, MixerConfig):
     clusters: Positive = 16  # about √T
     window: Positive = 128  # tokens of a cluster that one sees, itself included
     rate: Fraction = 0.001  # 1 - λ, of the moves of centroids
+    warmup: Fraction = 0.0  # share of the training steps with dense attention, while centroids move
     commitment: NonNegativeFloat = 1e-4  # weight of the loss that draws keys to their centroids
 
     def __post_init__(self) -> None:
@@ -95,10 +98,25 @@ class RoutingAttention(Mixer):
             self._commit(near, ids != 0, ctx)
         v = self._watched(v, unit, c, ids != 0)
         options: dict[str, Any] = {"scale": cfg.scale, "softcap": cfg.softcap, "impl": ctx.impl}
-        if cfg.mode == "balanced":
-            o = self._balanced(q, k, v, jax.lax.stop_gradient(near), ctx, options)
+
+        def dense() -> Array:
+            facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids, "shards": ctx.shards}
+            return kv_cache.attend(q, kv_cache.Keys(k, v), **facts, **options)
+
+        def routed() -> Array:
+            if cfg.mode == "causal":
+                return self._causal(q, k, v, c, ids, ctx, options)
+            if ctx.shards is not None:
+                raise ConfigError("mode", "balanced", "expected causal where rows are divided (mesh.context)")
+            ranked = jax.lax.stop_gradient(near)
+            return balanced_clusters(q, k, v, ranked, size=cfg.window, segment_ids=ctx.segment_ids, **options)
+
+        if state is not None:
+            o, state = self._continued(q, k, v, c, ids, ctx, state, options)
+        elif ctx.progress is None or cfg.warmup == 0:
+            o = routed()
         else:
-            o, state = self._causal(q, k, v, c, ids, ctx, state, options)
+            o = jax.lax.cond(ctx.progress < cfg.warmup, dense, routed)
         return self.gate(ctx.tap("reads", o), x), state
 
     def _routed(self, q: Array, k: Array) -> Float[Array, "B T G N K"]:
@@ -109,13 +127,20 @@ class RoutingAttention(Mixer):
         return jnp.concatenate([k, fp32(q).reshape(*k.shape[:3], -1, k.shape[-1])], axis=3)
 
     def _causal(
-        self, q: Array, k: Array, v: Array, c: Array, ids: Array, ctx: Context, state: PyTree | None, options: dict
+        self, q: Array, k: Array, v: Array, c: Array, ids: Array, ctx: Context, options: dict[str, Any]
+    ) -> Array:
+        """Of rows without a state."""
+        C = self.cfg.clusters
+        rank = in_order(lambda c, i: clusters.ranks(c, i, C)[0], ctx.shards, c, ids)
+        options = {**options, "window": self.cfg.window, "number": C, "segment_ids": ids, "shards": ctx.shards}
+        return clustered_window(q, k, v, **_apart(c, rank), **options)
+
+    def _continued(
+        self, q: Array, k: Array, v: Array, c: Array, ids: Array, ctx: Context, state: PyTree, options: dict[str, Any]
     ) -> tuple[Array, PyTree]:
+        """Behind what the state holds, and that after these tokens."""
         cfg, facts = self.cfg, dict[str, Any](positions=ctx.positions, segment_ids=ids)
         options = {**options, "window": cfg.window, "number": cfg.clusters, "segment_ids": ids}
-        if state is None:
-            rank = in_order(lambda c, i: clusters.ranks(c, i, cfg.clusters)[0], ctx.shards, c, ids)
-            return clustered_window(q, k, v, **_apart(c, rank), shards=ctx.shards, **options), None
         cache = state["cache"]
         rank, count = clusters.ranks(c, ids, cfg.clusters, state["count"])
         keys, own = kv_cache.collect(k, v, cache, **facts), _apart(c, rank)
@@ -127,33 +152,6 @@ class RoutingAttention(Mixer):
         old, ends = jnp.split(ends, [cache["k"].shape[1]], axis=1)
         cache = kv_cache.evict(cache, {"k": k, "v": v, **new}, **facts, ends=ends, old_ends=old)
         return o, {"cache": cache, "count": count}
-
-    def _balanced(
-        self, q: Array, k: Array, v: Array, near: Float[Array, "B T G N C"], ctx: Context, options: dict[str, Any]
-    ) -> Array:
-        """Cluster by cluster, the sum of what its queries read, over the number of clusters of each query."""
-        if ctx.shards is not None:
-            raise ConfigError("mode", "balanced", "expected causal where rows are divided (mesh.context)")
-        (B, T), R = near.shape[:2], self.cfg.heads // near.shape[2]
-        ids = jnp.ones((B, T), jnp.int32) if ctx.segment_ids is None else ctx.segment_ids
-        kept = sets.largest(near.reshape(B, T, -1), ids, lambda n: self.cfg.window).reshape(near.shape)
-        keys, queries = (
-            jnp.broadcast_to(x, (*x.shape[:3], R, x.shape[4])) for x in (kept[..., :1, :], kept[..., -R:, :])
-        )
-        keys, queries = (x.reshape(B, T, self.cfg.heads, -1) for x in (keys, queries))
-        n = T if ctx.segment_ids is not None else min(T, self.cfg.window)
-        find = jax.vmap(jax.vmap(lambda row: jnp.nonzero(row, size=n, fill_value=-1)[0], in_axes=1))
-        k, v = (jnp.repeat(a, R, axis=2) for a in (k, v))
-
-        @jax.checkpoint
-        def add(total: Array, own: tuple[Array, Array]) -> tuple[Array, None]:
-            I, J = map(find, own)  # noqa: E741
-            qs, ks, vs = (sets.take_heads(*x) for x in ((q, I), (k, J), (v, J)))
-            o = sets.token_set_attention(qs, ks, vs, I, J, segment_ids=ctx.segment_ids, **options)
-            return total + sets.put_heads(fp32(o), I, T), None
-
-        total, _ = jax.lax.scan(add, jnp.zeros_like(fp32(v)), tuple(jnp.moveaxis(x, 3, 0) for x in (queries, keys)))
-        return (total / jnp.maximum(queries.sum(-1), 1)[..., None]).astype(v.dtype)
 
     def _commit(self, near: Float[Array, "B T G N C"], valid: Bool[Array, "B T"], ctx: Context) -> None:
         """Tells of the mean of (k̂ - μ̂)² over channels, heads and real tokens, by |k̂ - μ̂|² = 2 - 2 k̂·μ̂."""
