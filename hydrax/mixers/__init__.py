@@ -475,6 +475,18 @@ TABLE: dict[str, Row] = {
         state_bytes=lambda c, n, b: c.heads * c.value_dim * (4 + b * (c.conv_width - 1)),
         flops=lambda c, n: 4 * c.heads * c.value_dim,
     ),
+    "routing": Row(
+        path="hydrax.mixers.sparse.routing:RoutingAttention",
+        about="softmax attention to the last tokens of one's own cluster, found by k-means over keys",
+        paper="2003.05997",
+        transition="groups",
+        tiny={"heads": 4, "kv_heads": 2, "key_dim": 8, "clusters": 3, "window": 4},
+        state_bytes=lambda c, n, b: _cache(c, c.slots(n), b, c.kv_heads, facts=4) + 4 * c.kv_heads * c.clusters,
+        flops=lambda c, n: (
+            2 * c.heads * (c.key_dim + c.value_dim) * lifetimes.Window(c.window).visible(max(1, n // c.clusters))
+            + 2 * c.kv_heads * c.clusters * c.key_dim
+        ),
+    ),
     "sha_rnn": Row(
         path="hydrax.mixers.average.lstm:ShaRNN",
         about="the LSTM, and one softmax attention to its outputs without projections to keys and values",

@@ -131,6 +131,13 @@ OPS = {
         state="",
         in_order=("positions", "ranks"),
     ),
+    "clustered_window": Op(
+        _of_keys(sparse.clustered_window, "clusters", "ranks"),
+        "groups",
+        ("bth",) * 7,
+        state="",
+        in_order=("clusters", "ranks"),
+    ),
 }
 
 MANY_SHARDS, WIDE_KEYS = 8, 1024
@@ -402,3 +409,18 @@ def landmark_attention(q: Array, k: Array, v: Array, *, positions: Array, **fact
 def permuted_window(q: Array, k: Array, v: Array, *, positions: Array, ranks: Array, **facts: Any) -> Array:
     """`ops.sparse.permuted_window`."""
     return _run("permuted_window", (q, k, v, positions, ranks), **facts)[0]
+
+
+def clustered_window(
+    q: Array,
+    k: Array,
+    v: Array,
+    asked: Array | None = None,
+    asked_ranks: Array | None = None,
+    *,
+    clusters: Array,
+    ranks: Array,
+    **facts: Any,
+) -> Array:
+    """`ops.sparse.clustered_window`."""
+    return _run("clustered_window", (q, k, v, clusters, ranks, asked, asked_ranks), **facts)[0]

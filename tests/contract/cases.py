@@ -89,6 +89,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"compress": "mean", "rotate": "keys", "kernel": 2, "out_gate": "headwise"},
     ],
     "rat": [{"chunk": 1, "rope": {"fraction": 0.0}}, {"chunk": 100, "groups": 4}],
+    "routing": [{"route": "token", "clusters": 5, "window": 3, "softcap": 20.0, "qk_norm": "head", "bias": True}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
     "stochastic": [{"window": 2, "width": 5, "table": 64, "qk_norm": "head", "out_gate": "headwise"}],

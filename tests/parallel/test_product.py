@@ -50,6 +50,7 @@ COVERING = [
     ("infllm2", "allgather_kv", "zigzag", 2),
     ("moba", "allgather_kv", "zigzag", 4),
     ("mosa", "allgather_kv", "zigzag", 2),
+    ("routing", "allgather_kv", "zigzag", 2),
     ("mega", "allgather_kv", "zigzag", 4),
     ("nsa", "allgather_kv", "zigzag", 2),
     ("gated_conv", "allgather_state", "zigzag", 4),
