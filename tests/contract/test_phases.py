@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydrax import mixers
 from hydrax.core.typing import PyTree
 from tests.contract.cases import Case, D, case, normal
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.thorough
 
 CHUNKED = ("gecko", "mega", "megalodon", "rat")
 MIXERS = pytest.mark.parametrize("name", CHUNKED)
+ALL = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in CHUNKED else pytest.mark.slow) for n in mixers.names()]
+)
 
 
 def splits(mixer: Case) -> np.ndarray:
@@ -76,6 +80,25 @@ def test_a_call_goes_on_at_every_phase(name: str) -> None:
     got, _ = jax.jit(lambda p, s, x: mixer(p, x, positions=positions, state=s))(mixer.params, state, x)
     for s, a, b in zip(splits(mixer), got, want, strict=True):
         assert_close(f"tokens after {s}", a, b, TOLERANCE["fp32_op"])
+
+
+@ALL
+def test_a_call_of_few_tokens_goes_on_everywhere(name: str) -> None:
+    """As speculative decoding makes them: fewer tokens than a chunk or block, which end within it or in the next."""
+    mixer, T, few = case(name), 21, 5
+    before = np.arange(T + 1 - few)
+    index = before[:, None] + np.arange(few)
+    x = normal(52, T, D)
+
+    @jax.jit
+    def two_calls(params, x):
+        real = (np.arange(T) < before[:, None]).astype(np.int32)
+        _, state = mixer(params, jnp.broadcast_to(x, (len(before), T, D)), real, state=mixer.init(len(before), T))
+        return mixer(params, x[index], positions=index.astype(np.int32), state=state)[0]
+
+    full = np.asarray(jax.jit(lambda p, x: mixer(p, x[None], impl="recurrent")[0][0])(mixer.params, x))
+    for s, y in zip(before, two_calls(mixer.params, x), strict=True):
+        assert_close(f"tokens after {s}", y, full[s : s + few], TOLERANCE["fp32_op"])
 
 
 @MIXERS

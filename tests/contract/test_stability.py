@@ -47,12 +47,14 @@ def tokens(call: Array, count: int) -> Array:
     return jax.lax.reduce_precision(x + MEAN, exponent_bits=8, mantissa_bits=7)  # XLA may skip conversions and back
 
 
-def exact(mixer: Case) -> dict[str, np.ndarray]:
-    """The parameters, rounded so that they are exact in every dtype."""
-    return {
+def parameters(mixer: Case, dtype: jnp.dtype) -> dict[str, Array]:
+    """As a step in that dtype gets them, the same numbers in all: those that are cast were rounded to bf16."""
+    exact = {
         name: np.asarray(p).astype(jnp.bfloat16).astype(np.float32) if name in mixer.cast_names else np.asarray(p)
         for name, p in mixer.params.items()
     }
+    cast = mixer.cast(dtype, jax.tree.map(jnp.asarray, exact))
+    return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), cast)
 
 
 def in_pieces(call: Callable, state: PyTree, count: int) -> tuple[PyTree, Array]:
@@ -69,8 +71,6 @@ def in_pieces(call: Callable, state: PyTree, count: int) -> tuple[PyTree, Array]
 def long_row(name: str, dtype: jnp.dtype, impl: str | None) -> tuple[PyTree, np.ndarray]:
     """State and outputs of a mixer after `LONG` tokens."""
     mixer = case(name, chunk_size=64)
-    params = mixer.cast(dtype, jax.tree.map(jnp.asarray, exact(mixer)))
-    params = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, dtype)), params)
 
     @jax.jit
     def run(params: dict[str, Array]) -> tuple[PyTree, Array]:
@@ -80,7 +80,7 @@ def long_row(name: str, dtype: jnp.dtype, impl: str | None) -> tuple[PyTree, np.
 
         return in_pieces(call, mixer.init(1, LONG, dtype), LONG // PIECE)
 
-    return jax.tree.map(np.asarray, run(params))
+    return jax.tree.map(np.asarray, run(parameters(mixer, dtype)))
 
 
 def floats(tree: PyTree) -> PyTree:
@@ -98,3 +98,28 @@ def test_200_000_tokens_leave_no_drift(name: str) -> None:
         assert_close(f"{dtype.__name__} last outputs", y[-1], y_want[-1], tolerance)
         for (path, a), (_, b) in zip(floats(got), floats(want), strict=True):
             assert_close(f"{dtype.__name__} state {jax.tree_util.keystr(path)}", a, b, tolerance)
+
+
+def whole_row(name: str, dtype: jnp.dtype) -> np.ndarray:
+    """The last outputs of one call of `WHOLE` tokens; in fp64, of a call for these alone, by the definition."""
+    mixer = case(name, chunk_size=64)
+    params = parameters(mixer, dtype)
+    x = tokens(jnp.int32(0), WHOLE).astype(dtype)
+
+    def last(params: dict[str, Array], x: Array) -> Array:
+        if dtype != jnp.float64:
+            return mixer(params, x)[0][:, -SOME:]
+        _, state = mixer(params, x[:, :-SOME], state=mixer.init(1, WHOLE, dtype))
+        positions = jnp.arange(WHOLE - SOME, WHOLE, dtype=jnp.int32)[None]
+        return mixer(params, x[:, -SOME:], positions=positions, state=state, impl="recurrent")[0]
+
+    return np.asarray(jax.jit(last)(params, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROWING)
+def test_16_384_keys_leave_no_drift(name: str) -> None:
+    with jax.enable_x64(True):
+        want = whole_row(name, jnp.dtype(jnp.float64))
+    for dtype, tolerance in ((jnp.float32, TOLERANCE["fp32_op"]), (jnp.bfloat16, TOLERANCE["bf16_long"])):
+        assert_close(f"{dtype.__name__} last outputs", whole_row(name, jnp.dtype(dtype)), want, tolerance)
