@@ -1,9 +1,9 @@
 """Gates at their ends over 100,000 tokens: what keeps nearly all (1 - 1e-6), nearly nothing, and both in turn.
 
 The reference is the recurrence in fp64. What hardly decays is where fp32 is weakest: a decay is rounded to 2^-24, and a
-state that n of them have kept may be off by n 2^-24 of itself. Forms in chunks round once per chunk, but `selective_scan`
-makes the decay of each token; that much is granted beside the table of tolerances, and no more. (`linear_scan` is given
-its decays: they are the same in fp64.) What forgets has nothing to be off by.
+state that n of them have kept may be off by n 2^-24 of itself. Forms in chunks round once per chunk, `selective_scan`
+once per token: that much is granted beside the table of tolerances, and no more. (`linear_scan` is given its decays:
+they are the same in fp64.) What forgets has nothing to be off by.
 """
 
 from collections.abc import Callable
