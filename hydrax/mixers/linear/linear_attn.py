@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -25,7 +25,7 @@ class Config(MixerConfig):
     feature_map: features.Name = "elu1"  # φ of queries and keys
     normalise: bool | None = None  # divide by zᵀφ(q), else RMSNorm of each head; if None, where φ(q)·φ(k) >= 0
     norm_eps: PositiveFloat = 1e-5  # of that RMSNorm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fla": {"feature_map": "hadamard", "normalise": False},
