@@ -81,6 +81,7 @@ SETTINGS = [
     (["--config.mesh.fsdp=3"], r"mesh = '.*fsdp=3.*': expected sizes whose product is the 8 devices"),
     (["--config.mesh.tensor=-1"], r"mesh = '.*tensor=-1': expected sizes .* at most one -1"),
     # the data
+    (["--config.data.threads=1000"], r"data\.threads = 1000: expected an integer from 1 to 256"),
     (["--config.data.seq_len=1000000"], r"data\.seq_len = 1000000: expected at most \d+"),
     (["--config.data.path=/no/such/place"], r"data\.path = '/no/such/place': no such file or folder"),
     (["--config.data.path={folder}/empty"], r"data\.path = '.*/empty': no text files"),
@@ -168,6 +169,11 @@ OTHERS = [
         "bench",
         ["--mixers=gla", "--impl=fast"],
         r"impl = 'fast': linear_attention: .*expected one of recurrent, chunked",
+    ),
+    (
+        "bench",
+        ["--mixers=gla", "--impl=gla=chunked"],
+        r"impl = 'gla=chunked': 'gla' is no op; expected <op>=<form> with",
     ),
     ("bench", ["--repeats=0"], r"--repeats = '0': expected a positive integer"),
     ("bench", ["--seconds=0"], r"seconds = 0\.0: expected a number > 0"),
