@@ -202,6 +202,7 @@ OTHERS = [
     ("bench_train", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
     ("compile_time", ["--patterns=gla;gln"], r"model\.pattern = 'gln': 'gln' is neither a mixer nor a block"),
     ("compile_time", ["--out={folder}/table.txt"], r"out = '.*/table\.txt': expected a path that ends in \.json"),
+    ("compile_time", ["--out={folder}/nothing.py/x.json"], r"out = '.*/x\.json': cannot be written \(.*\); expected"),
     ("prepare", ["--source={folder}/missing"], r"source = '.*/missing': no such file or folder"),
     ("prepare", ["--source={folder}/empty"], r"source = '.*/empty': no text files"),
     ("prepare", ["--source={folder}/pipe.txt"], r"source = '.*/pipe\.txt': pipe\.txt is not a regular file"),
