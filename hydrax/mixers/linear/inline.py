@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import NonNegative, Positive
+from hydrax.core.build import ChunkSize, NonNegative, Positive
 from hydrax.core.numerics import MIN_LOG_DECAY, fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -36,7 +36,7 @@ class Config(MixerConfig):
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     activation: Literal["identity", "relu", "silu"] = "identity"  # of queries and keys
     conv_width: NonNegative = 4  # taps of the convolution of the values; 0: none
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         return dataclasses.replace(

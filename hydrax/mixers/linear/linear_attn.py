@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -34,7 +34,7 @@ class Config(MixerConfig):
     normalizer: Normalizer | None = None  # see `Normalizer`; sum where φ(q)·φ(k) >= 0, else rmsnorm, if None
     norm_eps: PositiveFloat = 1e-5  # of that RMSNorm
     bias: bool = False  # of queries, keys, values and outputs
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fla": {"feature_map": "hadamard", "normalizer": "rmsnorm"},

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
+from hydrax.core.build import ChunkSize, Positive
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -34,7 +34,7 @@ class TaylorConfig(MixerConfig):
     key_dim: Positive = 16  # K per head; the state has 1 + K + K (K + 1) / 2 rows
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     rope: Rope = dataclasses.field(default_factory=Rope)
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> Self:
         return dataclasses.replace(self, value_dim=self.value_dim or per_head(d_model, self.heads))
