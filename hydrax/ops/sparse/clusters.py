@@ -105,7 +105,7 @@ def clustered_window(
 
     facts = [(fold(x), fold(y)) for x, y in ((sets, ranks), (kv_sets, kv_ranks))]
     least = LONG if asked is None else 8 * BLOCK
-    form = select("clustered_window", impl, FORMS, "chunked" if T > 1 and S >= least else "xla", q.shape)
+    form = select("clustered_window", impl, FORMS, "chunked" if T > 1 and least <= S else "xla", q.shape)
     if form is _sorted and not (asked is None and (own or cached is not None)):
         form = _tiled  # the queries are not those of the last keys
     how = {"window": window, "scale": K**-0.5 if scale is None else scale, "softcap": softcap}
