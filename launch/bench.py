@@ -2,16 +2,13 @@
 
     python -m launch.bench --mixers=gdn,gla --d_model=256 --seq_lens=4096,65536 --out=runs/bench.json
     python -m launch.bench --d_model=1024 --dtype=bfloat16 --seq_lens=4096,32768,65536 --threads=8 --out=runs/gpu.json
-    python -m launch.bench --scaling --help
 
 The file holds command, environment, settings and rows, and is written anew after every mixer; a picture lies beside it.
-With --scaling, training steps on several devices: another command, with flags of its own.
 """
 
 import dataclasses
 import pathlib
 import shlex
-import sys
 
 from absl import flags
 from rich.console import Console
@@ -61,9 +58,4 @@ def main(overrides: cli.Overrides) -> None:
 
 
 if __name__ == "__main__":
-    if "--scaling" in sys.argv:
-        from launch import bench_scaling
-
-        bench_scaling.main([arg for arg in sys.argv if arg != "--scaling"])
-    else:
-        main()
+    main()
