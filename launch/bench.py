@@ -2,11 +2,16 @@
 
     python -m launch.bench --mixers=gdn,gla --d_model=256 --seq_lens=4096,65536 --out=runs/bench.json
     python -m launch.bench --d_model=1024 --dtype=bfloat16 --seq_lens=4096,32768,65536 --threads=8 --out=runs/gpu.json
+    python -m launch.bench --scaling --out=runs/scaling.json
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m launch.bench --scaling --size=tiny --out=runs/scaling.json
 
-The file holds command, environment, settings and rows, and is written anew after every mixer; a picture lies beside it.
+With --scaling, training steps of whole models on 1, 2, 4, 8 devices of this host instead: compared with one device,
+then timed (docs/clusters.md). Flags from --scaling on belong to it, those before it to mixers. The file holds command,
+environment, settings and rows, and is written anew after every mixer or cell; a picture lies beside it.
 """
 
 import dataclasses
+import os
 import pathlib
 import shlex
 
@@ -29,11 +34,48 @@ flags.DEFINE_integer("repeats", 20, "samples of a time, at most", lower_bound=1,
 flags.DEFINE_float("seconds", 3.0, "of measuring, after which a time gets no further sample", flag_values=FLAGS)
 flags.DEFINE_integer("threads", 1, "programs of a mixer compiled at the same time", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("isolate", False, "a new process for every mixer", flag_values=FLAGS)
+flags.DEFINE_bool("scaling", False, "training steps on several devices instead of mixers", flag_values=FLAGS)
+flags.DEFINE_string("size", "full", "of its models: full, or tiny for virtual CPU devices", flag_values=FLAGS)
+flags.DEFINE_string("parts", "fsdp,context,tensor,expert", "of its matrix", flag_values=FLAGS)
+flags.DEFINE_string("devices", "", "counts, as 1,2; empty: 1, 2, 4, 8 of those present", flag_values=FLAGS)
+flags.DEFINE_string("context_lens", "", "tokens of the one row of its part context, several lengths", flag_values=FLAGS)
+flags.DEFINE_integer("steps", 10, "timed steps of a cell", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("cell_seconds", 1200, "of a cell, at most", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("profile", "", "a folder for a trace of one step per cell of context", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "a .json file for the results; empty: print them only", flag_values=FLAGS)
 
 
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
+    # The command as it was given; its results themselves say where they are.
+    given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
+    command, out = shlex.join(["python", "-m", "launch.bench", *given]), pathlib.Path(FLAGS.out) if FLAGS.out else None
+    console = Console(width=max(120, Console().width))
+    (_scaling if FLAGS.scaling else _mixers)(command, out, console)
+
+
+def _scaling(command: str, out: pathlib.Path | None, console: Console) -> None:
+    # Without NVLink multicast (NVLS): NCCL fails where a host or container does not offer it, and all hosts are to be
+    # measured alike. For all processes of the cells, which inherit it.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    from hydrax.eval import report, scale_out, scale_out_report
+
+    lists = {name: [Raw(n) for n in FLAGS[name].value.split(",") if n] for name in ("devices", "context_lens")}
+    values = {"size": FLAGS.size, "parts": FLAGS.parts.split(","), "steps": FLAGS.steps, **lists}
+    settings = build(scale_out.Settings, {**values, "seconds": FLAGS.cell_seconds, "profile": FLAGS.profile or None})
+    number, environment = scale_out.look()
+    list(scale_out.cells(settings, number))  # what is wrong with them is said before the first one runs
+    results = report.Report(out, command, environment, settings, scale_out_report.draw)
+    for row in scale_out.bench(settings, number):
+        results.add([row])
+        results.draw()
+        console.print(scale_out_report.line(row), highlight=False, markup=False)
+    console.print(scale_out_report.table(results.rows))
+    for text in scale_out_report.sent(results.rows):
+        console.print(text, highlight=False, markup=False)
+
+
+def _mixers(command: str, out: pathlib.Path | None, console: Console) -> None:
     from hydrax.eval import bench, report
 
     values = {f.name: FLAGS[f.name].value for f in dataclasses.fields(bench.Settings) if f.name in FLAGS}
@@ -42,12 +84,7 @@ def main(overrides: cli.Overrides) -> None:
     settings = build(bench.Settings, {**values, "impl": FLAGS.impl or None, "backward": not FLAGS.forward_only})
     bench.check(settings)
 
-    # The command as it was given; its results themselves say where they are.
-    given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
-    out = pathlib.Path(FLAGS.out) if FLAGS.out else None
-    command = shlex.join(["python", "-m", "launch.bench", *given])
     results = report.Report(out, command, bench.environment(settings), settings, report.draw_times)
-    console = Console(width=max(120, Console().width))
     measured, total = bench.bench(settings), len(settings.mixers)
     for rows in track(measured, "", total, console=console, disable=not console.is_terminal):
         results.add(rows)

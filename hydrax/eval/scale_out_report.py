@@ -1,0 +1,133 @@
+"""What `scale_out` found, for people: a line and a table per cell, what linear layers send, and a picture."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.table import Table
+
+from hydrax.eval.scale_out import Row
+from hydrax.train.figure import BASELINE, INK, blank, quiet, save, series
+
+CARRIED = ("allgather_state", "ring_state")
+
+
+def line(row: Row) -> str:
+    """A row in brief."""
+    found = [] if row.loss_difference is None else [f"losses within {row.loss_difference:.0e}"]
+    if row.step and row.tokens_per_second:
+        found += [f"{1e3 * row.step.median:,.1f} ms", f"{row.tokens_per_second:,.0f} tokens/s"]
+        found += [] if row.efficiency is None else [f"efficiency {row.efficiency:.0%}"]
+    found += [f"failed: {row.error}"] if row.error else []
+    return f"{label(row)}, {row.seq_len:,} tokens, {row.devices} devices: {', '.join(found)}"
+
+
+def label(row: Row) -> str:
+    """What is divided how."""
+    return f"{row.part} {row.model}" + (f" ({row.strategy})" if row.strategy else "")
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """A line per cell."""
+    columns = ("cell", "tokens", "devices", "loss diff.", "ms", "predicted ms", "tokens/s", "efficiency")
+    columns += ("MiB moved", "by mixers", "GiB predicted", "GiB measured", "error")
+    result = Table(*columns, caption="of one device; predicted ms: FLOPs at the peak, then bytes over the link")
+    for i, column in enumerate(result.columns):
+        column.justify = "left" if i in (0, len(columns) - 1) else "right"
+    for row in rows:
+        result.add_row(
+            label(row),
+            f"{row.seq_len:,}",
+            f"{row.devices}",
+            _text(row.loss_difference, ".0e"),
+            _text(row.step and row.step.median, ",.1f", 1e3),
+            _text(row.predicted_seconds, ",.1f", 1e3),
+            _text(row.tokens_per_second, ",.0f"),
+            _text(row.efficiency, ".0%"),
+            _text(row.nbytes, ",.2f", 2**-20),
+            _text(row.mixers_nbytes, ",.3f", 2**-20),
+            _text(row.predicted_bytes, ",.2f", 2**-30),
+            _text(row.peak_bytes, ",.2f", 2**-30),
+            row.error or "",
+        )
+    return result
+
+
+def _text(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(value * scale, form)
+
+
+def sent(rows: Sequence[Row]) -> Iterator[str]:
+    """Of every model of linear layers alone whether what its mixers send is the same at all lengths."""
+    found: dict[tuple[str, str, int], dict[int, int]] = {}
+    for row in rows:
+        if row.model != "hybrid" and row.strategy in CARRIED and row.mixers_nbytes is not None:
+            found.setdefault((row.model, row.strategy or "", row.devices), {})[row.seq_len] = row.mixers_nbytes
+    for (model, strategy, devices), by_length in found.items():
+        if len(by_length) > 1:
+            same = "the same at" if len(set(by_length.values())) == 1 else "NOT the same at"
+            sizes = ", ".join(f"{length:,}: {nbytes:,} bytes" for length, nbytes in sorted(by_length.items()))
+            yield f"{model}, {strategy}, {devices} devices: mixers send {same} all lengths ({sizes})"
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Tokens per second and efficiency against devices, a row of panels per part and length; dashed: predicted."""
+    timed = [row for row in rows if row.tokens_per_second is not None]
+    panels = list(dict.fromkeys((_panel(row)) for row in timed))
+    if not panels:
+        return
+    figure = blank(10.5, 3.2 * len(panels))
+    for (speeds, shares), panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
+        own = [row for row in timed if _panel(row) == panel]
+        # One device needs no strategy: its point begins the line of every strategy of the model.
+        names = dict.fromkeys((r.model, r.strategy) for r in own if r.strategy or _only(own, r.model))
+        for i, (model, strategy) in enumerate(names):
+            points = sorted(
+                (r for r in own if r.model == model and (r.strategy == strategy or r.devices == 1)),
+                key=lambda r: r.devices,
+            )
+            style = series(i)
+            look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
+            devices = [r.devices for r in points]
+            name = model + (f", {strategy}" if strategy else "")
+            speeds.plot(devices, [r.tokens_per_second for r in points], label=name, **look)
+            known = [r for r in points if r.predicted_seconds]
+            if known:
+                predicted = [r.batch * r.seq_len / (r.predicted_seconds or 1.0) for r in known]
+                speeds.plot([r.devices for r in known], predicted, color=style.color, linewidth=1, linestyle="--")
+            share = [r for r in points if r.efficiency is not None]
+            shares.plot([r.devices for r in share], [r.efficiency for r in share], **look)
+            first = next((r for r in known if r.devices == 1), None)
+            if first is not None:
+                ratios = [_ideal(first) / (_ideal(r) or 1.0) for r in known]
+                shares.plot([r.devices for r in known], ratios, color=style.color, linewidth=1, linestyle="--")
+        speeds.set_title(panel, color=INK, fontsize=10, loc="left")
+        speeds.set_ylabel("tokens per second", color=INK)
+        shares.set_ylabel("efficiency of a device", color=INK)
+        speeds.set_yscale("log")
+        shares.axhline(1, color=BASELINE, linewidth=1)
+        shares.set_ylim(bottom=0)
+        for axes in (speeds, shares):
+            axes.set_xscale("log", base=2)
+            counts = sorted({r.devices for r in own})
+            axes.set_xticks(counts, [f"{n}" for n in counts])
+            axes.set_xlabel("devices (dashed: predicted)", color=INK)
+            quiet(axes)
+        handles, labels = speeds.get_legend_handles_labels()
+        shares.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
+def _panel(row: Row) -> str:
+    if row.part == "context":
+        return f"context, one row of {row.seq_len:,} tokens"
+    return f"{row.part}, {row.batch // row.devices} x {row.seq_len:,} tokens per device"
+
+
+def _only(rows: Sequence[Row], model: str) -> bool:
+    """Whether the model has no strategy in any row."""
+    return all(row.strategy is None for row in rows if row.model == model)
+
+
+def _ideal(row: Row) -> float:
+    """Predicted device seconds per token."""
+    return (row.predicted_seconds or 0.0) * row.devices / (row.batch * row.seq_len)
