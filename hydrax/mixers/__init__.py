@@ -158,7 +158,7 @@ TABLE: dict[str, Row] = {
     ),
     "gated_conv": Row(
         path="hydrax.mixers.average.gated_conv:GatedConv",
-        about="gated convolution: short and without a recurrence, of large kernels, or with a long filter",
+        about="gated convolution: short, without a recurrence, or of large or long kernels",
         paper="2405.07992",
         transition="none",
         tiny={"inner_dim": 48, "conv_width": 5, "conv_activation": "silu"},

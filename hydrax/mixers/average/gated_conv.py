@@ -38,14 +38,14 @@ class LargeKernel:
 @dataclasses.dataclass(frozen=True)
 class Config(MixerConfig):
     inner_dim: Positive | None = None  # width of u and of the gate; 2 d_model if None
-    kernel: Literal["short", "long", "lka"] = "short"  # what u meets: conv_width taps, these and a filter, see `lka`
+    kernel: Literal["short", "long", "lka"] = "short"  # what u meets: taps, taps and a filter, or see `lka`
     conv_width: Positive = 7  # taps: the tokens an output depends on
     conv_activation: Activation = "none"  # of the convolution
     gate_activation: Activation = "silu"  # of the gate W_z x
-    lka: LargeKernel = dataclasses.field(default_factory=LargeKernel)  # large kernel attention, in place of all these
-    filter: long_conv.Name = "ema"  # of kernel long; implicit: of whole rows, no documents, no decoding
+    lka: LargeKernel = dataclasses.field(default_factory=LargeKernel)  # large kernel attention
+    filter: long_conv.Name = "ema"  # of kernel long; implicit: whole rows, no documents, no decoding
     modes: Positive = 16  # exponentials per channel of filter ema
-    horizon: Positive = 2048  # T₀ of filter implicit: tokens over which its kernels change and decay
+    horizon: Positive = 2048  # T₀ of filter implicit, in which its kernels change and decay
     chunk_size: Positive | None = None  # tokens per chunk of the training form of filter ema
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -153,8 +153,8 @@ class Mega(Highway):
 @dataclasses.dataclass(frozen=True)
 class ShortLongConfig(HighwayConfig):
     conv_width: Positive = 3  # taps of the short convolution, and of the branch beside the filter
-    filter: long_conv.Name = "ema"  # the long convolution; implicit: of whole rows, no documents, no decoding
-    horizon: Positive = 2048  # T₀ of filter implicit: tokens over which its kernels change and decay
+    filter: long_conv.Name = "ema"  # the long convolution; implicit: whole rows, no documents, no decoding
+    horizon: Positive = 2048  # T₀ of filter implicit, in which its kernels change and decay
     norm_eps: PositiveFloat = 1e-5  # of both norms
 
     @property
