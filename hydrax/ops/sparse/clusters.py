@@ -104,8 +104,8 @@ def clustered_window(
         return x.reshape(B * G, -1, *x.shape[4:])
 
     facts = [(fold(x), fold(y)) for x, y in ((sets, ranks), (kv_sets, kv_ranks))]
-    long = T > 1 and S >= (LONG if asked is None else 8 * BLOCK)
-    form = select("clustered_window", impl, FORMS, "chunked" if long else "xla", q.shape)
+    least = LONG if asked is None else 8 * BLOCK
+    form = select("clustered_window", impl, FORMS, "chunked" if T > 1 and least <= S else "xla", q.shape)
     if form is _sorted and not (asked is None and (own or cached is not None)):
         form = _tiled  # the queries are not those of the last keys
     how = {"window": window, "scale": K**-0.5 if scale is None else scale, "softcap": softcap}
