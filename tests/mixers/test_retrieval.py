@@ -44,6 +44,13 @@ def test_pairs_are_recalled_from_beyond_the_window(mixer, tmp_path):
 
 
 @pytest.mark.slow
+def test_clusters_recall_most_of_them(tmp_path):
+    """Of `WINDOW` keys each. Nothing but nearness brings a query to the cluster of its key: some look in others."""
+    options = {"heads": 2, "clusters": 8, "window": WINDOW, "warmup": 0.5, "rate": 0.01, "commitment": 1.0}
+    assert mqar("routing", options, 2400, tmp_path / "run") > 0.7
+
+
+@pytest.mark.slow
 def test_a_window_alone_does_not_recall_them(tmp_path):
     """What makes the test above one of retrieval."""
     assert mqar("swa", {"heads": 2, "window": WINDOW}, 1200, tmp_path / "run") < 0.3
