@@ -19,6 +19,7 @@ class Line(NamedTuple):
     layers: int = 1
 
 
+ROUTED = {"clusters": 8, "window": WINDOW, "warmup": 0.5, "rate": 0.01, "commitment": 1.0}
 S2 = {"block": 2, "local": WINDOW // 2, "vert_stride": 2}
 LEARN = {
     "attn": Line({}, 400),
@@ -34,6 +35,7 @@ LEARN = {
     ),
     "nats": Line({"sliding": WINDOW}, 1200),
     "nsa": Line({"block": 2, "kernel": 2, "stride": 2, "top": 7, "window": WINDOW}, 600, batch=32),
+    "routing": Line({"heads": 4, **ROUTED}, 2000),
     "stochastic": Line({"window": WINDOW, "width": 3 * WINDOW, "table": 48}, 600, batch=32, pairs=1),
     "swa:log_bands": Line({"window": WINDOW, "pattern": "log_bands"}, 600, batch=32, pairs=1, layers=2),
     "swa:s2": Line({"window": WINDOW, "pattern": "s2", "s2": S2}, 600, batch=32),
