@@ -46,7 +46,7 @@ class DataConfig:
     seed: NonNegative = 0  # order in which documents are laid end to end
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
     doc_align: Positive = 1  # places of a document are a multiple, by padding; for kernels of key blocks
-    landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind the tokenizer's; 0: no landmarks
+    landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind all others; 0: no landmarks
     threads: Threads = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
     task: str | None = None  # a synthetic task, in place of text: its rows have seq_len tokens, seed is of validation
@@ -57,8 +57,6 @@ class DataConfig:
             for name in ("path", "sources"):
                 if value := getattr(self, name):
                     raise ConfigError(name, value, f"expected none with data.task = {self.task}")
-            if self.landmark_every:
-                raise ConfigError("landmark_every", self.landmark_every, f"expected 0 with data.task = {self.task}")
         elif self.task_options:
             raise ConfigError("task_options", dict(self.task_options), "expected none without data.task")
         if self.doc_align > 1:

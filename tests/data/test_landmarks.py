@@ -78,9 +78,41 @@ def test_data_with_landmarks_is_the_data_without(tmp_path) -> None:
         np.testing.assert_array_equal(a["bytes"], b["bytes"])
 
 
-def test_landmarks_are_of_text_without_a_prefix() -> None:
-    with pytest.raises(ConfigError, match=r"landmark_every = 4: expected 0 with data.task = mqar"):
-        build(DataConfig, {"task": "mqar", "landmark_every": 4})
+def test_tasks_with_landmarks_are_the_tasks_without() -> None:
+    """mqar of 12 tokens in rows of 15: tokens and what is asked in their order."""
+    tasks = [
+        {
+            "task": "mqar",
+            "task_options": {"vocabulary": 16, "pairs": [2]},
+            "threads": 1,
+            "seq_len": n,
+            "landmark_every": e,
+        }
+        for n, e in ((12, 0), (15, 3))
+    ]
+    plain, marked = (open_source(build(RunConfig, {"data": data, "model": {"pattern": "attn"}})) for data in tasks)
+    assert marked.vocabulary == plain.vocabulary + 1 == 17
+    for make in (lambda data: next(data.train_batches(4, 0)), lambda data: next(data.val_batches(4, 4))):
+        a, b = make(plain), make(marked)
+        place = np.arange(12) + np.arange(12) // 3
+        np.testing.assert_array_equal(b["tokens"][:, place], a["tokens"])
+        assert b["tokens"].shape == (4, 15) and np.sum(b["tokens"] == 16) == 4 * 3
+        np.testing.assert_array_equal(b["asked"], place[a["asked"]])
+        for name in ("targets", "weights"):
+            np.testing.assert_array_equal(b[name], a[name])
+
+
+def test_rows_of_tasks_do_not_end_with_landmarks() -> None:
+    with pytest.raises(ConfigError, match=r"data.seq_len = 16: expected 15, the length of the rows of mqar"):
+        open_source(
+            build(
+                RunConfig,
+                {"data": {"task": "mqar", "task_options": {"pairs": [2]}, "seq_len": 16, "landmark_every": 3}},
+            )
+        )
+
+
+def test_landmarks_have_no_prefix() -> None:
     with pytest.raises(ConfigError, match=r"data.landmark_every = 4: expected 0 with model.prefix.meta_tokens = 2"):
         open_data(build(DataConfig, {"landmark_every": 4}), prefix=2)
 

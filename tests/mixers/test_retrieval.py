@@ -21,6 +21,7 @@ class Line(NamedTuple):
 
 ROUTED = {"clusters": 8, "window": WINDOW, "warmup": 0.5, "rate": 0.01, "commitment": 1.0}
 S2 = {"block": 2, "local": WINDOW // 2, "vert_stride": 2}
+MOSA = {"heads": 4, "key_dim": 16, "sparsity": 2, "slack": 2.0, "start": 0.01, "rate": 0.002}
 LEARN = {
     "attn": Line({}, 400),
     "dma": Line({"keep": 16, "keep_last": 2}, 400),
@@ -28,6 +29,7 @@ LEARN = {
     "evict_linear": Line({"window": WINDOW}, 2400),
     "hcam": Line({"chunk": 4, "top": 4}, 2400),
     "infllm2": Line({"block": 2, "kernel": 2, "stride": 1, "topk": 7, "local": 1, "dense_len": 0}, 900, batch=32),
+    "landmark": Line({"section": 3}, 1200, batch=32),
     "moba": Line({"block": 2, "top": 8}, 1200),
     # What is asked trains the router only where it is chosen, not what should be read. So all are chosen at first.
     "mosa": Line(
@@ -36,7 +38,7 @@ LEARN = {
     "nats": Line({"sliding": WINDOW}, 1200),
     "nsa": Line({"block": 2, "kernel": 2, "stride": 2, "top": 7, "window": WINDOW}, 600, batch=32),
     "routing": Line({"heads": 4, **ROUTED}, 2000),
-    "stochastic": Line({"window": WINDOW, "width": 3 * WINDOW, "table": 48}, 600, batch=32, pairs=1),
+    "stochastic": Line({"window": WINDOW, "resample": False, "table": 48}, 600, batch=32, pairs=1, layers=2),
     "swa:log_bands": Line({"window": WINDOW, "pattern": "log_bands"}, 600, batch=32, pairs=1, layers=2),
     "swa:s2": Line({"window": WINDOW, "pattern": "s2", "s2": S2}, 600, batch=32),
     "swa:sink_tokens": Line({"window": WINDOW, "sink_tokens": 9}, 400),
@@ -54,7 +56,8 @@ def mqar(name: str, line: Line, folder: object) -> float:
     cfg.model.pattern = ",".join(["gated_conv", *[mixer] * line.layers])
     cfg.model.mixers[mixer] = {"heads": 2} | line.options
     cfg.data.task_options.update(vocabulary=32, pairs=(line.pairs,), power=1.0)
-    cfg.data.seq_len = 48
+    every = cfg.data.landmark_every = line.options.get("section", 0)
+    cfg.data.seq_len = 48 + (every and 47 // every)
     cfg.train.steps = cfg.train.eval_every = cfg.train.save_every = line.steps
     cfg.train.batch_size, cfg.train.eval_rows = line.batch, 256
     cfg.optim.lr = 1e-2
