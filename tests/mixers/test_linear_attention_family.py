@@ -15,7 +15,7 @@ from hydrax.mixers import Context, Mixer
 from hydrax.mixers.linear import hgrn2, lightning, linear_attn, retention
 from hydrax.nn import features
 from tests.contract.cases import inside, normal, segments
-from tests.tolerances import TOLERANCE, assert_close
+from tests.tolerances import TOLERANCE, assert_close, assert_slopes
 
 pytestmark = pytest.mark.thorough
 
@@ -117,6 +117,42 @@ def test_a_learned_normalizer_scales_unnormed_sums() -> None:
     for h in range(4):
         want = np.exp(-np.clip(size[:, :, h], -10, 10))[..., None] * o[:, :, h]
         assert_close(f"head {h}", z[:, :, h], want, TOLERANCE["fp32_op"])
+
+
+def learned(p: dict[str, np.ndarray]) -> np.ndarray:
+    """z of normalised attention, one token at a time."""
+    q, k, v, size = (
+        np.einsum("btd,d...->bt...", p["x"], p[f"{name}/kernel"]) + p[f"{name}/bias"]
+        for name in ("q", "k", "v", "size")
+    )
+    z, S = np.zeros_like(v), np.zeros(())
+    for b, t in np.argwhere(SEG):
+        S = (S if t and SEG[b, t] == SEG[b, t - 1] else 0) + np.einsum("hk,hv->hkv", k[b, t], v[b, t])
+        z[b, t] = np.exp(-np.clip(size[b, t], -10, 10))[:, None] * np.einsum("hkv,hk->hv", S, q[b, t])
+    return z
+
+
+def test_gradients_of_a_learned_normalizer() -> None:
+    module = make("linear_attn", heads=4, chunk_size=8, **linear_attn.Config.PRESETS["normalised"])
+    module.size.bias[...] = jnp.asarray([0.5, -0.5, 100.0, -100.0])  # beyond the bounds an exponent has no gradient
+    graph, state = nnx.split(module)
+    flat = {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(state) if "project" not in path}
+    rest = [(path, p) for path, p in nnx.to_flat_state(state) if "project" in path]
+    p = {name: np.asarray(v[...], np.float64) for name, v in flat.items()} | {"x": X.astype(np.float64)}
+    # The fourth head is e^20 times as large as the third: what it gives counts as much as what they give.
+    weights = normal(99, *learned(p).shape) * np.asarray([1, 1, np.exp(10.0), np.exp(-10.0)])[:, None]
+
+    def total(p: dict[str, jax.Array]) -> jax.Array:
+        own = [(tuple(name.split("/")), v.replace(p[name])) for name, v in flat.items()]
+        module = nnx.merge(graph, nnx.from_flat_state([*own, *rest]))
+        ctx = Context(positions=jnp.asarray(POSITIONS), segment_ids=jnp.asarray(SEG))
+        return jnp.sum(weights * REAL * module.mix(p["x"], ctx, None)[0])
+
+    with jax.enable_x64(True):
+        gradients = jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, p))
+    assert_slopes(lambda p: float(np.sum(weights * learned(p))), p, gradients, TOLERANCE["fp32_op"])
+    clamped = np.asarray(gradients["size/bias"])[2:]
+    assert_close("gradient of a bias beyond the bounds", clamped, np.zeros(2), TOLERANCE["fp64"])
 
 
 @pytest.mark.parametrize("name", features.TABLE)

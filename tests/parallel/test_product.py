@@ -57,6 +57,8 @@ COVERING = [
     ("megalodon", "ring", "zigzag", 4),
     ("gecko", "ulysses", "contiguous", 2),
     ("sha_rnn", "ulysses", "contiguous", 2),
+    ("max_pool", "allgather_state", "zigzag", 4),
+    ("token_gate", "ring_state", "contiguous", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
     ("attn", "ulysses", "zigzag", 2),
