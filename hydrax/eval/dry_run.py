@@ -37,7 +37,7 @@ QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm
 """The program is read, never run."""
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -162,7 +162,7 @@ def collectives(hlo: str) -> Iterator[Collective]:
             name = begins[1]
             entry = name if line.startswith("ENTRY") else entry
         elif found := INSTRUCTION.search(line):
-            own[name].append((found[2], sum(map(_array_bytes, ARRAY.finditer(found[1])))))
+            own[name].append((found[2], _result_bytes(*found.groups())))
         else:
             trips = TRIPS.search(line)
             called = CALLED.findall(line) + [
@@ -178,6 +178,13 @@ def collectives(hlo: str) -> Iterator[Collective]:
             totals[kind][1] += times * nbytes
         todo += [(other, times * trips) for other, trips in calls[name]]
     return (Collective(kind, count, nbytes) for kind, (count, nbytes) in totals.items() if count)
+
+
+def _result_bytes(types: str, kind: str, start: str | None) -> int:
+    """Of an instruction; one that only starts the operation gives (operands, results, counters), but for sums."""
+    arrays = [array for array in ARRAY.finditer(types) if array[1] != "u32"]
+    both = start and types.startswith("(") and kind != "all-reduce"
+    return sum(map(_array_bytes, arrays[len(arrays) // 2 :] if both else arrays))
 
 
 def _array_bytes(array: re.Match) -> int:

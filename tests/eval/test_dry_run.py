@@ -26,6 +26,7 @@ HLO = """
 
 %other (p: f32[8]) -> f32[8] {
   ROOT %start = f32[8]{0} collective-permute-start(f32[8]{0} %p), source_target_pairs={{0,1}}
+  %async = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), dimensions={0}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -48,7 +49,7 @@ def sizes(text: str) -> MeshConfig:
 def test_collectives_count_as_often_as_their_loop_runs():
     found = {c.kind: (c.count, c.nbytes) for c in dry_run.collectives(HLO)}
     assert found == {
-        "all-gather": (15, 15 * 4 * 8 * 2),
+        "all-gather": (16, 15 * 4 * 8 * 2 + 8 * 4),
         "all-reduce": (15, 15 * (8 + 2) * 4),
         "collective-permute": (1, 8 * 4),
     }
