@@ -30,6 +30,7 @@ SETTINGS = [
     (["--config.optim.lr=fast"], r"optim\.lr = 'fast': expected a number"),
     (["--config.optim.lr=nan"], r"optim\.lr = nan: expected a finite number"),
     (["--config.optim.lr=inf"], r"optim\.lr = inf: expected a finite number"),
+    (["--config.optim.b2=1"], r"optim\.b2 = 1\.0: expected a number from 0 to below 1"),
     (["--config.train.steps=10000000000"], r"train\.steps = 10000000000: expected an integer of at most 1073741824"),
     (
         ["--config.model.mixers.gla.chunk_size=24"],
