@@ -531,6 +531,7 @@ TABLE: dict[str, Row] = {
         tiny={"heads": 2, "key_dim": 8, "inner_dim": 32, "modes": 3},
         state_bytes=lambda c, n, b: c.state_bytes(b),
         flops=lambda c, n: c.flops(n),
+        linear=("filter", "memory"),
     ),
     "staticqk": Row(
         path="hydrax.mixers.softmax.staticqk:StaticQK",
