@@ -60,7 +60,7 @@ def _scaling(command: str, out: pathlib.Path | None, console: Console) -> None:
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     from hydrax.eval import report, scale_out, scale_out_report
 
-    lists = {name: [Raw(n) for n in FLAGS[name].value.split(",") if n] for name in ("devices", "context_lens")}
+    lists = {name: [Raw(n) for n in str(FLAGS[name].value).split(",") if n] for name in ("devices", "context_lens")}
     values = {"size": FLAGS.size, "parts": FLAGS.parts.split(","), "steps": FLAGS.steps, **lists}
     settings = build(scale_out.Settings, {**values, "seconds": FLAGS.cell_seconds, "profile": FLAGS.profile or None})
     number, environment = scale_out.look()

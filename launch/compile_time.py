@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from hydrax.core.build import ConfigError, Raw
+from hydrax.core.build import Raw
 from launch import cli
 
 FLAGS = flags.FlagValues()
@@ -29,12 +29,17 @@ flags.DEFINE_string("out", "", "a .json file for the results; empty: print them 
 def main(overrides: cli.Overrides) -> None:
     patterns = [Raw(pattern.strip()) for pattern in FLAGS.patterns.split(";")]
     cfgs = [cli.run_config(FLAGS.config, {**overrides, "model.pattern": pattern}) for pattern in patterns]
-    if FLAGS.out and pathlib.Path(FLAGS.out).suffix != ".json":
-        raise ConfigError("out", FLAGS.out, "expected a path that ends in .json")
 
     from hydrax.eval import compile_time, training
-    from hydrax.train.metrics import write_json
+    from hydrax.eval.report import write
 
+    given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
+    given += [f"--config.{key}={value}" for key, value in overrides.items()]
+    command = shlex.join(["python", "-m", "launch.compile_time", *given])
+    facts = {"command": command, "environment": training.environment()}
+    out = pathlib.Path(FLAGS.out) if FLAGS.out else None
+    if out is not None:
+        write(out, facts, "out")
     console = Console(width=max(100, Console().width))
     rows = compile_time.compare(
         cfgs, FLAGS.repeats, lambda cfg, seconds: console.print(f"{cfg.model.pattern}  {seconds:.1f} s", markup=False)
@@ -43,12 +48,8 @@ def main(overrides: cli.Overrides) -> None:
     for row in rows:
         table.add_row(row.pattern, str(row.layers), f"{row.best:.1f}", f"{row.ratio:.2f}")
     console.print(table)
-    if FLAGS.out:
-        given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
-        given += [f"--config.{key}={value}" for key, value in overrides.items()]
-        command = shlex.join(["python", "-m", "launch.compile_time", *given])
-        results = {"command": command, "environment": training.environment()}
-        write_json(pathlib.Path(FLAGS.out), {**results, "rows": [dataclasses.asdict(row) for row in rows]})
+    if out is not None:
+        write(out, {**facts, "rows": [dataclasses.asdict(row) for row in rows]}, "out")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def main(overrides: cli.Overrides) -> None:
         top_p=FLAGS.top_p,
         seed=FLAGS.seed,
         policy=policy,
+        landmark_every=cfg.data.landmark_every,
     )
     print(FLAGS.prompt, end="", flush=True)
     for text in pieces:

@@ -28,8 +28,8 @@ flags.DEFINE_string("out", "runs/state_tracking", "folder of the results", flag_
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
     from hydrax.eval import extrapolation, state_tracking
+    from hydrax.eval.report import write
     from hydrax.tasks.state_tracking import word_problem
-    from hydrax.train.metrics import write_json
 
     problem = word_problem(FLAGS.task)
     models = state_tracking.pairs(FLAGS.mixers, problem)
@@ -37,6 +37,7 @@ def main(overrides: cli.Overrides) -> None:
     out = pathlib.Path(FLAGS.out)
     if out.exists() and not out.is_dir():
         raise ConfigError("out", FLAGS.out, "expected a folder")
+    write(out / "state_tracking.json", {"task": FLAGS.task}, "out")
     with Progress() as bar:
         bars = {(m, kind): bar.add_task(f"{m} {kind}", total=FLAGS.steps) for m in models for kind in models[m]}
 
@@ -44,8 +45,7 @@ def main(overrides: cli.Overrides) -> None:
             bar.update(bars[mixer, kind], advance=1, description=f"{mixer} {kind}, loss {loss:.3f}")
 
         curves, summary = state_tracking.compare(problem, models, protocol, record)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "state_tracking.json", {"task": FLAGS.task, **summary})
+    write(out / "state_tracking.json", {"task": FLAGS.task, **summary}, "out")
     extrapolation.draw(curves, "negative eigenvalues", protocol, out / "state_tracking.png")
     Console().print(table(FLAGS.task, summary["scaled_accuracy"], list(protocol.ranges)))
 

@@ -1,12 +1,14 @@
 """Comparisons under the one table of tolerances, `hydrax.eval.tolerances`."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
 from hydrax.core.typing import ArrayLike, PyTree
 from hydrax.eval.tolerances import FLOOR, TOLERANCE, relative_rms
 
-__all__ = ["TOLERANCE", "assert_close", "assert_equal", "assert_trees_close"]
+__all__ = ["TOLERANCE", "assert_close", "assert_equal", "assert_slopes", "assert_trees_close"]
 
 
 def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, tolerance: float, *, floor: float = FLOOR) -> None:
@@ -39,6 +41,20 @@ def assert_trees_close(name: str, actual: PyTree, expected: PyTree, tolerance: f
     assert [p for p, _ in a] == [p for p, _ in e], f"{name}: the trees differ in structure"
     for (path, x), (_, y) in zip(a, e, strict=True):
         assert_close(f"{name} {jax.tree_util.keystr(path)}", x, y, tolerance, floor=floor)
+
+
+def assert_slopes(
+    f: Callable[[dict[str, np.ndarray]], float],
+    given: dict[str, np.ndarray],
+    gradients: dict[str, ArrayLike],
+    tolerance: float,
+) -> None:
+    """∂f(given) of every input, in fp64: along a random direction it is a central difference of f."""
+    for name, gradient in gradients.items():
+        direction, step = np.random.default_rng(7).standard_normal(np.shape(gradient)), 1e-5
+        ends = (f(given | {name: given[name] + by * direction}) for by in (step, -step))
+        slope = float(np.subtract(*ends)) / (2 * step)
+        assert_close(f"gradient of {name}", np.sum(_fp64(gradient) * direction), slope, tolerance)
 
 
 def assert_equal(name: str, actual: ArrayLike, expected: ArrayLike) -> None:

@@ -9,13 +9,13 @@ not: the loop has fewer, and in parallel three query heads share keys. Expected,
 at least as good as layers.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 GDN = {"key_dim": 16, "value_dim": 16, "conv_width": 4}
 ATTENTION = {"key_dim": 16, "value_dim": 16}
 SIZES = {
-    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "tiny": sweeps.TINY,
     "h100": {
         "steps": 3000,
         "rows": 64,
@@ -50,17 +50,4 @@ def get_sweep(arg: str = "") -> grid.Grid:
     """Arguments: size."""
     args = common.parse_arg(arg, size="tiny")
     size = common.one_of("size", args.size, SIZES)
-    base = {
-        "config": "tasks:mqar",
-        "model.d_model": 64,
-        "data.seq_len": size["length"],
-        "data.task_options": {"pairs": size["pairs"], "vocabulary": size["tokens"]},
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 4,
-        "train.eval_rows": 512,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
-    }
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], list(ARMS.values()), rates, seeds)
+    return grid.product([sweeps.mqar(size)], list(ARMS.values()), sweeps.repeats(size))

@@ -9,11 +9,11 @@ those of training. Expected, by arXiv 2501.18795: rotary positions fail beyond t
 whose attention has none, its order coming from the recurrent layers, does not.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 SIZES = {
-    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "tiny": sweeps.TINY,
     "h100": {
         "steps": 3000,
         "rows": 64,
@@ -31,25 +31,9 @@ def get_sweep(arg: str = "") -> grid.Grid:
     """Arguments: size, times."""
     args = common.parse_arg(arg, size="tiny", times=4)
     size = common.one_of("size", args.size, SIZES)
-    base = {
-        "config": "tasks:mqar",
-        "model.d_model": 64,
-        "data.seq_len": size["length"],
-        "data.task_options": {
-            "pairs": size["pairs"],
-            "vocabulary": size["tokens"],
-            "eval_length": args.times * size["length"],
-        },
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 4,
-        "train.eval_rows": 256,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
-    }
+    base = sweeps.mqar({**size, "eval_rows": 256}, eval_length=args.times * size["length"])
     arms = [arm(pattern, rotary) for pattern in PATTERNS for rotary in (True, False) if rotary or "attn" in pattern]
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], arms, rates, seeds)
+    return grid.product([base], arms, sweeps.repeats(size))
 
 
 def arm(pattern: str, rotary: bool) -> grid.Entry:

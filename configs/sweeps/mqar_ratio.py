@@ -9,7 +9,7 @@ they cannot hold all pairs. Expected, by arXiv 2507.06457: recall rises steeply 
 then hardly; sweeps/ratio is the same question on text.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 MIXERS = ("gdn", "hgrn2")
@@ -50,22 +50,12 @@ def get_sweep(arg: str = "") -> grid.Grid:
     heads = size["d_model"] // 32
     linear = {"heads": heads, "key_dim": size["state"][0], "value_dim": size["state"][1]}
     base = {
-        "config": "tasks:mqar",
-        "model.d_model": size["d_model"],
+        **sweeps.mqar(size),
         "model.mixers": {"gated_conv": {"preset": "based"}, "attn": {"heads": heads}, "gdn": linear, "hgrn2": linear},
-        "data.seq_len": size["length"],
-        "data.task_options": {"pairs": size["pairs"], "vocabulary": size["tokens"]},
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 4,
-        "train.eval_rows": 512,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
     }
     arms = [layered(mixer, full, size["layers"]) for mixer in MIXERS for full in size["full"]]
     patterns = grid.sweep("model.pattern", [*arms, f"gated_conv,{size['layers']}*attn"])
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], patterns, rates, seeds)
+    return grid.product([base], patterns, sweeps.repeats(size))
 
 
 def layered(mixer: str, full: int, layers: int) -> str:

@@ -10,7 +10,7 @@ Expected, by arXiv 2312.04927 and 2402.18668: attention recalls all pairs, windo
 mixers more the larger their state is, the delta rule most at equal bytes. Report the best rate of every arm.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 LINEAR = ("gla", "mamba2", "gdn", "kda", "lightning")
@@ -19,7 +19,7 @@ HEADS, VALUES = 4, 16
 KEYS = (8, 32)  # of the linear mixers: states of 512 and 2048 elements
 WINDOWS = (16, 32)
 SIZES = {
-    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "tiny": sweeps.TINY,
     "h100": {
         "steps": 3000,
         "rows": 64,
@@ -36,21 +36,8 @@ def get_sweep(arg: str = "") -> grid.Grid:
     """Arguments: size."""
     args = common.parse_arg(arg, size="tiny")
     size = common.one_of("size", args.size, SIZES)
-    base = {
-        "config": "tasks:mqar",
-        "model.d_model": 64,
-        "data.seq_len": size["length"],
-        "data.task_options": {"pairs": size["pairs"], "vocabulary": size["tokens"]},
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 4,
-        "train.eval_rows": 512,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
-    }
     arms = tiny_arms() if args.size == "tiny" else all_arms()
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], arms, rates, seeds)
+    return grid.product([sweeps.mqar(size)], arms, sweeps.repeats(size))
 
 
 def all_arms() -> grid.Grid:

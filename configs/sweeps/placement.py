@@ -7,12 +7,12 @@ Arguments: size, tiny or h100 (one GPU). All arms cost the same. Expected, by ar
 worst, in the middle best, spread between.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 PLACES = {"first": (0, 1), "last": (6, 7), "ends": (0, 7), "middle": (3, 4), "spread": (3, 7)}
 SIZES = {
-    "tiny": {"steps": 60, "rows": 16, "rates": (3e-3, 1e-2), "seeds": 1, "length": 32, "pairs": (2, 4), "tokens": 64},
+    "tiny": sweeps.TINY,
     "h100": {
         "steps": 2000,
         "rows": 64,
@@ -30,20 +30,10 @@ def get_sweep(arg: str = "") -> grid.Grid:
     args = common.parse_arg(arg, size="tiny")
     size = common.one_of("size", args.size, SIZES)
     base = {
-        "config": "tasks:mqar",
-        "model.d_model": 64,
+        **sweeps.mqar(size),
         "model.num_layers": 8,
         "model.mixers": {"attn": {"heads": 2}, "gdn": {"heads": 2, "key_dim": 16, "value_dim": 32}},
-        "data.seq_len": size["length"],
-        "data.task_options": {"pairs": size["pairs"], "vocabulary": size["tokens"]},
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 4,
-        "train.eval_rows": 512,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
     }
     patterns = [f"select({list(places)}, attn, gdn)" for places in PLACES.values()]
     arms = grid.sweep("model.pattern", patterns)
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], arms, rates, seeds)
+    return grid.product([base], arms, sweeps.repeats(size))

@@ -9,7 +9,7 @@ to 8 times as long as those of training. Expected, by arXiv 2411.12537: only neg
 beyond the length of training; attention does not. The best of the seeds counts.
 """
 
-from configs import common
+from configs import common, sweeps
 from hydrax.sweep import grid
 
 SIZES = {
@@ -32,22 +32,14 @@ def get_sweep(arg: str = "") -> grid.Grid:
     size = common.one_of("size", args.size, SIZES)
     base = {
         "config": "tasks:group_words",
-        "model.d_model": 64,
-        "data.seq_len": size["length"],
-        "train.steps": size["steps"],
-        "train.batch_size": size["rows"],
-        "train.eval_every": size["steps"] // 3,
-        "train.eval_rows": 512,
-        "train.log_every": 20,
-        "optim.warmup": size["steps"] // 20,
+        **sweeps.trained({**size, "evaluations": 3}),
         "optim.weight_decay": 0.0,
     }
     tasks = grid.sweep("data.task_options", [{"group": group} for group in size["groups"]])
     mixers = PURE if args.size == "h100" else PURE[1:]
     arms = [arm(f"{mixer},{mixer}", mixer, negative) for mixer in mixers for negative in (False, True)]
     arms += [arm("gdn,attn", "gdn", True), {"model.pattern": "attn,attn", "model.mixers": {"attn": {"heads": 2}}}]
-    rates, seeds = grid.sweep("optim.lr", size["rates"]), grid.sweep("train.seed", range(size["seeds"]))
-    return grid.product([base], tasks, arms, rates, seeds)
+    return grid.product([base], tasks, arms, sweeps.repeats(size))
 
 
 def arm(pattern: str, mixer: str, negative: bool) -> grid.Entry:

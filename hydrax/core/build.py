@@ -7,12 +7,16 @@ live in the dataclass; types, choices and ranges are its annotations; everything
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
+
+LARGEST = 2**30
+"""Of integers: a sum of two of them is an int32, as positions are."""
 
 
 class ConfigError(ValueError):
@@ -47,6 +51,8 @@ NonNegative = Annotated[int, Check("an integer >= 0", lambda x: x >= 0)]
 PositiveFloat = Annotated[float, Check("a number > 0", lambda x: x > 0)]
 NonNegativeFloat = Annotated[float, Check("a number >= 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Check("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+ChunkSize = Annotated[int, Check("a positive multiple of 16", lambda x: x > 0 and x % 16 == 0)]
+"""Tokens per chunk, where chunked forms cut these into blocks of 16."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -110,8 +116,10 @@ def _checked(hint: Any, origin: Any, args: tuple, value: Any, key: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if hint is float and isinstance(value, float) and value != value:
-        raise ConfigError(key, value, "expected a number")
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, value, "expected a finite number")
+    if hint is int and isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(key, value, f"expected an integer of at most {LARGEST}")
     if origin is tuple and args[-1] is Ellipsis and isinstance(value, (int, float)):
         value = (value,)  # 4 as well as (4,): what a shell passes on most easily
     if origin is tuple and isinstance(value, (list, tuple)):

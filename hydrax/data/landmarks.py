@@ -4,9 +4,39 @@ Tokens keep their targets, which a landmark does not come between; a landmark ha
 there is one where p + 1 is a multiple of `every`, so that landmarks stand at the positions every, 2·every + 1, ...
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from hydrax.data.pack import Batch
+from hydrax.data.tokenizer import Tokenizer
+
+
+class Landmarks(NamedTuple):
+    """Where landmarks stand in a document, and what they are."""
+
+    every: int  # tokens per landmark
+    token: int  # id
+
+    def due(self, position: np.ndarray) -> np.ndarray:
+        """Whether a landmark is what comes at that position."""
+        return position % (self.every + 1) == self.every
+
+    def places(self, count: int) -> np.ndarray:
+        """int64 [count], the positions of the first tokens of a document."""
+        return np.arange(count) + np.arange(count) // self.every
+
+    def lay(self, tokens: np.ndarray) -> np.ndarray:
+        """Starts of documents [...,T], T > 0, with the landmarks between their tokens, of which none is the last."""
+        place = self.places(tokens.shape[-1])
+        row = np.full((*tokens.shape[:-1], place[-1] + 1), self.token, tokens.dtype)
+        row[..., place] = tokens
+        return row
+
+
+def landmarks_of(every: int, tokenizer: Tokenizer) -> Landmarks | None:
+    """Those of `data.landmark_every`, behind the ids of the tokenizer; None for 0."""
+    return Landmarks(every, tokenizer.vocab_size) if every else None
 
 
 def tokens_per_row(length: int, every: int) -> int:

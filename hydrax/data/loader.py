@@ -12,11 +12,11 @@ is one of a fixed source for each n, so that every stretch of the run keeps the 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from hydrax.core.build import ConfigError, Fraction, NonNegative, Positive, PositiveFloat, build
+from hydrax.core.build import Check, ConfigError, Fraction, NonNegative, Positive, PositiveFloat, build
 from hydrax.data.corpus import Corpus, sha256
 from hydrax.data.landmarks import tokens_per_row, with_landmarks
 from hydrax.data.modes import ModesConfig, modes
@@ -33,6 +33,9 @@ class SourceConfig:
     weight: PositiveFloat = 1.0  # tokens of training, relative to the other sources
 
 
+Threads = Annotated[int, Check("an integer from 1 to 256", lambda x: 1 <= x <= 256)]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     path: str | None = None  # file, folder, glob or prepared folder; None: the source of Python's standard library
@@ -43,8 +46,8 @@ class DataConfig:
     seed: NonNegative = 0  # order in which documents are laid end to end
     documents: bool = True  # the model is told where documents begin; False: to it a row is one document
     doc_align: Positive = 1  # places of a document are a multiple, by padding; for kernels of key blocks
-    landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind the tokenizer's; 0: no landmarks
-    threads: Positive = 4  # that prepare training batches; batches do not depend on it
+    landmark_every: NonNegative = 0  # tokens of a document per landmark, an id behind all others; 0: no landmarks
+    threads: Threads = 4  # that prepare training batches; batches do not depend on it
     modes: ModesConfig = dataclasses.field(default_factory=ModesConfig)  # of layers that read tokens in two modes
     task: str | None = None  # a synthetic task, in place of text: its rows have seq_len tokens, seed is of validation
     task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the task
@@ -54,8 +57,6 @@ class DataConfig:
             for name in ("path", "sources"):
                 if value := getattr(self, name):
                     raise ConfigError(name, value, f"expected none with data.task = {self.task}")
-            if self.landmark_every:
-                raise ConfigError("landmark_every", self.landmark_every, f"expected 0 with data.task = {self.task}")
         elif self.task_options:
             raise ConfigError("task_options", dict(self.task_options), "expected none without data.task")
         if self.doc_align > 1:

@@ -18,7 +18,7 @@ from hydrax.eval.layer import Inputs
 from hydrax.ops.softmax import attention, forms
 from hydrax.ops.sparse import block_topk_attention, compress, lifetimes, pooled, pooled_keys
 from hydrax.ops.sparse.ranked import ranked_ends
-from hydrax.ops.sparse.span_scores import Choice
+from hydrax.ops.sparse.span_scores import Choice, choose_by_spans
 from hydrax.ops.sparse.tokens import rows_and_keys
 
 WINDOW = 512
@@ -99,6 +99,14 @@ def _routed_blocks(q: Array, k: Array, v: Array, *, block_size: int, top: int, i
     return block_topk_attention(q, k, v, idx, block_size=block_size, impl=impl)
 
 
+def _scored_blocks(q: Array, k: Array, v: Array, *, choice: Choice, impl: str | None) -> Array:
+    """What the mixer `infllm2` does."""
+    queries, keys = rows_and_keys(q, k, v, None, None, None, None)
+    sums = pooled.block_sums(k, choice.stride, keys.positions, None)
+    idx = choose_by_spans(queries, sums, choice, q.shape[-1] ** -0.5)
+    return block_topk_attention(q, k, v, idx, block_size=choice.block, impl=impl)
+
+
 def _spans_blocks_window(q: Array, k: Array, v: Array, *, choice: Choice, impl: str | None) -> Array:
     """What the mixer `nsa` does with means of spans, all gates 1."""
     queries, keys = rows_and_keys(q, k, v, None, None, None, None)
@@ -120,6 +128,8 @@ SUBJECTS = {
     "plain": Subject(impl="pallas_gpu"),
     "documents": Subject(arguments=_documents),
     "window": Subject(arguments=lambda tokens, heads: {"window": WINDOW}, impl="pallas_gpu"),
+    "window_128": Subject(arguments=lambda tokens, heads: {"window": 128}, impl="pallas_gpu"),
+    "window_2048": Subject(arguments=lambda tokens, heads: {"window": 2048}, impl="pallas_gpu"),
     "window_cudnn": Subject(arguments=lambda tokens, heads: {"window": WINDOW}, impl="cudnn"),
     "sink_tokens": Subject(arguments=lambda tokens, heads: {"window": WINDOW, "sink_tokens": 4}),
     "gna": Subject(arguments=_pattern(lambda heads: lifetimes.Neighbourhood(WINDOW, 64))),
@@ -141,6 +151,11 @@ SUBJECTS = {
     "nsa": Subject(
         _spans_blocks_window,
         lambda tokens, heads: {"choice": Choice(64, 32, 16, first=1, local=1, count=16, pool="sum")},
+        kv_heads=1,
+    ),
+    "infllm2": Subject(
+        _scored_blocks,
+        lambda tokens, heads: {"choice": Choice(64, 32, 16, first=1, local=WINDOW // 64, count=16 + WINDOW // 64)},
         kv_heads=1,
     ),
     "moba": Subject(_routed_blocks, lambda tokens, heads: {"block_size": WINDOW // 2, "top": 4}),

@@ -18,6 +18,7 @@ from hydrax.core import tree
 from hydrax.core.build import Check, ConfigError, Positive, PositiveFloat
 from hydrax.eval.layer import PASSES, Layer, Memory, Program, default_config, uncached
 from hydrax.eval.timing import Times, isolated, side_by_side
+from hydrax.ops.table import complaint
 from hydrax.train import folder
 
 Value = TypeVar("Value")
@@ -91,9 +92,12 @@ def check(settings: Settings) -> None:
     """Refuses what only the ops know to be wrong.
 
     Raises:
-      ConfigError: an op cannot serve `impl`.
+      ConfigError: an op cannot serve `impl`, or there is none of that name.
     """
-    if settings.impl is not None and (reason := _call(settings, _refusal, settings)):
+    if settings.impl is None:
+        return
+    named = complaint(settings.impl) if "=" in settings.impl else None
+    if reason := named or _call(settings, _refusal, settings):
         raise ConfigError("impl", settings.impl, reason)
 
 

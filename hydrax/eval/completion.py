@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hydrax.data.landmarks import Landmarks
 from hydrax.data.tokenizer import Tokenizer
 from hydrax.eval.scoring import Advance, Tokens, batches, padded
 from hydrax.infer.sample import stream
@@ -21,11 +22,12 @@ def complete(
     seed: int = 0,
     tokens_at_once: int = 2**14,
     advance: Advance | None = None,
+    landmarks: Landmarks | None = None,
 ) -> list[str]:
     """The continuation of every prompt, at most that many tokens, without its first stop and what follows it.
 
     The end of a document stops it, too. Temperature 0 takes the most likely token; a batch ends as soon as all its
-    rows have stopped.
+    rows have stopped. `landmarks` are as of `infer.sample.generate`.
     """
     texts = [""] * len(prompts)
     for rows, width, chosen in batches([len(p) for p in prompts], tokens_at_once):
@@ -40,6 +42,7 @@ def complete(
             temperature=temperature,
             seed=seed,
             lengths=lengths,
+            landmarks=landmarks,
         ):
             for row in list(running):
                 if tokens[row] == tokenizer.eos:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from hydrax.core.build import ConfigError, NonNegative, Positive, Raw
+from hydrax.data.landmarks import Landmarks
 from hydrax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from hydrax.eval import length, recall
 from hydrax.eval.perplexity import SLICES, perplexity, recall_slices
@@ -25,7 +26,7 @@ from hydrax.train.config import RunConfig
 from hydrax.train.figure import INK, blank, quiet, save, series
 from hydrax.train.loop import compute_dtype
 from hydrax.train.probes import make_probe
-from hydrax.train.source import make_task
+from hydrax.train.source import make_task, vocabulary_of
 
 Result = dict[str, Any]
 Watch = Callable[[str], Advance]
@@ -90,7 +91,9 @@ def open_run(workdir: str, name: str, tokens_at_once: int) -> Subject:
     plan = blueprint(cfg.model)
     arrays = {key: jnp.asarray(value) for key, value in params.items()}
     model = plan.merge(plan.cast(arrays, compute_dtype(cfg.train.dtype)))
-    return Subject(name, Scorer(model, tokens_at_once), cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
+    every = cfg.data.landmark_every
+    scorer = Scorer(model, tokens_at_once, Landmarks(every, vocabulary_of(cfg.data) - 1) if every else None)
+    return Subject(name, scorer, cfg, open_tokenizer(cfg.data.tokenizer), steps[0])
 
 
 def evaluate(
@@ -172,6 +175,7 @@ def _recall(subject: Subject, argument: str, settings: Settings, advance: Advanc
         settings.context or subject.trained,
         tokens_at_once=settings.tokens_at_once,
         advance=advance,
+        landmarks=subject.scorer.landmarks,
     )
 
 
@@ -222,6 +226,7 @@ def _lm_eval(subject: Subject, argument: str, settings: Settings, advance: Advan
         max_length=settings.context or subject.trained,
         tokens_at_once=settings.tokens_at_once,
         advance=advance,
+        landmarks=subject.scorer.landmarks,
     )
     return harness.run(model, argument, include=settings.include, limit=settings.examples or None)
 

@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hydrax.core.build import ConfigError
+from hydrax.data.landmarks import Landmarks
 from hydrax.data.tokenizer import Tokenizer, open_tokenizer
 from hydrax.eval.completion import complete
 from hydrax.eval.scoring import Advance, Scorer
@@ -56,10 +57,11 @@ class HydraxLM(TemplateLM):
         max_gen_toks: int = 256,
         tokens_at_once: int = 2**14,
         advance: Advance | None = None,
+        landmarks: Landmarks | None = None,
     ):
         super().__init__()
         self.ids, self.max_length, self.max_gen_toks = tokenizer, max_length, max_gen_toks
-        self._scorer, self._advance = Scorer(model, tokens_at_once), advance
+        self._scorer, self._advance = Scorer(model, tokens_at_once, landmarks), advance
 
     @classmethod
     def create_from_arg_obj(
@@ -153,6 +155,7 @@ class HydraxLM(TemplateLM):
                 temperature=temperature,
                 tokens_at_once=self._scorer.tokens_at_once,
                 advance=self._advance,
+                landmarks=self._scorer.landmarks,
             )
             for i, text in zip(members, made, strict=True):
                 texts[i] = text

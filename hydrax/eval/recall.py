@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hydrax.core.build import ConfigError
+from hydrax.data.landmarks import Landmarks
 from hydrax.data.tokenizer import Tokenizer
 from hydrax.eval.completion import complete
 from hydrax.eval.scoring import Advance
@@ -107,6 +108,7 @@ def evaluate(
     *,
     tokens_at_once: int = 2**14,
     advance: Advance | None = None,
+    landmarks: Landmarks | None = None,
 ) -> dict[str, Any]:
     """The share of examples whose completion contains the value, and those shares that limit it.
 
@@ -128,6 +130,7 @@ def evaluate(
         stops=(STOP,),
         tokens_at_once=tokens_at_once,
         advance=advance,
+        landmarks=landmarks,
     )
     right = [contains(text, example.value) for text, example in zip(texts, examples, strict=True)]
     n = len(examples)

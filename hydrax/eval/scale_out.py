@@ -147,7 +147,10 @@ def cells(settings: Settings, present: int) -> Iterator[Cell]:
                 mesh = {"mesh.fsdp": n // 2, "mesh.tensor": 2}
                 yield _cell(settings, part, "hybrid", n, size["seq_len"], size["rows"] * n, mesh)
             elif part == "expert":
-                moe = {"model.ffn": "moe", "model.moe": {"experts": 8, "top_k": 2, "width": 512, "balance": 0.01}}
+                moe: dict[str, Any] = {
+                    "model.ffn": "moe",
+                    "model.moe": {"experts": 8, "top_k": 2, "width": 512, "balance": 0.01},
+                }
                 moe |= {"mesh.expert": n, "mesh.fsdp": 1}
                 yield _cell(settings, part, "moe", n, size["seq_len"], size["rows"] * n, moe)
             elif part == "context":
@@ -171,7 +174,7 @@ def _cell(settings: Settings, part: str, model: str, n: int, seq_len: int, batch
     if settings.size == "tiny":
         given = {"data.seq_len": seq_len, "train.batch_size": batch}
         return Cell(part, model, n, _config(base, {**common, **TINY, **given}), tiny)
-    wide = {"model.vocab_size": 32_000, "data.seq_len": seq_len, "train.batch_size": batch}
+    wide: dict[str, Any] = {"model.vocab_size": 32_000, "data.seq_len": seq_len, "train.batch_size": batch}
     wide |= {"train.remat": "full"} if part == "context" else {}
     return Cell(part, model, n, _config(base, {**common, **wide}), tiny)
 
@@ -216,7 +219,8 @@ def measure(cell: Cell, settings: Settings) -> Row:
     """A cell in this process: compared, then timed."""
     row = _blank(cell)
     with jax.default_matmul_precision("highest"):
-        single = dataclasses.replace(cell.small, mesh=dataclasses.replace(cell.small.mesh, **dict.fromkeys(AXES, 1)))
+        ones: dict[str, Any] = dict.fromkeys(AXES, 1)
+        single = dataclasses.replace(cell.small, mesh=dataclasses.replace(cell.small.mesh, **ones))
         want = _Steps(single).losses(STEPS)
         got = want if cell.devices == 1 else _Steps(cell.small).losses(STEPS)
     difference = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))

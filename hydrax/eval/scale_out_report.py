@@ -28,8 +28,8 @@ def label(row: Row) -> str:
 
 def table(rows: Iterable[Row]) -> Table:
     """A line per cell."""
-    columns = ("cell", "tokens", "devices", "loss diff.", "ms", "predicted ms", "tokens/s", "efficiency")
-    columns += ("MiB moved", "by mixers", "GiB predicted", "GiB measured", "error")
+    columns = ["cell", "tokens", "devices", "loss diff.", "ms", "predicted ms", "tokens/s", "efficiency"]
+    columns += ["MiB moved", "by mixers", "GiB predicted", "GiB measured", "error"]
     result = Table(*columns, caption="of one device; predicted ms: FLOPs at the peak, then bytes over the link")
     for i, column in enumerate(result.columns):
         column.justify = "left" if i in (0, len(columns) - 1) else "right"
@@ -39,7 +39,7 @@ def table(rows: Iterable[Row]) -> Table:
             f"{row.seq_len:,}",
             f"{row.devices}",
             _text(row.loss_difference, ".0e"),
-            _text(row.step and row.step.median, ",.1f", 1e3),
+            _text(row.step.median if row.step else None, ",.1f", 1e3),
             _text(row.predicted_seconds, ",.1f", 1e3),
             _text(row.tokens_per_second, ",.0f"),
             _text(row.efficiency, ".0%"),

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
+from hydrax.data.landmarks import Landmarks
+from hydrax.infer.sample import known_landmarks
 from hydrax.models.lm import LM
 
 SHORTEST = 16
@@ -35,11 +37,15 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores sequences with a model, about `tokens_at_once` places at a time."""
+    """Scores sequences with a model, about `tokens_at_once` places at a time.
 
-    def __init__(self, model: LM, tokens_at_once: int = 2**14):
+    Landmarks are put between the tokens of a model that was trained with some, as of `infer.sample.known_landmarks`.
+    """
+
+    def __init__(self, model: LM, tokens_at_once: int = 2**14, landmarks: Landmarks | None = None):
         graph, self._params = nnx.split(model)
         self.model, self.tokens_at_once = model, tokens_at_once
+        self.landmarks = known_landmarks(model, landmarks)
         self._score = jax.jit(functools.partial(_score, graph))
 
     def texts(self, sequences: Sequence[Tokens], advance: Advance | None = None) -> list[Score]:
@@ -50,6 +56,20 @@ class Scorer:
         self, inputs: Sequence[Tokens], targets: Sequence[Tokens], advance: Advance | None = None
     ) -> list[Score]:
         """Scores of targets[i][t] after inputs[i][: t + 1], in the order given; a negative target's mean nothing."""
+        if self.landmarks is not None:
+            return self._between_landmarks(self.landmarks, inputs, targets, advance)
+        return self._scores(inputs, targets, advance)
+
+    def _between_landmarks(
+        self, landmarks: Landmarks, inputs: Sequence[Tokens], targets: Sequence[Tokens], advance: Advance | None
+    ) -> list[Score]:
+        laid = [landmarks.lay(np.asarray(x)) for x in inputs]
+        places = [landmarks.places(len(x)) for x in inputs]
+        wanted = [landmarks._replace(token=-1).lay(np.asarray(y)) for y in targets]
+        found = self._scores(laid, wanted, advance)
+        return [Score(score.nll[at], score.right[at]) for score, at in zip(found, places, strict=True)]
+
+    def _scores(self, inputs: Sequence[Tokens], targets: Sequence[Tokens], advance: Advance | None) -> list[Score]:
         scores: list[Score | None] = [None] * len(inputs)
         for rows, width, chosen in batches([len(x) for x in inputs], self.tokens_at_once):
             lengths = np.ones(rows, np.int32)  # rows without a sequence: one token, since some ops need any

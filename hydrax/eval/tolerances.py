@@ -7,6 +7,7 @@ from hydrax.core.typing import ArrayLike
 TOLERANCE = {
     "fp64": 1e-9,  # two forms of whatever, in fp64: only their algebra can differ
     "fp32_op": 1e-5,  # one op or mixer: output, state and gradients
+    "fft": 1e-7,  # a convolution by FFT in fp32: its largest error, and what later tokens do, over the norms |x| |k|
     "fp32_model": 1e-4,  # a whole model
     "bf16_output": 5e-3,
     "bf16_gradient": 1e-2,

@@ -13,14 +13,16 @@ from flax import nnx
 
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, ArrayLike, Float, Int, PyTree
+from hydrax.data.landmarks import Landmarks, landmarks_of
 from hydrax.data.loader import Data
 from hydrax.data.tokenizer import TextStream, Tokenizer
 from hydrax.infer import policy as policies
 from hydrax.infer.policy import Policy
 from hydrax.infer.policy.serve import Served, served_layers
 from hydrax.models.lm import LM
-from hydrax.models.mix import landmarks
+from hydrax.models.mix import landmarks as sections
 from hydrax.models.spec import resolve
+from hydrax.ops.softmax.forms import MASKED
 
 if TYPE_CHECKING:
     from hydrax.train.config import RunConfig
@@ -36,14 +38,19 @@ class _Structure:
 
     graph: nnx.GraphDef
     policy: Policy | None = None
+    landmark: int | None = None  # id of landmarks, if there are any
 
     def __hash__(self) -> int:
-        return hash((len(self.graph.nodes), self.policy))
+        return hash((len(self.graph.nodes), self.policy, self.landmark))
 
     def merge(self, params: PyTree) -> LM | Served:
         """What makes a cache, reads a prompt and takes steps."""
         model = nnx.merge(self.graph, params)
         return model if self.policy is None else Served(model, self.policy)
+
+    def sayable(self, logits: Float[Array, "B vocab"]) -> Float[Array, "B vocab"]:
+        """Without the landmark, which is no target of training."""
+        return logits if self.landmark is None else logits.at[:, self.landmark].set(MASKED)
 
 
 def generate(
@@ -57,6 +64,7 @@ def generate(
     stop: int | None = None,
     lengths: ArrayLike | None = None,
     policy: str | Policy | None = None,
+    landmarks: Landmarks | None = None,
 ) -> Int[np.ndarray, "B N"]:
     """Continuations int32 [B,N] of the prompts `tokens` [B,T], N = max_new_tokens.
 
@@ -66,9 +74,11 @@ def generate(
       stop: a row that has produced this token goes on with it.
       lengths: real tokens of each row [B] where prompts differ in length; the rest of a row is padding.
       policy: which keys softmax layers read, see `infer.policy`: another function than the one that was trained.
+      landmarks: those that the model was trained with; None: those of its landmark layers, the last id. They are put
+        between tokens as training puts them, and are neither given nor returned.
 
     Raises:
-      ConfigError: a value out of its range, no prompt, or a policy that does not suit the model.
+      ConfigError: a value out of its range, no prompt, or a policy or landmarks that do not suit the model.
     """
     made = list(
         stream(
@@ -81,6 +91,7 @@ def generate(
             stop=stop,
             lengths=lengths,
             policy=policy,
+            landmarks=landmarks,
         )
     )
     ended = [made[-1]] * (max_new_tokens - len(made))  # every row has stopped
@@ -98,10 +109,10 @@ def stream(
     stop: int | None = None,
     lengths: ArrayLike | None = None,
     policy: str | Policy | None = None,
+    landmarks: Landmarks | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """`generate` token by token: int32 [B] at a time, ending early when every row has stopped."""
-    if any(landmarks(layer.mix) for layer in resolve(model.cfg)):
-        raise ConfigError("model.pattern", model.cfg.pattern, "landmark layers: generation does not put landmarks yet")
+    landmarks = known_landmarks(model, landmarks)
     prompt = jnp.asarray(tokens, jnp.int32)
     check_settings(temperature, top_p)
     if max_new_tokens < 1:
@@ -115,7 +126,27 @@ def stream(
     policy = policies.of(policy) if isinstance(policy, str) else policy
     if policy is not None:
         policy.check(served_layers(model))
-    return _stream(model, prompt, valid, max_new_tokens, (float(temperature), float(top_p)), seed, stop, policy)
+    settings = (float(temperature), float(top_p))
+    return _stream(model, prompt, valid, max_new_tokens, settings, seed, stop, policy, landmarks)
+
+
+def known_landmarks(model: LM, given: Landmarks | None = None) -> Landmarks | None:
+    """`given`, or the landmarks that the model's layers expect, if any do.
+
+    Raises:
+      ConfigError: layers expect others, or a prefix, which `data.landmark_every` does not train either.
+    """
+    expected = {section for layer in resolve(model.cfg) for section in sections(layer.mix)}
+    found = given or (Landmarks(min(expected), model.vocabulary - 1) if expected else None)
+    if found is None:
+        return None
+    if expected - {found.every}:
+        raise ConfigError("landmarks", found.every, f"expected {max(expected)}, the section of landmark layers")
+    if not 0 <= found.token < model.vocabulary:
+        raise ConfigError("landmarks", found.token, f"expected an id below {model.vocabulary}")
+    if prefix := model.cfg.prefix.meta_tokens:
+        raise ConfigError("model.prefix.meta_tokens", prefix, "expected 0 with landmarks")
+    return found
 
 
 def stream_text(
@@ -128,10 +159,11 @@ def stream_text(
     top_p: float,
     seed: int,
     policy: str | Policy | None = None,
+    landmark_every: int = 0,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of whole characters, up to the end of the document.
 
-    An empty prompt starts a new document.
+    An empty prompt starts a new document. `landmark_every` is that of the data that the model was trained on.
     """
     start = tokenizer.encode(prompt) if prompt else np.array([tokenizer.bos])
     ids = stream(
@@ -143,6 +175,7 @@ def stream_text(
         seed=seed,
         stop=tokenizer.eos,
         policy=policy,
+        landmarks=landmarks_of(landmark_every, tokenizer),
     )
     text = TextStream(tokenizer)
     for token in ids:
@@ -164,10 +197,10 @@ def check_settings(temperature: float, top_p: float, path: str = "") -> None:
 def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pathlib.Path) -> None:
     """Continues `sample.prompt`, prints the text and writes it to `sample.txt` in the run folder.
 
-    Nothing for tasks, and for data with landmarks, which `stream` does not serve.
+    Nothing for tasks.
     """
     s = cfg.sample
-    if not s.tokens or not isinstance(data, Data) or data.landmark_every:
+    if not s.tokens or not isinstance(data, Data):
         return
     pieces = stream_text(
         model,
@@ -177,6 +210,7 @@ def write_sample(model: LM, data: "Source", cfg: "RunConfig", workdir: str | pat
         temperature=s.temperature,
         top_p=s.top_p,
         seed=cfg.train.seed,
+        landmark_every=data.landmark_every,
     )
     text = s.prompt + "".join(pieces)
     if jax.process_index() == 0:
@@ -193,15 +227,24 @@ def _stream(
     seed: int,
     stop: int | None,
     policy: Policy | None,
+    landmarks: Landmarks | None,
 ) -> Iterator[np.ndarray]:
     graph, params = nnx.split(model)
-    structure = _Structure(graph, policy)
+    structure = _Structure(graph, policy, None if landmarks is None else landmarks.token)
     key = jax.random.key(seed)
     end = jnp.int32(-1 if stop is None else stop)
+    max_len = prompt.shape[1] + count
+    if landmarks is not None:
+        prompt, lengths = jnp.asarray(landmarks.lay(np.asarray(prompt))), landmarks.places(max_len)[lengths - 1] + 1
+        max_len = int(landmarks.places(max_len)[-1]) + 1
     token, cache = _prefill(
-        structure, params, prompt, jnp.asarray(lengths), prompt.shape[1] + count, settings, jax.random.fold_in(key, 0)
+        structure, params, prompt, jnp.asarray(lengths), max_len, settings, jax.random.fold_in(key, 0)
     )
     for i in range(1, count):
+        if landmarks is not None:
+            due = landmarks.due(lengths)  # where the token will stand behind a landmark
+            cache = _mark(structure, params, cache, jnp.asarray(due)) if due.any() else cache
+            lengths = lengths + due + 1
         following, cache = _step(structure, params, token, cache, end, settings, jax.random.fold_in(key, i))
         yield np.asarray(token)  # fetched after the next step is on its way
         if stop is not None and np.all(np.asarray(token) == stop):
@@ -219,7 +262,7 @@ def _prefill(
     real = jnp.arange(prompt.shape[1]) < lengths[:, None]
     logits, cache = model.prefill(prompt, cache, segment_ids=real.astype(jnp.int32))
     last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _choose(last, settings, key), cache
+    return _choose(structure.sayable(last), settings, key), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -227,7 +270,15 @@ def _step(
     structure: _Structure, params: PyTree, token: Array, cache: PyTree, stop: Array, settings: Settings, key: Array
 ) -> tuple[Array, PyTree]:
     logits, cache = structure.merge(params).step(token, cache)
-    return jnp.where(token == stop, stop, _choose(logits, settings, key)), cache
+    return jnp.where(token == stop, stop, _choose(structure.sayable(logits), settings, key)), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _mark(structure: _Structure, params: PyTree, cache: PyTree, due: Array) -> PyTree:
+    """The cache after a landmark in the rows where one is due; to the others the step is padding."""
+    assert structure.landmark is not None
+    tokens = jnp.full((due.shape[0], 1), structure.landmark, jnp.int32)
+    return structure.merge(params).prefill(tokens, cache, segment_ids=due[:, None].astype(jnp.int32))[1]
 
 
 def _choose(logits: Float[Array, "B vocab"], settings: Settings, key: Array) -> Int[Array, "B"]:

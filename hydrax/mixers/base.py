@@ -102,6 +102,11 @@ class MixerConfig:
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    @property
+    def restarts(self) -> bool:
+        """Whether documents may share a row, and a state be carried; if not, whole rows are all that is served."""
+        return True
+
     def fill(self, d_model: int) -> Self:
         """The config with every None that depends on the model width filled in.
 
@@ -170,6 +175,8 @@ class Row:
       about, paper: one phrase and the arXiv number.
       transition: none | scalar | diag | full | lse | chosen | stabilised | nonlinear, how states of token ranges
         compose.
+      linear: what of the state evolves linearly, each by itself: S_t = A_t S_{t-1} + B_t, where tokens and the rest of
+        the state fix A and B (`interp.state_space`). Paths of leaves or parts, as "memory/v".
       tiny: options for tests at d_model 32.
       state_bytes: (filled config, max_len, bytes per element of the compute dtype) -> bytes of one row's state.
       flops: (filled config, document length) -> forward FLOPs per token of the mixing itself, without projections.
@@ -186,6 +193,7 @@ class Row:
     flops: Callable[[Any, int], float]
     lower_bound: Callable[[Any], int] | None = None
     head_option: str = "heads"
+    linear: tuple[str, ...] = ()
 
     def grows(self, cfg: Any) -> bool:
         """Whether the state grows with the row (keys and values, at least up to a window) or has a fixed size."""

@@ -21,7 +21,7 @@ from hydrax.nn.ffn import FFN
 from hydrax.nn.linear import Linear
 from hydrax.nn.memory import PKM, Workspace
 from hydrax.nn.moe import MoE
-from hydrax.nn.norm import NORMS, RMSNorm
+from hydrax.nn.norm import NORMS, Norm
 
 State = dict[str, Any]
 """What the parts of a layer remember, by part; those that remember nothing are left out."""
@@ -99,8 +99,8 @@ class Block(nnx.Module):
         self,
         x: Array,
         f: Callable[[Array], Array],
-        before: RMSNorm | None,
-        after: RMSNorm | None,
+        before: Norm | None,
+        after: Norm | None,
         fed: Array | None = None,
         base: Array | None = None,
     ) -> Array:

@@ -87,9 +87,10 @@ def _parallel(expression: str, members: tuple[Mix, ...], options: Mapping[str, A
 def _check_flat(members: tuple[Mix, ...], where: str, width: int) -> None:
     """Raises `ConfigError` for branches that cannot be one softmax."""
     for member in members:
-        if not isinstance(member, Single) or member.mixer not in WITH_LSE or member.options.out_gate != "none":  # type: ignore[attr-defined]
+        options: Any = member.options if isinstance(member, Single) and member.mixer in WITH_LSE else None
+        if options is None or options.out_gate != "none" or getattr(options, "hops", None):
             allowed = f"{member.label} has no lse beside what it averages: expected {' or '.join(WITH_LSE)}"
-            raise ConfigError(f"{where}.fusion", "flat", f"{allowed} without out_gate")
+            raise ConfigError(f"{where}.fusion", "flat", f"{allowed} without out_gate or hops")
     shapes = [_out_shape(member, width) for member in members]
     if len(set(shapes)) > 1:
         allowed = f"expected parts of equal heads and value_dim, and they have {', '.join(map(str, shapes))}"

@@ -41,9 +41,9 @@ def check_divided(cfg: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int], 
             allowed = "; ".join(f"{mixer}: {' or '.join(of_mixer)}" for mixer, of_mixer in sorted(able.items()))
             raise ConfigError("mesh.strategy", name, f"expected what a mixer of the model has ({allowed})")
     for mixer, transition, options in used:
-        taps, length = getattr(options, "conv_width", 1), seq_len // slots
-        if taps - 1 > length:
-            allowed = f"{mixer} sees {taps - 1} tokens back, and a device has {length} of a row"
+        sees, length = max(getattr(options, "tails", [getattr(options, "conv_width", 1) - 1])), seq_len // slots
+        if sees > length:
+            allowed = f"{mixer} sees {sees} tokens back, and a device has {length} of a row"
             allowed += " in one piece" if slots > shards else ""
             raise ConfigError("mesh.context", shards, allowed)
         if NEEDS[strategy(mixer, transition, names, mesh.layout)].heads:

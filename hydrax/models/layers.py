@@ -8,8 +8,8 @@ from hydrax.core.build import Positive, PositiveFloat
 from hydrax.models.mix import Mix, Single
 from hydrax.nn.moe import MoEConfig
 
-FFN = Literal["none", "swiglu", "geglu", "reglu", "sglu", "mlp", "relu2", "moe"]
-Norm = Literal["rmsnorm", "rmsnorm1p", "srmsnorm"]
+FFN = Literal["none", "swiglu", "geglu", "reglu", "sglu", "mlp", "relu2", "boom", "moe"]
+Norm = Literal["rmsnorm", "rmsnorm1p", "srmsnorm", "layernorm"]
 Place = Literal["pre", "reordered", "sandwich", "post"]
 Changeable = Literal["mixer", "ffn", "ffn.gate", "ffn.up", "ffn.down"]
 

@@ -21,7 +21,7 @@ from hydrax.models.spec import BYTE_VOCABULARY, ModelConfig, model_config, secti
 from hydrax.models.stack import REMAT, Losses, Made, Passes, Period, added, init_group, run_group, variant
 from hydrax.nn.bounds import LowerBounds
 from hydrax.nn.embed import Embedding
-from hydrax.nn.norm import NORMS, RMSNorm
+from hydrax.nn.norm import NORMS, Norm
 from hydrax.nn.param import param
 from hydrax.nn.timestep_norm import TimestepNorm
 from hydrax.parallel.rules import constrain
@@ -55,7 +55,7 @@ class LM(nnx.Module):
         rngs = nnx.Rngs(params=jax.random.fold_in(key, self.depth))
         self.embed = Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
         self.head = None if cfg.tie else Embedding(self.vocabulary, cfg.d_model, rngs=rngs)
-        self.norm: RMSNorm | TimestepNorm = _final_norm(cfg, rngs)
+        self.norm: Norm | TimestepNorm = _final_norm(cfg, rngs)
         widths = dict.fromkeys(width for layer in layers for width in layer.mix.lower_bounds())
         self.bounds = nnx.List([LowerBounds(self.depth, width, rngs=rngs) for width in widths])
         meta, normal = cfg.prefix.meta_tokens, jax.nn.initializers.normal(0.02)
@@ -288,7 +288,7 @@ class LM(nnx.Module):
         return x, (new, losses)
 
 
-def _final_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | TimestepNorm:
+def _final_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> Norm | TimestepNorm:
     if cfg.final_norm is None:
         return NORMS[cfg.norm](cfg.d_model, axes=("norm",), eps=cfg.norm_eps, rngs=rngs)
     return TimestepNorm(cfg.d_model, cfg.final_groups, cfg.final_norm, rngs=rngs)

@@ -61,7 +61,7 @@ def stretches(pattern: str, num_layers: int | None = None, key: str = "pattern")
         terms = body.elts if isinstance(body, ast.Tuple) else [body]
         found = [_stretch(term, num_layers) for term in terms]
     except SyntaxError as error:
-        raise ConfigError(key, pattern, f"{error.msg} at character {error.offset}") from None
+        raise ConfigError(key, pattern, _misread(error, "'2*(3*gdn,attn)'")) from None
     except (_PatternError, RecursionError) as error:
         raise ConfigError(key, pattern, str(error)) from None
     joined = []
@@ -73,7 +73,7 @@ def stretches(pattern: str, num_layers: int | None = None, key: str = "pattern")
     if not any(s.names for s in joined):
         raise ConfigError(key, pattern, "expected at least one layer, e.g. '2*(3*gdn,attn)'")
     if sum(len(s.names) for s in joined) > MAX_LAYERS:
-        raise ConfigError(key, pattern, f"more than {MAX_LAYERS} layers")
+        raise ConfigError(key, pattern, f"expected at most {MAX_LAYERS} layers")
     return [s for s in joined if s.names]
 
 
@@ -91,9 +91,13 @@ def composition(expression: str) -> tuple[str, list[Part]] | None:
             return node.func.id, _parts(node)
         raise _PatternError(f"expected a name or one of {', '.join(f'{c}(...)' for c in COMPOSITIONS)}")
     except SyntaxError as error:
-        raise ConfigError("mixer", expression, f"{error.msg} at character {error.offset}") from None
+        raise ConfigError("mixer", expression, _misread(error, "'heads(2*gdn, attn)'")) from None
     except (_PatternError, RecursionError) as error:
         raise ConfigError("mixer", expression, str(error)) from None
+
+
+def _misread(error: SyntaxError, example: str) -> str:
+    return f"{error.msg} at character {error.offset}; expected names and helpers, e.g. {example}"
 
 
 class _PatternError(ValueError):
@@ -170,7 +174,7 @@ def _usage(helper: str) -> str:
 def _bounded(pieces: Any) -> list[str]:
     result = list(itertools.islice(itertools.chain.from_iterable(pieces), MAX_LAYERS + 1))
     if len(result) > MAX_LAYERS:
-        raise _PatternError(f"more than {MAX_LAYERS} layers")
+        raise _PatternError(f"expected at most {MAX_LAYERS} layers")
     return result
 
 

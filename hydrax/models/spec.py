@@ -67,7 +67,7 @@ class ModelConfig:
     ffn_dim: Positive | None = None  # its inner width; 8D/3 (gated) or 4D rounded up to 256 if None
     ffn_bias: bool = False  # biases in dense networks
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)  # where ffn = moe
-    norm: Norm = "rmsnorm"  # weight w, weight 1 + w, or none
+    norm: Norm = "rmsnorm"  # RMS with weight w, 1 + w, or none (rmsnorm, rmsnorm1p, srmsnorm), or LayerNorm
     norm_place: Place = "pre"  # x + f(norm x), x + norm f(x), x + norm f(norm x), α norm x + β f(norm x)
     post_alpha: PositiveFloat = 1.0  # α of norm_place = post
     post_beta: PositiveFloat = 1.0  # β of norm_place = post
@@ -196,6 +196,7 @@ def _layer(cfg: ModelConfig, name: str, block: BlockConfig, kind: str, places: l
     width = None
     if kind not in ("none", "moe"):
         width = block.ffn_dim or cfg.ffn_dim or ffn.default_width(kind, cfg.d_model)
+        ffn.check_width(kind, width, cfg.d_model)
     if block.lora_rank and not block.shared:
         raise ConfigError(f"{path}.lora_rank", block.lora_rank, "needs shared = true")
     return LayerSpec(

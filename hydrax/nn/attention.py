@@ -86,16 +86,29 @@ class QKV(nnx.Module):
         source: Float[Array, "B T D"] | None = None,
         *,
         exact: bool = False,
+        placed: bool = True,
     ) -> tuple[Array, Array | None, Array | None]:
-        """q, k and v; `exact`: q and k in fp32, not rounded to the dtype of x, to rank by."""
+        """q, k and v.
+
+        `exact`: q and k in fp32, not rounded to the dtype of x, to rank by. Without `placed`, q is that before `place`.
+        """
         e = x if source is None else source
-        q = self._placed(self.q(e, exact=exact), self.q_norm, positions)
-        if self.q_logscale is not None:
-            grown = jnp.log(positions + self.q_logscale) / math.log(self.q_logscale)
-            q = (fp32(q) * grown[..., None, None]).astype(q.dtype)
+        q = self.q(e, exact=exact)
+        q = q if self.q_norm is None else self.q_norm(q)
+        q = self.place(q, positions) if placed else q
         if self.k is None:
             return q, None, None
-        return q, self._placed(self.k(e, exact=exact), self.k_norm, positions), self.v(x)
+        k = self.k(e, exact=exact)
+        k = self.rope.turn(k if self.k_norm is None else self.k_norm(k), positions)
+        return q, k, self.v(x)
+
+    def place(self, q: Float[Array, "B T H K"], positions: Int[Array, "B T"]) -> Float[Array, "B T H K"]:
+        """s_t RoPE(q): queries as keys see them."""
+        q = self.rope.turn(q, positions)
+        if self.q_logscale is None:
+            return q
+        grown = jnp.log(positions + self.q_logscale) / math.log(self.q_logscale)
+        return (fp32(q) * grown[..., None, None]).astype(q.dtype)
 
     def see(
         self,
@@ -106,6 +119,7 @@ class QKV(nnx.Module):
         window: int | None = None,
         sink_tokens: int = 0,
         pattern: Pattern | None = None,
+        placed: bool = True,
     ) -> tuple[Array, Keys, Cache | None]:
         """The queries, all that they may see, and the cache after these tokens.
 
@@ -115,9 +129,10 @@ class QKV(nnx.Module):
           source: what queries and keys are made of, x if None.
           window, sink_tokens: what the cache keeps, see `kv_cache.write`.
           pattern: the same by lifetimes, see `kv_cache.evict`.
+          placed: whether the queries are.
         """
         facts = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
-        q, k, v = self(x, ctx.positions, source)
+        q, k, v = self(x, ctx.positions, source, placed=placed)
         if k is None:
             keys = kv_cache.shared(ctx.keys)
             return q, keys._replace(v=ctx.tap("values", keys.v)), cache
@@ -128,10 +143,6 @@ class QKV(nnx.Module):
             ends, old = (pattern.ends(p, ctx.layer_index) for p in (ctx.positions, cache["positions"]))
             return q, keys, kv_cache.evict(cache, {"k": k, "v": v}, **facts, ends=ends, old_ends=old)
         return q, keys, kv_cache.write(cache, k, v, **facts, window=window, sink_tokens=sink_tokens)
-
-    def _placed(self, x: Array, norm: RMSNorm | None, positions: Array) -> Array:
-        """Queries or keys, normed and turned to their positions."""
-        return self.rope.turn(x if norm is None else norm(x), positions)
 
 
 class OutGate(nnx.Module):

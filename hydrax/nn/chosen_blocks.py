@@ -64,16 +64,19 @@ def attend(
     state: PyTree | None,
     *,
     dense: bool = False,
+    placed: bool = True,
 ) -> tuple[Float[Array, "B T H V"], PyTree]:
     """o and the state after these tokens; `dense`: all keys are read, after a state.
 
     Args:
       ctx: the context of the mixer (`mixers.Context`).
+      placed: False: queries and keys of `qkv` have no positions. They choose as they are, and turn to attend.
     """
     facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
     fine_q, fine_k, v = qkv(x, ctx.positions, exact=True)
     assert fine_k is not None
-    q, k, v = fine_q.astype(x.dtype), fine_k.astype(x.dtype), ctx.tap("values", v)
+    near_q, near_k = (a if placed else cfg.rope.turn(a, ctx.positions) for a in (fine_q, fine_k))
+    q, k, v = near_q.astype(x.dtype), near_k.astype(x.dtype), ctx.tap("values", v)
     ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
     rows = Rows(q, fine_q, ctx.positions, ids)
     if state is None:

@@ -14,7 +14,7 @@ from hydrax.parallel.shards import Shards
 
 
 class ShortConv(nnx.Module):
-    """y_t = act(b + Σ_{i<W} w_i ⊙ x_{t-W+1+i}) for x [B,T,*shape]; its state is the last W - 1 inputs.
+    """y_t = act(b + Σ_{i<W} w_i ⊙ x_{t-d(W-1-i)}) for x [B,T,*shape]; its state is the last d(W - 1) inputs.
 
     w and b are initialised uniformly in ±1/sqrt(W), the fan-in of a depthwise convolution; with `init="normal"`, w as
     N(0, 0.02²); with `init="small"`, w as N(0, 0.01/W) and b as 0.
@@ -29,9 +29,10 @@ class ShortConv(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         activation: str | None = "silu",
+        dilation: int = 1,
         init: Literal["uniform", "normal", "small"] = "uniform",
     ):
-        self.shape, self.width, self.activation = shape, width, activation
+        self.shape, self.width, self.activation, self.dilation = shape, width, activation, dilation
         uniform, normal = _uniform(1 / math.sqrt(width)), jax.nn.initializers.normal
         weight, offset = {
             "uniform": (uniform, uniform),
@@ -56,6 +57,7 @@ class ShortConv(nnx.Module):
             self.weight[...],
             bias,
             activation=self.activation,
+            dilation=self.dilation,
             initial_state=state,
             segment_ids=segment_ids,
             shards=shards,
@@ -63,8 +65,8 @@ class ShortConv(nnx.Module):
         )
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
-        """The inputs before token 0: zeros [B,W-1,*shape]."""
-        return jnp.zeros((batch, self.width - 1, *self.shape), dtype)
+        """The inputs before token 0: zeros [B,d(W-1),*shape]."""
+        return jnp.zeros((batch, self.dilation * (self.width - 1), *self.shape), dtype)
 
 
 def _uniform(bound: float) -> Init:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Float
 from hydrax.nn.conv import ShortConv
@@ -33,7 +33,7 @@ class DeltaConfig:
     beta_bias: bool = False  # β = σ(W_b x + b)
     out_gate: Literal["none", "silu", "sigmoid"] = "silu"  # of W_g x, on the normalised outputs
     norm_eps: PositiveFloat = 1e-5  # of the output norm; outputs are small at initialisation
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def __post_init__(self) -> None:
         if self.qk_norm == "sum" and self.qk_activation not in ("relu", "elu1"):

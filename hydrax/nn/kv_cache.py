@@ -6,6 +6,8 @@ p < sink_tokens, else in sink_tokens + (p - sink_tokens) mod window. Keys are st
 
 Where keys leave in another order, and each head of keys lets go of its own, a new one takes any slot that is free
 (`evict`): positions and documents are [B,S,n], for all heads (n = 1) or for each, beside other facts of keys [B,S,n].
+
+Keys that are the values as well are kept once: a cache without v.
 """
 
 from collections.abc import Callable
@@ -28,16 +30,19 @@ def empty(
     slots: int,
     kv_heads: int,
     key_dim: int,
-    value_dim: int,
+    value_dim: int | None,
     dtype: jnp.dtype,
     by_head: tuple[int, ...] = (),
     **facts: Any,
 ) -> Cache:
-    """The cache before the first token; `by_head` = (n,) for `evict`, with the dtypes of other facts of keys."""
+    """The cache before the first token; `by_head` = (n,) for `evict`, with the dtypes of other facts of keys.
+
+    It has no values with `value_dim` = None.
+    """
+    widths = {"k": key_dim, "v": value_dim}
     facts = {"positions": jnp.int32, "segment_ids": jnp.int32, **facts}
     return {
-        "k": jnp.zeros((batch, slots, kv_heads, key_dim), dtype),
-        "v": jnp.zeros((batch, slots, kv_heads, value_dim), dtype),
+        **{name: jnp.zeros((batch, slots, kv_heads, n), dtype) for name, n in widths.items() if n is not None},
         **{name: jnp.zeros((batch, slots, *by_head), dtype) for name, dtype in facts.items()},
     }
 
@@ -59,21 +64,25 @@ class Keys(NamedTuple):
 
 def collect(
     k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    v: Float[Array, "B T Hk V"] | None,
     cache: Cache | None,
     *,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Keys:
-    """The cache, which belongs to the document of token 0, and the new tokens; these alone without a cache."""
+    """The cache, which belongs to the document of token 0, and the new tokens; these alone without a cache.
+
+    With v = None the keys are the values, too.
+    """
     if cache is None:
-        return Keys(k, v)
+        return Keys(k, k if v is None else v)
     taken = cache["segment_ids"]
     positions, segment_ids = (_of_heads(x, taken) for x in (positions, _ids(positions, segment_ids)))
     seen = jnp.where(taken != 0, segment_ids[:, :1], 0)
+    joined = jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1)
     return Keys(
-        k=jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
-        v=jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
+        k=joined,
+        v=joined if v is None else jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
         positions=jnp.concatenate([cache["positions"], positions], axis=1),
         segment_ids=jnp.concatenate([seen, segment_ids], axis=1),
     )
@@ -168,7 +177,7 @@ def sides(
 def write(
     cache: Cache | None,
     k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    v: Float[Array, "B T Hk V"] | None,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
     window: int | None = None,
@@ -177,7 +186,7 @@ def write(
 ) -> Cache | None:
     """The cache after these tokens: it holds the last real document of each row. None stays None.
 
-    `facts` [B,T,...] are what it keeps beside keys and values.
+    `facts` [B,T,...] are what it keeps beside keys and values; it has no values with v = None.
     Positions that fit no slot are dropped (a full cache has a maximal length).
     """
     if cache is None:
@@ -198,8 +207,8 @@ def write(
             old = jnp.where(continues.reshape(-1, *[1] * (old.ndim - 1)), old, 0)
         return jax.vmap(lambda o, i, n: o.at[i].set(n.astype(o.dtype), mode="drop"))(old, slots, new)
 
-    taken = jnp.ones_like(segment_ids)
-    return jax.tree.map(put, cache, {"k": k, "v": v, "positions": positions, "segment_ids": taken, **facts})
+    facts |= {"k": k, "positions": positions, "segment_ids": jnp.ones_like(segment_ids)}
+    return jax.tree.map(put, cache, facts if v is None else {**facts, "v": v})
 
 
 def evict(

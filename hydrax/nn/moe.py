@@ -21,7 +21,7 @@ from flax import nnx
 from hydrax.core.build import ConfigError, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Bool, Float, Int
-from hydrax.nn.ffn import FFN, GLU, KINDS, activated, default_width
+from hydrax.nn.ffn import FFN, FOLDED, GLU, KINDS, activated, default_width
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param, summed
 from hydrax.ops.scan import linear_scan
@@ -32,6 +32,9 @@ State = dict[str, Array]
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Router -> what becomes of its logits [...,E]."""
 
+EXPERTS = tuple(kind for kind in KINDS if kind not in FOLDED)
+"""Kinds of feed-forward networks that can be experts."""
+
 TINY = 1e-20
 """Keeps sums of scores that all underflow off zero."""
 
@@ -41,7 +44,7 @@ class MoEConfig:
     experts: Positive = 8  # E
     top_k: Positive = 2  # experts per token
     width: Positive | None = None  # inner width F of one expert; that of a dense FFN if None
-    kind: str = "swiglu"  # of every expert, see `nn.ffn.KINDS`
+    kind: str = "swiglu"  # of every expert, see `EXPERTS`
     router: Literal["softmax", "sigmoid"] = "softmax"
     renorm: bool = True  # gates of the chosen experts sum to 1
     scale: PositiveFloat = 1.0  # factor on the gates
@@ -61,7 +64,7 @@ class MoEConfig:
         reach = self.experts // self.groups * self.top_groups
         alone = self.top_k == 1 and self.experts > 1
         checks = (
-            ("kind", self.kind in KINDS, f"expected one of {', '.join(KINDS)}"),
+            ("kind", self.kind in EXPERTS, f"expected one of {', '.join(EXPERTS)}"),
             ("groups", self.experts % self.groups == 0, f"expected a divisor of experts = {self.experts}"),
             ("top_groups", self.top_groups <= self.groups, f"expected at most groups = {self.groups}"),
             ("top_k", self.top_k <= reach, f"expected at most {reach}, the experts a token can choose from"),

@@ -1,4 +1,4 @@
-"""Root-mean-square, L2 and sum normalisation, statistics in fp32; by XLA unless a model's `impl` is passed."""
+"""Layer, root-mean-square, L2 and sum normalisation, statistics in fp32; by XLA unless a model's `impl` is passed."""
 
 import functools
 from collections.abc import Callable
@@ -55,9 +55,29 @@ class RMSNorm(nnx.Module):
         return y.reshape(x.shape)
 
 
-NORMS: dict[str, Callable[..., RMSNorm]] = {
+class LayerNorm(nnx.Module):
+    """(x - μ) / sqrt(mean (x - μ)² + eps) ⊙ w + b, μ = mean x, over the last dimensions named by `shape`
+    (arXiv 1607.06450); w is initially 1, b 0."""
+
+    def __init__(self, shape: int | tuple[int, ...], *, axes: tuple[str, ...], rngs: nnx.Rngs, eps: float = 1e-6):
+        self.shape = (shape,) if isinstance(shape, int) else shape
+        self.eps = eps
+        self.weight = param(rngs, jax.nn.initializers.ones, self.shape, axes)
+        self.bias = param(rngs, jax.nn.initializers.zeros, self.shape, axes)
+
+    def __call__(self, x: Array, *, impl: str | None = "chunked") -> Array:
+        y = fp32(x).reshape(*x.shape[: x.ndim - len(self.shape)], -1)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = rowwise.rms_norm(y, jnp.asarray(self.weight[...]).reshape(-1), eps=self.eps, impl=impl)
+        return (y.reshape(x.shape) + self.bias[...]).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+NORMS: dict[str, Callable[..., Norm]] = {
     "rmsnorm": RMSNorm,
     "rmsnorm1p": functools.partial(RMSNorm, offset=1.0),
     "srmsnorm": functools.partial(RMSNorm, affine=False),
+    "layernorm": LayerNorm,
 }
-"""What a model may set its blocks' norms to: with a learned weight w, with 1 + w, or without."""
+"""What a model may set its blocks' norms to: RMS with a learned weight w, with 1 + w, or without, or LayerNorm."""

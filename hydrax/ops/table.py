@@ -3,17 +3,20 @@
 from collections.abc import Callable, Mapping
 
 from hydrax.ops import conv, delta, ema, linear, lstm, moments, rowwise, scan, slots, softmax
+from hydrax.ops.conv import long
 from hydrax.ops.dispatch import choices
 from hydrax.ops.slots import working_memory
 from hydrax.ops.softmax import relative
-from hydrax.ops.sparse import blocks, groups, permuted, ranked
+from hydrax.ops.sparse import blocks, clusters, groups, permuted, ranked
 
 OPS: dict[str, Mapping[str, Callable]] = {
     "attention": softmax.FORMS,
     "block_topk_attention": blocks.FORMS,
     "chunk_attention": groups.FORMS,
+    "clustered_window": clusters.FORMS,
     "delta_rule": delta.FORMS,
     "ema": ema.FORMS,
+    "fft_conv": long.FORMS,
     "glu": rowwise.GLU,
     "landmark_attention": groups.FORMS,
     "linear_attention": linear.FORMS,

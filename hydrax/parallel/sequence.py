@@ -131,6 +131,13 @@ OPS = {
         state="",
         in_order=("positions", "ranks"),
     ),
+    "clustered_window": Op(
+        _of_keys(sparse.clustered_window, "clusters", "ranks"),
+        "groups",
+        ("bth",) * 7,
+        state="",
+        in_order=("clusters", "ranks"),
+    ),
 }
 
 MANY_SHARDS, WIDE_KEYS = 8, 1024
@@ -184,7 +191,7 @@ def _ulysses(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Arra
 def _halo(op: Op, x: tuple, rows: Rows, how: Mapping[str, Any]) -> tuple[Array, PyTree]:
     inputs, taps, *others = x
     facts: dict[str, Any] = {"axis": AXIS, "layout": rows.layout, "first": rows.state}
-    tail = halo.halo_left(inputs, taps.shape[0] - 1, rows.segment_ids, **facts)
+    tail = halo.halo_left(inputs, (taps.shape[0] - 1) * how.get("dilation", 1), rows.segment_ids, **facts)
     inputs, ids = layout.cut((inputs, rows.segment_ids), rows.layout)
     y, end = op.run(inputs, taps, *others, initial_state=tail, segment_ids=ids, **how)
     return layout.join(y, rows.layout), state_scan.last(end, rows.ends, AXIS)
@@ -402,3 +409,18 @@ def landmark_attention(q: Array, k: Array, v: Array, *, positions: Array, **fact
 def permuted_window(q: Array, k: Array, v: Array, *, positions: Array, ranks: Array, **facts: Any) -> Array:
     """`ops.sparse.permuted_window`."""
     return _run("permuted_window", (q, k, v, positions, ranks), **facts)[0]
+
+
+def clustered_window(
+    q: Array,
+    k: Array,
+    v: Array,
+    asked: Array | None = None,
+    asked_ranks: Array | None = None,
+    *,
+    clusters: Array,
+    ranks: Array,
+    **facts: Any,
+) -> Array:
+    """`ops.sparse.clustered_window`."""
+    return _run("clustered_window", (q, k, v, clusters, ranks, asked, asked_ranks), **facts)[0]

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal
 
+from hydrax.core.build import ConfigError
+
 State = Literal["waiting", "running", "finished", "broken", "failed"]
 
 LOG = "log.txt"
@@ -73,9 +75,18 @@ def try_lock(file: IO[bytes], *, shared: bool = False) -> bool:
 
 @contextmanager
 def only_one(path: pathlib.Path) -> Iterator[bool]:
-    """Holds the lock of a file, made if needed; yields whether it was free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    """Holds the lock of a file, made if needed with its folder; yields whether it was free.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        allowed = f"cannot be written ({error.strerror}); expected a new folder, or that of this sweep"
+        raise ConfigError("workdir", str(path.parent), allowed) from None
+    with file:
         yield try_lock(file)
 
 

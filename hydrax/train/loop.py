@@ -21,6 +21,7 @@ from hydrax.core.build import ConfigError
 from hydrax.data.pack import Batch
 from hydrax.models import lm
 from hydrax.models.divided import check_divided
+from hydrax.models.spec import resolve
 from hydrax.parallel.mesh import AXES, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
 from hydrax.train import folder, metrics, validation
@@ -175,6 +176,10 @@ def _resolved(cfg: RunConfig, data: Source, mesh: Mesh) -> RunConfig:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
     check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
+    for mixer, options in ((one.mixer, one.options) for layer in resolve(cfg.model) for one in layer.mix.singles()):
+        if not options.restarts:
+            allowed = f"{mixer} takes rows for one document each, those of validation hold more: expected filter ema"
+            raise ConfigError("model.pattern", cfg.model.pattern, allowed)
     return with_vocabulary(cfg, data)
 
 

@@ -3,19 +3,23 @@
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hydrax.core.build import ConfigError, Fraction, NonNegative, NonNegativeFloat, PositiveFloat, convert
+from hydrax.core.build import Check, ConfigError, Fraction, NonNegative, NonNegativeFloat, PositiveFloat, convert
 from hydrax.core.typing import PyTree
 from hydrax.models.lm import ParamMeta
 from hydrax.train import schedule as schedules
 
 MUON_RMS = 0.2
 """RMS of a Muon update before the rate, that of Adam in practice (arXiv 2502.16982): one rate serves both."""
+
+
+Decay = Annotated[float, Check("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+"""Of a running average whose bias is corrected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +33,8 @@ class OptimConfig:
     weight_decay: NonNegativeFloat = 0.1  # times the rate, on matrices
     clip: PositiveFloat | None = 1.0  # global gradient norm
     spike: PositiveFloat | None = None  # skips steps whose gradient norm is above this times its running mean
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
+    b1: Decay = 0.9
+    b2: Decay = 0.95
     eps: PositiveFloat = 1e-8
     z_loss: NonNegativeFloat = 1e-4  # weight of lse²
     balance_rate: NonNegativeFloat = 1e-3  # step of the biases that balance experts

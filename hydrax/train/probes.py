@@ -7,6 +7,7 @@ import numpy as np
 
 from hydrax import tasks
 from hydrax.core.build import ConfigError
+from hydrax.data.landmarks import tokens_per_row
 from hydrax.data.tokenizer import ByteTokenizer
 from hydrax.tasks import text
 from hydrax.tasks.base import IGNORE, Sample, Task, block, sha256
@@ -71,9 +72,10 @@ def open_probes(cfg: RunConfig) -> dict[str, TaskData]:
         return {}
     if cfg.data.task is not None or cfg.data.tokenizer != ByteTokenizer.name:
         raise ConfigError("train.probes", dict(cfg.train.probes), "expected none but for text in bytes")
-    found = {}
+    found, every = {}, cfg.data.landmark_every
+    length = tokens_per_row(cfg.data.seq_len, every) if every else cfg.data.seq_len - cfg.model.prefix.meta_tokens
     for name, options in cfg.train.probes.items():
-        task = make_probe(name, options, cfg.data.seq_len - cfg.model.prefix.meta_tokens, f"train.probes.{name}")
+        task = make_probe(name, options, length, f"train.probes.{name}")
         digest = sha256(block(task, name, seed=cfg.data.seed, split="eval", number=0))
-        found[name] = TaskData(name, task, cfg.data.seed, cfg.data.threads, cfg.data.modes, digest)
+        found[name] = TaskData(name, task, cfg.data.seed, cfg.data.threads, cfg.data.modes, digest, every)
     return found

@@ -11,13 +11,14 @@ import numpy as np
 
 from hydrax import tasks
 from hydrax.core.build import ConfigError
+from hydrax.data.landmarks import Landmarks, tokens_per_row
 from hydrax.data.loader import DataConfig, open_data
 from hydrax.data.modes import ModesConfig, modes
 from hydrax.data.pack import Batch
 from hydrax.data.tokenizer import open_tokenizer
 from hydrax.models.mix import landmarks
 from hydrax.models.spec import resolve
-from hydrax.tasks.base import BLOCK, Split, Task, block, sha256
+from hydrax.tasks.base import BLOCK, IGNORE, Sample, Split, Task, block, sha256
 from hydrax.train.config import RunConfig
 
 
@@ -56,13 +57,12 @@ def open_source(cfg: RunConfig) -> Source:
 
 def vocabulary_of(cfg: DataConfig) -> int:
     """Number of token ids of a config's data, without reading these."""
-    if cfg.task is not None:
-        return make_task(cfg).vocabulary
-    return open_tokenizer(cfg.tokenizer).vocab_size + (cfg.landmark_every > 0)
+    tokens = open_tokenizer(cfg.tokenizer).vocab_size if cfg.task is None else make_task(cfg).vocabulary
+    return tokens + (cfg.landmark_every > 0)
 
 
 def make_task(cfg: DataConfig) -> Task:
-    """The task of a config, rows of `data.seq_len` tokens.
+    """The task of a config, rows of `data.seq_len` tokens, the landmarks that will stand between them counted.
 
     Raises:
       ConfigError: an unknown task, or options that are not its own.
@@ -72,7 +72,9 @@ def make_task(cfg: DataConfig) -> Task:
         raise ConfigError("data.task_options.length", options["length"], "expected none; data.seq_len is the length")
     try:
         fields = tasks.fields(name)
-        return tasks.make(name, options | ({"length": cfg.seq_len} if "length" in fields else {}))
+        every = cfg.landmark_every
+        length = tokens_per_row(cfg.seq_len, every) if every else cfg.seq_len
+        return tasks.make(name, options | ({"length": length} if "length" in fields else {}))
     except ConfigError as error:
         if error.key == "length":
             raise ConfigError("data.seq_len", error.value, error.allowed) from None
@@ -86,7 +88,7 @@ class TaskData:
     A batch is a dict of tokens int32 [B,T], targets int32 and weights fp32 (1 where something is asked). Where the task
     knows how many answers Q a row has at most, `asked` int32 [B,Q] says where they are, and targets and weights are
     [B,Q]. Batches of validation also have slices fp32 [B,S], 1 where a row belongs to a slice. With a schedule of modes
-    there are modes int32 [B,T].
+    there are modes int32 [B,T]. Landmarks have the id behind the task's, and none of them is the last of a row.
     """
 
     name: str
@@ -95,10 +97,11 @@ class TaskData:
     threads: int
     modes: ModesConfig
     sha256: str  # over the first blocks of both splits
+    landmark_every: int = 0
 
     @property
     def vocabulary(self) -> int:
-        return self.task.vocabulary
+        return self.task.vocabulary + (self.landmark_every > 0)
 
     @property
     def slices(self) -> tuple[str, ...]:
@@ -128,7 +131,8 @@ class TaskData:
 
     def _block(self, seed: int, split: Split, number: int) -> Batch:
         sample = block(self.task, self.name, seed=seed, split=split, number=number)
-        batch = {"tokens": sample["inputs"], **_targets(sample["targets"], self.task.labels(split))}
+        inputs, targets = laid(sample, self.landmark_every, self.task.vocabulary)
+        batch = {"tokens": inputs, **_targets(targets, self.task.labels(split))}
         if split == "eval":
             member = sample["meta"].get("slice", np.zeros(BLOCK, np.int32))
             batch["slices"] = np.eye(max(len(self.slices), 1), dtype=np.float32)[member]
@@ -146,11 +150,19 @@ def open_task(cfg: DataConfig, seed: int) -> TaskData:
     """
     task, name = make_task(cfg), str(cfg.task)
     train = block(task, name, seed=seed, split="train", number=0)
-    length = train["inputs"].shape[1]
+    length = laid(train, cfg.landmark_every, task.vocabulary)[0].shape[1]
     if length != cfg.seq_len:
         raise ConfigError("data.seq_len", cfg.seq_len, f"expected {length}, the length of the rows of {name}")
     digests = [sha256(train), sha256(block(task, name, seed=cfg.seed, split="eval", number=0))]
-    return TaskData(name, task, cfg.seed, cfg.threads, cfg.modes, hashlib.sha256("".join(digests).encode()).hexdigest())
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return TaskData(name, task, cfg.seed, cfg.threads, cfg.modes, digest, cfg.landmark_every)
+
+
+def laid(sample: Sample, every: int, landmark: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, between them landmarks of that id that ask for nothing; `every` 0: none."""
+    if not every:
+        return sample["inputs"], sample["targets"]
+    return Landmarks(every, landmark).lay(sample["inputs"]), Landmarks(every, IGNORE).lay(sample["targets"])
 
 
 def _targets(targets: np.ndarray, labels: int | None) -> dict[str, np.ndarray]:

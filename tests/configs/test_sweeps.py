@@ -13,15 +13,17 @@ from hydrax.sweep.runs import expand
 from hydrax.sweep.stacked import groups
 from hydrax.train.source import vocabulary_of
 
-TASKS = ("axis", "extrapolation", "mqar_ratio", "mqar_state_size", "placement", "state_tracking")
 ARMS = {  # of every size
     "axis": (4, 4),
     "extrapolation": (5, 5),
     "mqar_ratio": (7, 9),
     "mqar_state_size": (4, 17),
     "placement": (5, 5),
+    "rat_chunks": (4, 8),
+    "shootout": (30, 30),
     "state_tracking": (4, 18),
 }
+TASKS = tuple(ARMS)
 
 
 def test_there_is_a_test_of_every_sweep():

@@ -83,4 +83,4 @@ def test_training(recipe: Recipe):
 
 
 def test_every_published_hybrid_is_there():
-    assert len(RECIPES) == 28
+    assert len(RECIPES) == 30

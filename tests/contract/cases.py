@@ -22,7 +22,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "aaren": [{"slots": 3}],
     "abc": [{"feature": "silu", "norm_affine": False}],
     "agent": [{"conv_width": 0}],
-    "attn": [{"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True}],
+    "attn": [
+        {"rope": {"fraction": 0.0}, "qk_norm": "full", "scale": 0.5, "q_logscale": 3.0, "bias": True},
+        {"hops": 2, "hop_map": "learned"},
+    ],
     "deltanet": [{"qk_activation": "elu1", "qk_norm": "sum", "out_gate": "none"}],
     "dma": [
         {"granularity": 4, "keep_last": 0, "bias_form": "linear", "bias": True},
@@ -37,17 +40,36 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"memory": "linear_attn"},
     ],
     "fastmax": [{"degree": 1}],
+    "gated_conv": [
+        {"kernel": "lka", "lka": {"width": 3, "spaced_width": 4, "dilation": 3}},
+        {"kernel": "long", "modes": 3},
+    ],
     "gecko": [{"chunk": 5, "rope_heads": 1}],
     "gdn": [{"allow_neg_eigval": False, "beta_bias": True, "value_heads": None, "rope": {"fraction": 0.5}}],
     "gsa": [{"feature": "relu", "norm_affine": False}],
     "hgrn": [{"complex": True}],
     "hcam": [{"chunk": 3, "top": 2, "kv_heads": 4, "softcap": 20.0, "out_gate": "headwise", "rope": {"fraction": 0.0}}],
     "inline": [{"activation": "silu", "conv_width": 0}],
-    "infllm2": [{"block": 3, "kernel": 3, "stride": 1, "topk": 4, "init_blocks": 2, "local": 0, "dense_len": 0}],
+    "infllm2": [
+        {
+            "block": 3,
+            "kernel": 3,
+            "stride": 1,
+            "topk": 4,
+            "init_blocks": 2,
+            "local": 0,
+            "dense_len": 0,
+            "use_nope": True,
+        }
+    ],
     "kda": [{"safe_gate": True, "gate_bias": True}],
     "landmark": [{"section": 1}, {"section": 6, "qk_norm": "head", "softcap": 20.0, "out_gate": "elementwise"}],
     "lightning": [{"value_activation": "none", "position": "lrpe", "norm_affine": False, "gate_activation": "none"}],
-    "linear_attn": [{"feature_map": "hadamard", "normalise": False}, {"feature_map": "dpfp"}],
+    "linear_attn": [
+        {"feature_map": "hadamard", "normalizer": "rmsnorm"},
+        {"feature_map": "dpfp"},
+        {"feature_map": "identity", "normalizer": "learned", "bias": True},
+    ],
     "mamba": [{"bcdt_norm": True}],
     "mamba2": [
         {"heads": 2},
@@ -67,6 +89,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"compress": "mean", "rotate": "keys", "kernel": 2, "out_gate": "headwise"},
     ],
     "rat": [{"chunk": 1, "rope": {"fraction": 0.0}}, {"chunk": 100, "groups": 4}],
+    "routing": [{"route": "token", "clusters": 5, "window": 3, "softcap": 20.0, "qk_norm": "head", "bias": True}],
     # With the default epsilon an output near 0 makes the recurrence itself amplify fp32 rounding 30 times.
     "retention": [{"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-3}],
     "stochastic": [{"window": 2, "width": 5, "table": 64, "qk_norm": "head", "out_gate": "headwise"}],
@@ -79,6 +102,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pattern": "spans", "spans": {"block": 3, "length": 30, "rules": [[[3, 0], [0, 0.4]]]}},
         {"pattern": "log_bands", "window": 3},
     ],
+    "token_gate": [{"operator": "ema", "modes": 3}],
 }
 """Options, beside those of the table, that take another path through a mixer."""
 

@@ -17,6 +17,7 @@ from hydrax.models.mix import Mix, Single, key_facts
 from hydrax.models.modes import READABLE
 from hydrax.models.spec import ModelConfig, sections
 from hydrax.nn.ffn import KINDS
+from hydrax.nn.moe import EXPERTS
 from hydrax.nn.norm import NORMS
 from tests.contract.cases import VARIANTS, D, tiny
 
@@ -42,11 +43,12 @@ LENDERS = ("attn", "fixedqk", "staticqk", "swa")
 
 LINEAR = ("aaren", "abc", "agent", "based", "deltanet", "efficient", "fastmax", "flow", "gdn", "gla", "gsa", "hgrn2",
           "inline", "kda", "lightning", "linear_attn", "lstm", "mamba2", "nonapprox", "retention",
-          "taylor")  # fmt: skip
+          "sha_rnn", "taylor")  # fmt: skip
 """The others that can be parts of heads(...)."""
 
 SPLIT = {
     **{name: {"kv_heads": 1, "value_dim": 16} for name in LENDERS},
+    "attn": {"kv_heads": 1, "key_dim": 16, "value_dim": 16},
     "swa": {"kv_heads": 1, "value_dim": 16, "pattern": "window"},
     "gdn": {"value_heads": None},
     "mamba2": {"heads": 1},
@@ -292,7 +294,7 @@ class _Draw:
         kinds = ["moe" if moe else self.channel(), self.channel()]
         some = f"fill(({','.join(kinds[:: self.pick([1, -1])])}))" if self.chance(0.5) else None
         given = {"ffn": kinds[0], "ffn_pattern": some, "moe": self.moe() if moe else {}}
-        return {**given, "ffn_dim": 24, "ffn_bias": self.chance(0.3)}
+        return {**given, "ffn_dim": 32, "ffn_bias": self.chance(0.3)}
 
     def moe(self) -> dict[str, Any]:
         groups = self.pick([1, 1, 2])  # a token chooses from one of them
@@ -301,7 +303,7 @@ class _Draw:
             "experts": 4,
             "top_k": top_k,
             "width": 16,
-            "kind": self.pick(list(KINDS)),
+            "kind": self.pick(list(EXPERTS)),
             "router": self.pick(["softmax", "sigmoid"]),
             "renorm": top_k > 1 and self.chance(0.7),
             "scale": self.pick([1.0, 2.5]),

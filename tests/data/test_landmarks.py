@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-import hydrax
 from hydrax.core.build import ConfigError, build
-from hydrax.data.landmarks import tokens_per_row, with_landmarks
+from hydrax.data.landmarks import Landmarks, tokens_per_row, with_landmarks
 from hydrax.data.loader import DataConfig, open_data
 from hydrax.train.config import RunConfig
 from hydrax.train.source import open_source
@@ -41,6 +40,16 @@ def test_a_landmark_stands_behind_every_three_tokens() -> None:
         assert row[name].dtype == packed(3, width=3)[name].dtype
 
 
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_starts_of_documents_are_laid_as_rows_are(every: int) -> None:
+    """But for the landmark behind the last token, which comes with the next one."""
+    laid, n = Landmarks(every, LANDMARK), 12
+    row = packed(n, width=n)
+    whole = with_landmarks(row, every, landmark=LANDMARK, pad=PAD, length=n + n // every)["tokens"]
+    assert np.array_equal(laid.lay(row["tokens"]), whole[:, :-1] if n % every == 0 else whole)
+    np.testing.assert_array_equal(laid.due(np.arange(whole.size)), whole[0] == LANDMARK)
+
+
 @pytest.mark.parametrize("every", [1, 3, 7, 50])
 @pytest.mark.parametrize("length", [8, 16, 31])
 def test_a_row_holds_all_its_tokens(length: int, every: int) -> None:
@@ -69,9 +78,41 @@ def test_data_with_landmarks_is_the_data_without(tmp_path) -> None:
         np.testing.assert_array_equal(a["bytes"], b["bytes"])
 
 
-def test_landmarks_are_of_text_without_a_prefix() -> None:
-    with pytest.raises(ConfigError, match=r"landmark_every = 4: expected 0 with data.task = mqar"):
-        build(DataConfig, {"task": "mqar", "landmark_every": 4})
+def test_tasks_with_landmarks_are_the_tasks_without() -> None:
+    """mqar of 12 tokens in rows of 15: tokens and what is asked in their order."""
+    tasks = [
+        {
+            "task": "mqar",
+            "task_options": {"vocabulary": 16, "pairs": [2]},
+            "threads": 1,
+            "seq_len": n,
+            "landmark_every": e,
+        }
+        for n, e in ((12, 0), (15, 3))
+    ]
+    plain, marked = (open_source(build(RunConfig, {"data": data, "model": {"pattern": "attn"}})) for data in tasks)
+    assert marked.vocabulary == plain.vocabulary + 1 == 17
+    for make in (lambda data: next(data.train_batches(4, 0)), lambda data: next(data.val_batches(4, 4))):
+        a, b = make(plain), make(marked)
+        place = np.arange(12) + np.arange(12) // 3
+        np.testing.assert_array_equal(b["tokens"][:, place], a["tokens"])
+        assert b["tokens"].shape == (4, 15) and np.sum(b["tokens"] == 16) == 4 * 3
+        np.testing.assert_array_equal(b["asked"], place[a["asked"]])
+        for name in ("targets", "weights"):
+            np.testing.assert_array_equal(b[name], a[name])
+
+
+def test_rows_of_tasks_do_not_end_with_landmarks() -> None:
+    with pytest.raises(ConfigError, match=r"data.seq_len = 16: expected 15, the length of the rows of mqar"):
+        open_source(
+            build(
+                RunConfig,
+                {"data": {"task": "mqar", "task_options": {"pairs": [2]}, "seq_len": 16, "landmark_every": 3}},
+            )
+        )
+
+
+def test_landmarks_have_no_prefix() -> None:
     with pytest.raises(ConfigError, match=r"data.landmark_every = 4: expected 0 with model.prefix.meta_tokens = 2"):
         open_data(build(DataConfig, {"landmark_every": 4}), prefix=2)
 
@@ -83,9 +124,3 @@ def test_landmark_layers_and_data_agree(every: int, given: dict[str, int]) -> No
         ConfigError, match=rf"data.landmark_every = {every}: expected 4, the section of landmark layers"
     ):
         open_source(build(RunConfig, {"model": model, "data": given}))
-
-
-def test_text_of_landmark_layers_is_not_generated() -> None:
-    model = hydrax.build({"d_model": 16, "vocab_size": 9, "pattern": "landmark", "mixers": {"landmark": {"heads": 2}}})
-    with pytest.raises(ConfigError, match=r"model.pattern = 'landmark': landmark layers: generation does not"):
-        hydrax.generate(model, np.ones((1, 3), np.int32), max_new_tokens=1)

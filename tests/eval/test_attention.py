@@ -12,6 +12,7 @@ from hydrax.core.build import ConfigError, build
 from hydrax.eval import attention_report, contest, report
 from hydrax.eval.attention import SUBJECTS, Op, Settings, Subject, bench
 from hydrax.ops.softmax import attention as softmax_attention
+from hydrax.ops.sparse.span_scores import Choice
 
 PASSES = {"forward", "forward_backward"}
 
@@ -57,6 +58,19 @@ def test_what_fails_is_a_row_in_file_and_picture(tmp_path):
         "sink_tokens, K = 8, 16 tokens",
     ]
     assert attention_report.table(rows).row_count == 3
+
+
+def test_blocks_that_spans_choose_are_right(monkeypatch):
+    small = Choice(4, 4, 2, first=1, local=1, count=4)
+    subject = dataclasses.replace(SUBJECTS["infllm2"], arguments=lambda tokens, heads: {"choice": small})
+    monkeypatch.setitem(SUBJECTS, "infllm2", subject)
+    ((row,),) = bench(settings(subjects=["infllm2"], seq_lens=[48], check=48))
+    assert (row.verdict, row.error) == ("right", None) and set(row.errors) == {"o", "dq", "dk", "dv"}
+    op = Op(subject, 2, 8, None)
+    x, facts = (op.inputs(1, 48)[name] for name in ("x", "facts"))
+    o, whole = op(None, x, facts), softmax_attention(**x)
+    same = np.isclose(np.asarray(o, np.float32), np.asarray(whole, np.float32), atol=0.03).all((0, 2, 3))
+    assert same[:16].all() and not same[16:].all()  # the first queries have no more blocks than they read
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

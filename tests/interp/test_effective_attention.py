@@ -22,7 +22,8 @@ from tests.tolerances import TOLERANCE, assert_close, assert_equal
 T = 21
 IDS = np.stack([cases.segments([1, 9, 8], T), cases.segments([21], T)])
 X = cases.normal(0, 2, T, cases.D)
-LINEAR = sorted(set(mixers.names()) - {"gated_conv", "lstm", "mlp"})  # a bias, no linear mixing, no mixing
+OTHERS = {"gated_conv", "lstm", "max_pool", "mlp", "token_gate"}  # a bias, no linear mixing, no mixing
+LINEAR = sorted(set(mixers.names()) - OTHERS)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
 TOKEN_IDS = jnp.asarray(np.stack([cases.segments([4, 5], 11), cases.segments([11], 11)]))
 

@@ -49,6 +49,10 @@ def test_it_writes_what_its_help_says(tmp_path, monkeypatch):
         (["--mixers="], "error: mixers = '': expected names of mixers"),
         (["--seeds=0"], "error: --seeds = '0': expected a positive integer"),
         (["--out=README.md"], "error: out = 'README.md': expected a folder"),
+        (
+            ["--out=README.md/x"],
+            "error: out = 'README.md/x/state_tracking.json': cannot be written (Not a directory); ",
+        ),
         (["--taks=parity"], "error: --taks = 'parity': unknown flag; did you mean --task?"),
     ],
 )

@@ -59,11 +59,13 @@ def by_formula(mixer: Mixer, x: np.ndarray) -> tuple[np.ndarray, int]:
         rows = np.flatnonzero(SEG[b] == doc)
         e, index = x[b, rows].astype(np.float64), np.arange(len(rows))
         q, k, v = (np.einsum("td,dhk->thk", e, p[f"qkv/{n}/kernel"]) for n in "qkv")
+        bare = q, k
         q, k = turned(q, index), turned(k, index)
+        chosen_by = bare if mixer.cfg.use_nope else (q, k)
         for t in index:
             o = np.zeros((H, K))
             for g in range(G):
-                blocks = read(q[t, 2 * g : 2 * g + 2], k[:, g], t, mixer.cfg)
+                blocks = read(chosen_by[0][t, 2 * g : 2 * g + 2], chosen_by[1][:, g], t, mixer.cfg)
                 chosen += len(blocks) <= t // mixer.cfg.block
                 seen = [s for s in range(t + 1) if s // mixer.cfg.block in blocks]
                 for h in (2 * g, 2 * g + 1):
@@ -72,13 +74,19 @@ def by_formula(mixer: Mixer, x: np.ndarray) -> tuple[np.ndarray, int]:
     return y, chosen
 
 
-@pytest.mark.parametrize("options", [{}, {"block": 6, "kernel": 6, "init_blocks": 2, "local": 0, "dense_len": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_nope": True}, {"block": 6, "kernel": 6, "init_blocks": 2, "local": 0, "dense_len": 0}]
+)
 def test_the_formula(options: dict[str, int]) -> None:
     mixer, x = made(**options), normal(0, 2, T, D)
     y, chosen = by_formula(mixer, x)
     assert chosen > T // 4, "hardly a choice"
     got = jax.jit(lambda m, x: m(x, Context.of(x, jnp.asarray(SEG)))[0])(mixer, x)
     assert_close("y", got[SEG != 0], y[SEG != 0], TOLERANCE["fp32_op"])
+    if mixer.cfg.use_nope:
+        assert not np.allclose(y, by_formula(made(**{**options, "use_nope": False}), x)[0]), (
+            "positions make no difference"
+        )
 
 
 @pytest.mark.parametrize("options", [{"dense_len": T}, {"topk": 15}])

@@ -15,7 +15,7 @@ from hydrax.mixers import Context, Mixer
 from hydrax.mixers.linear import hgrn2, lightning, linear_attn, retention
 from hydrax.nn import features
 from tests.contract.cases import inside, normal, segments
-from tests.tolerances import TOLERANCE, assert_close
+from tests.tolerances import TOLERANCE, assert_close, assert_slopes
 
 pytestmark = pytest.mark.thorough
 
@@ -52,7 +52,7 @@ def heads(module: Mixer, **facts: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def projected(linear: Any) -> np.ndarray:
-    return np.einsum("btd,dhk->bthk", X.astype(np.float64), linear.kernel[...])
+    return np.einsum("btd,d...->bt...", X.astype(np.float64), linear.kernel[...])
 
 
 def pairs(q: np.ndarray, k: np.ndarray, decay: np.ndarray) -> np.ndarray:
@@ -105,6 +105,56 @@ def test_without_the_division_every_head_is_normed() -> None:
     assert_close("z", heads(module)[0], want, TOLERANCE["fp32_op"])
 
 
+def test_a_learned_normalizer_scales_unnormed_sums() -> None:
+    module = make("linear_attn", heads=4, **linear_attn.Config.PRESETS["normalised"])
+    rng = np.random.default_rng(0)
+    for linear in (module.q, module.k, module.v, module.size):
+        linear.bias.set_value(jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float32))
+    module.size.bias.set_value(jnp.asarray([0.5, -0.5, 100.0, -100.0]))  # two of them beyond the bounds of the exponent
+    q, k, v, size = (projected(linear) + linear.bias[...] for linear in (module.q, module.k, module.v, module.size))
+    o = np.einsum("bhts,bshv->bthv", pairs(q, k, np.ones(4)), v)
+    z = heads(module)[0]
+    for h in range(4):
+        want = np.exp(-np.clip(size[:, :, h], -10, 10))[..., None] * o[:, :, h]
+        assert_close(f"head {h}", z[:, :, h], want, TOLERANCE["fp32_op"])
+
+
+def learned(p: dict[str, np.ndarray]) -> np.ndarray:
+    """z of normalised attention, one token at a time."""
+    q, k, v, size = (
+        np.einsum("btd,d...->bt...", p["x"], p[f"{name}/kernel"]) + p[f"{name}/bias"]
+        for name in ("q", "k", "v", "size")
+    )
+    z, S = np.zeros_like(v), np.zeros(())
+    for b, t in np.argwhere(SEG):
+        S = (S if t and SEG[b, t] == SEG[b, t - 1] else 0) + np.einsum("hk,hv->hkv", k[b, t], v[b, t])
+        z[b, t] = np.exp(-np.clip(size[b, t], -10, 10))[:, None] * np.einsum("hkv,hk->hv", S, q[b, t])
+    return z
+
+
+def test_gradients_of_a_learned_normalizer() -> None:
+    module = make("linear_attn", heads=4, chunk_size=8, **linear_attn.Config.PRESETS["normalised"])
+    module.size.bias[...] = jnp.asarray([0.5, -0.5, 100.0, -100.0])  # beyond the bounds an exponent has no gradient
+    graph, state = nnx.split(module)
+    flat = {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(state) if "project" not in path}
+    rest = [(path, p) for path, p in nnx.to_flat_state(state) if "project" in path]
+    p = {name: np.asarray(v[...], np.float64) for name, v in flat.items()} | {"x": X.astype(np.float64)}
+    # The fourth head is e^20 times as large as the third: what it gives counts as much as what they give.
+    weights = normal(99, *learned(p).shape) * np.asarray([1, 1, np.exp(10.0), np.exp(-10.0)])[:, None]
+
+    def total(p: dict[str, jax.Array]) -> jax.Array:
+        own = [(tuple(name.split("/")), v.replace(p[name])) for name, v in flat.items()]
+        module = nnx.merge(graph, nnx.from_flat_state([*own, *rest]))
+        ctx = Context(positions=jnp.asarray(POSITIONS), segment_ids=jnp.asarray(SEG))
+        return jnp.sum(weights * REAL * module.mix(p["x"], ctx, None)[0])
+
+    with jax.enable_x64(True):
+        gradients = jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, p))
+    assert_slopes(lambda p: float(np.sum(weights * learned(p))), p, gradients, TOLERANCE["fp32_op"])
+    clamped = np.asarray(gradients["size/bias"])[2:]
+    assert_close("gradient of a bias beyond the bounds", clamped, np.zeros(2), TOLERANCE["fp64"])
+
+
 @pytest.mark.parametrize("name", features.TABLE)
 def test_a_feature_map_fixes_the_state_and_whether_it_is_normalised(name: str) -> None:
     cfg = build(linear_attn.Config, {"heads": 2, "key_dim": 4, "value_dim": 6, "feature_map": name}).fill(D)
@@ -116,10 +166,10 @@ def test_a_feature_map_fixes_the_state_and_whether_it_is_normalised(name: str) -
     assert mixers.row("linear_attn").flops(cfg, 1) == 4 * 2 * width * (6 if signed else 7) + matrices * 2 * 2 * 2 * 16
     assert cfg.fill(D) == cfg
     if signed:
-        with pytest.raises(ConfigError, match=r"linear_attn.normalise = True: .*elu1"):
-            build(linear_attn.Config, {"feature_map": name, "normalise": True}, "linear_attn")
+        with pytest.raises(ConfigError, match=r"linear_attn.normalizer = 'sum': .*elu1"):
+            build(linear_attn.Config, {"feature_map": name, "normalizer": "sum"}, "linear_attn")
     else:
-        assert build(linear_attn.Config, {"feature_map": name, "normalise": False}).fill(D).state_shape[2] == 4
+        assert build(linear_attn.Config, {"feature_map": name, "normalizer": "rmsnorm"}).fill(D).state_shape[2] == 4
 
 
 def test_an_unknown_feature_map_is_refused() -> None:
@@ -269,7 +319,7 @@ def test_learned_phases_stay_in_fp32_without_weight_decay() -> None:
 @pytest.mark.parametrize(
     ("cfg", "d_model", "expected"),
     [
-        (linear_attn.Config(), 64, {"key_dim": 8, "value_dim": 8, "normalise": True}),
+        (linear_attn.Config(), 64, {"key_dim": 8, "value_dim": 8, "normalizer": "sum"}),
         (retention.Config(), 2048, {"key_dim": 256, "value_dim": 512}),
         (hgrn2.Config(), 1024, {"heads": 8, "key_dim": 128, "value_dim": 128}),
         (hgrn2.Config(), 64, {"heads": 1, "key_dim": 64, "value_dim": 64}),

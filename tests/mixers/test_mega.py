@@ -207,9 +207,9 @@ def test_decays_at_first():
     """Within (0, 1), around 3/4; signs of writes alternate."""
     from flax import nnx
 
-    from hydrax.mixers.average.mega import Averages
+    from hydrax.nn.long_conv import EMA
 
-    averages = Averages(256, 16, rngs=nnx.Rngs(0))
+    averages = EMA(256, 16, skip=True, rngs=nnx.Rngs(0))
     q = 1 - jax.nn.sigmoid(averages.delta[...]) * jax.nn.sigmoid(averages.alpha[...])
     assert float(q.min()) > 0.5 and float(q.max()) < 1 and abs(float(q.mean()) - 0.75) < 0.01
     assert_equal("signs", jnp.sign(averages.beta[...][0]), np.tile([1.0, -1.0], 8))

@@ -89,3 +89,29 @@ def test_statistics_add_up_and_the_optimiser_takes_their_mean():
     assert_equal("place of the number", update[:, 1], np.zeros(4))
     nothing = tx.update({"theta": jnp.zeros((4, 2))}, tx.init(params), params)[0]["theta"]
     assert_equal("without tokens", nothing, np.zeros((4, 2)))
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 8}, {"sparsity": 8, "slack": 0.5, "start": 0.3}])
+@pytest.mark.parametrize("split", [1, 40])
+def test_prefill_and_steps_where_most_tokens_are_dropped(options, split):
+    """A document of 64 tokens of which a head keeps a few, of the others each for another reason: θ, or no room."""
+    n = 64
+    layer, x = made(**options), jnp.asarray(normal(0, 2, n, D))
+    ids = jnp.ones((2, n), jnp.int32)
+
+    @jax.jit
+    def run(x, position, starts, state):
+        positions = position + jnp.arange(x.shape[1])[None].repeat(2, 0)
+        ctx = Context(positions=positions, segment_ids=ids[:, : x.shape[1]], starts=jnp.full(2, starts))
+        return layer.mix(x, ctx, state)
+
+    whole = jax.jit(lambda x: layer.mix(x, Context.of(x, ids), None)[0])(x)
+    parts, state = [], layer.init_state(2, n, jnp.float32)
+    for first, last in [(0, split), *((t, t + 1) for t in range(split, n))]:
+        y, state = run(x[:, first:last], first, first == 0, state)
+        parts.append(y)
+    assert_close("z", jnp.concatenate(parts, 1), whole, TOLERANCE["fp32_op"])
+    kept = np.any(np.asarray(whole) != 0, -1)
+    high = np.asarray(jax.nn.sigmoid(x @ layer.router[...])) >= layer.cfg.start
+    assert state["cache"]["k"].shape[1] == layer.cfg.slots(n) < n // 4
+    assert 0 < kept.mean() < 1 / 6 and (high & ~kept).any() and (~high).any() and not (kept & ~high).any()

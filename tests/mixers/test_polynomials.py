@@ -64,6 +64,15 @@ def test_fastmax_is_its_definition(degree: int, length: float):
     assert_close("heads", heads(m, X)[0], want, TOLERANCE["fp32_op"])
 
 
+@pytest.mark.parametrize("mixer", [Taylor, Fastmax])
+def test_rotary_positions_matter_by_distance_alone(mixer):
+    m = made(mixer, rope={"fraction": 1.0})
+    run = nnx.jit(lambda m, positions: m.mix(jnp.asarray(X), Context(positions=positions), None)[0])
+    z, places = heads(m, X), jnp.arange(T)[None]
+    assert_close("heads at later positions", run(m, places + 9), z, TOLERANCE["fp32_op"])
+    assert np.any(np.abs(np.asarray(run(m, 2 * places) - z)) > 1e-2)
+
+
 def flow_formula(q, k, v, clip=5.0, eps=1e-6):
     """Token by token, with the sums of the paper."""
     q, k = 1 / (1 + np.exp(-q)), 1 / (1 + np.exp(-k))

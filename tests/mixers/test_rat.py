@@ -87,6 +87,16 @@ def test_the_end_of_a_chunk_is_seen_from_the_next_one_on():
     assert np.array_equal(reach, np.tril(np.ones((T, T), bool)))
 
 
+def test_short_calls_may_end_more_chunks_than_fit_into_them():
+    """Tokens 4 to 10, in chunks of 5: seven tokens, two ends of chunks, and one token that reads both."""
+    m, x = made(), jnp.asarray(X)
+    want, state = heads(m, X), m.init_state(1, T, jnp.float32)
+    run = nnx.jit(lambda m, x, positions, state: m.mix(x, Context(positions=positions), state))
+    for a, b in ((0, 4), (4, 11), (11, 13)):
+        z, state = run(m, x[:, a:b], jnp.arange(a, b)[None], state)
+        assert_close(f"tokens {a} to {b - 1}", z, want[:, a:b], TOLERANCE["fp32_op"])
+
+
 def test_groups_must_divide_heads():
     with pytest.raises(ConfigError, match="groups = 3: expected a divisor of heads = 4"):
         build(Config, {"heads": 4, "groups": 3})

@@ -204,7 +204,7 @@ def test_softmax_attention_counts_visible_keys():
 @pytest.mark.parametrize(
     ("pattern", "values"),
     [
-        (",".join(mixers.names()), {}),
+        pytest.param(",".join(mixers.names()), {}, marks=pytest.mark.slow),  # each alone is in the contract
         ("4*heads(2*attn,2*gla)", {"mixers": {}}),
         ("h,h,gla", {"mixers": {}, "blocks": {"h": {"mixer": "heads(attn[0,2],mamba2)", "options": {"total": 4}}}}),
         ("2*(parallel(attn,swa),gla)", {}),

@@ -152,11 +152,20 @@ def test_a_flat_fusion_is_one_softmax_over_the_keys_of_all_branches():
 @pytest.mark.parametrize(
     ("mixer", "mixers", "line"),
     [
-        ("parallel(attn,gla)", {}, "gla has no lse beside what it averages: expected attn or swa without out_gate"),
+        (
+            "parallel(attn,gla)",
+            {},
+            "gla has no lse beside what it averages: expected attn or swa without out_gate or hops",
+        ),
         (
             "parallel(attn,swa)",
             {"attn": {"heads": 2, "key_dim": 4, "out_gate": "headwise"}},
-            "attn has no lse beside what it averages: expected attn or swa without out_gate",
+            "attn has no lse beside what it averages: expected attn or swa without out_gate or hops",
+        ),
+        (
+            "parallel(attn,swa)",
+            {"attn": {"heads": 2, "key_dim": 4, "hops": 2}},
+            "attn has no lse beside what it averages: expected attn or swa without out_gate or hops",
         ),
         ("parallel(attn,swa)", WIDTHS, "expected parts of equal heads and value_dim, and they have (2, 4), (4, 2)"),
         ("heads(2*attn,2*swa)", {}, "heads have no keys in common: expected parallel(...)"),

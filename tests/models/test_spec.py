@@ -19,7 +19,7 @@ from hydrax.models.spec import ModelConfig, resolve
         ({"pattern": "2*attn,gdm"}, f"'gdm' is neither a mixer nor a block; allowed: {', '.join(mixers.names())}"),
         ({"pattern": "every(3,gdn,attn)"}, "a helper without a count needs num_layers"),
         ({"pattern": "3*gdn,attn", "num_layers": 5}, "num_layers = 5: the pattern '3*gdn,attn' has 4 layers"),
-        ({"pattern": "9999*(9999*gdn)"}, f"more than {MAX_LAYERS} layers"),
+        ({"pattern": "9999*(9999*gdn)"}, f"expected at most {MAX_LAYERS} layers"),
         (
             {"pattern": "x", "blocks": {"x": {"mixer": "gdm"}}},
             f"blocks.x.mixer = 'gdm': expected one of {', '.join(mixers.names())}",
@@ -45,7 +45,10 @@ from hydrax.models.spec import ModelConfig, resolve
             {"pattern": "x", "blocks": {"x": {"mixer": "gla", "ffn": "swigl"}}},
             "blocks.x.ffn = 'swigl': expected one of",
         ),
-        ({"pattern": "gla", "norm": "layernorm"}, "norm = 'layernorm': expected one of rmsnorm, rmsnorm1p, srmsnorm"),
+        (
+            {"pattern": "gla", "norm": "layer"},
+            "norm = 'layer': expected one of rmsnorm, rmsnorm1p, srmsnorm, layernorm",
+        ),
         ({"pattern": "gla", "norm_place": "mid"}, "norm_place = 'mid': expected one of pre, reordered, sandwich, post"),
         ({"pattern": "gla", "post_alpha": 0}, "post_alpha = 0.0: expected a number > 0"),
         ({"pattern": "2*gla", "ffn_pattern": "swiglu"}, "ffn_pattern = 'swiglu': it has 1 entries for 2 layers"),

@@ -8,7 +8,7 @@ from flax import nnx
 
 from hydrax.core.build import ConfigError, build
 from hydrax.nn.attention import QKV, AttentionConfig
-from hydrax.nn.position import Rope, lrpe, lrpe_phases, rope
+from hydrax.nn.position import Rope, lrpe, lrpe_phases, rope, turned_by
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 3, 12))
@@ -21,22 +21,20 @@ def test_channels_turn_as_complex_numbers(fraction: float, turned: int) -> None:
     x, p = np.asarray(X, np.float64), np.asarray(POSITIONS)[:, :, None, None]
     z = (x[..., :half] + 1j * x[..., half:turned]) * np.exp(1j * p * 500.0 ** (-2 * np.arange(half) / turned))
     expected = np.concatenate([z.real, z.imag, x[..., turned:]], axis=-1)
-    actual = rope(X, POSITIONS, 500.0, fraction)
-    short = np.asarray(POSITIONS) < 1000  # fp32 angles keep 1e-5 of a turn only up to here
-    assert_close("short", actual[short], expected[short], TOLERANCE["fp32_op"])
-    assert_close("long", actual, expected, 5e-3)
+    assert_close("x", rope(X, POSITIONS, 500.0, fraction), expected, TOLERANCE["fp32_op"])
 
 
 def test_a_fraction_of_zero_has_no_positions() -> None:
     assert_equal("x", rope(X, POSITIONS, fraction=0.0), X)
 
 
-def test_scores_depend_on_the_distance_alone() -> None:
+@pytest.mark.parametrize("shift", [37, 1_000_000, 2**24 - 8])
+def test_scores_depend_on_the_distance_alone(shift: int) -> None:
     def scores(shift: int) -> jax.Array:
         q, k = rope(X, POSITIONS[:1] + shift), rope(X[::-1], POSITIONS[:1] + shift)
         return jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
 
-    assert_close("scores", scores(37), scores(0), TOLERANCE["fp32_op"])
+    assert_close("scores", scores(shift), scores(0), TOLERANCE["fp32_op"])
 
 
 def test_bf16_is_turned_in_fp32() -> None:
@@ -51,6 +49,16 @@ def test_options_are_checked() -> None:
     for key, value in {"theta": 0.0, "fraction": 1.5}.items():
         with pytest.raises(ConfigError, match=f"rope.{key} = {value}"):
             build(Rope, {key: value}, "rope")
+
+
+@pytest.mark.parametrize("theta", [0.01, 10000.0])
+def test_angles_are_exact_up_to_whole_turns(theta: float) -> None:
+    """At long, negative and half positions, and at frequencies above a turn per token."""
+    frequencies = theta ** -(np.arange(8) / 8)
+    for positions in (np.array([0, 1, -1, -77_777, 200_001, 2**24 - 1], np.int32), np.float32([0.5, 1.5, 100_000.5])):
+        found = turned_by(jnp.asarray(positions), frequencies, jnp.dtype(jnp.float32))
+        turns = (np.asarray(found, np.float64) - positions[:, None] * frequencies) / (2 * np.pi)
+        assert np.abs(turns - np.round(turns)).max() < 1e-6
 
 
 @pytest.mark.parametrize(("style", "last"), [("interleaved", 4 / 5), ("torchscale", 1.0)])

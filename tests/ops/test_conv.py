@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from hydrax.ops.conv import short_conv
-from hydrax.ops.conv.cases import CASES, Case
+from hydrax.ops.conv.cases import CASES, Case, inputs
 from tests.ops.matrix_state import documents
 from tests.tolerances import TOLERANCE, assert_close, assert_equal
 
@@ -18,34 +19,28 @@ SHORT_IDS = np.array([[1, 1, 0, 0, 0, 0], [1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]
 """Last documents shorter than W - 1: one that continues the initial state, one that does not, one token, none."""
 
 
-def inputs(case: Case) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = {"x": rng.normal(size=(case.B, case.T, *case.C)), "w": rng.normal(size=(case.W, *case.C))}
-    if case.bias:
-        x["b"] = rng.normal(size=case.C)
-    return x | {"initial_state": rng.normal(size=(case.B, case.W - 1, *case.C))}
-
-
-def oracle(x: dict[str, np.ndarray], ids: np.ndarray, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
+def oracle(
+    x: dict[str, np.ndarray], ids: np.ndarray, activation: str | None, dilation: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Document by document: the inputs with what precedes them, then a dot product per token."""
-    W, y, states = x["w"].shape[0], np.zeros_like(x["x"]), x["initial_state"].copy()
+    reach, y, states = x["initial_state"].shape[1], np.zeros_like(x["x"]), x["initial_state"].copy()
     for b, row in enumerate(ids):
         for document in dict.fromkeys(row[row != 0].tolist()):
             tokens = np.flatnonzero(row == document)
             before = x["initial_state"][b] if tokens[0] == 0 else np.zeros_like(states[b])
             stream = np.concatenate([before, x["x"][b, tokens]])
             for i, t in enumerate(tokens):
-                z = (stream[i : i + W] * x["w"]).sum(0) + x.get("b", 0)
+                z = (stream[i : i + reach + 1 : dilation] * x["w"]).sum(0) + x.get("b", 0)
                 y[b, t] = z / (1 + np.exp(-z)) if activation == "silu" else z
-            states[b] = stream[len(stream) - (W - 1) :]
+            states[b] = stream[len(stream) - reach :]
     return y, states
 
 
 @functools.cache
-def evaluator(activation: str | None, impl: str) -> Callable:
+def evaluator(activation: str | None, impl: str, dilation: int = 1) -> Callable:
     @jax.jit
     def run(x: dict, ids: jax.Array | None, cotangents: tuple) -> tuple:
-        f = functools.partial(short_conv, activation=activation, segment_ids=ids, impl=impl)
+        f = functools.partial(short_conv, activation=activation, dilation=dilation, segment_ids=ids, impl=impl)
         (y, state), pullback = jax.vjp(lambda x: f(**x), x)
         return y, state, pullback(tuple(c.astype(y.dtype) for c in cotangents))[0]
 
@@ -57,11 +52,9 @@ def cotangents(x: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=x["x"].shape), rng.normal(size=x["initial_state"].shape)
 
 
-def directional_derivative(x: dict, ids: np.ndarray, activation: str | None, name: str, d: np.ndarray) -> float:
+def directional_derivative(x: dict, ids: np.ndarray, name: str, d: np.ndarray, *how: Any) -> float:
     def loss(a: np.ndarray) -> float:
-        return sum(
-            float((c * r).sum()) for c, r in zip(cotangents(x), oracle(x | {name: a}, ids, activation), strict=True)
-        )
+        return sum(float((c * r).sum()) for c, r in zip(cotangents(x), oracle(x | {name: a}, ids, *how), strict=True))
 
     return (loss(x[name] + d) - loss(x[name] - d)) / 2
 
@@ -72,14 +65,16 @@ def test_outputs_states_and_gradients_match_the_oracle(name: str, impl: str) -> 
     case = SHORT if name == "short" else CASES[name]
     x, ids = inputs(case), SHORT_IDS if name == "short" else documents(case.B, case.T)
     with jax.enable_x64():
-        y, state, gradients = jax.tree.map(np.asarray, evaluator(case.activation, impl)(x, ids, cotangents(x)))
-    y_ref, state_ref = oracle(x, ids, case.activation)
+        run = evaluator(case.activation, impl, case.dilation)
+        y, state, gradients = jax.tree.map(np.asarray, run(x, ids, cotangents(x)))
+    y_ref, state_ref = oracle(x, ids, case.activation, case.dilation)
     assert_close("y", y, y_ref, 1e-12)
     assert_close("state", state, state_ref, 1e-12)
     for name, dx in gradients.items():
         for i in range(3):
             d = np.random.default_rng(i).normal(size=dx.shape) * 1e-5
-            assert_close(f"d{name}", (dx * d).sum(), directional_derivative(x, ids, case.activation, name, d), 1e-7)
+            want = directional_derivative(x, ids, name, d, case.activation, case.dilation)
+            assert_close(f"d{name}", (dx * d).sum(), want, 1e-7)
 
 
 @pytest.mark.parametrize("name", ["bias_silu", "wider_than_row"])
@@ -104,13 +99,15 @@ def test_bf16_accumulates_in_fp32() -> None:
     assert_equal("state", state, state_ref)
 
 
+@pytest.mark.parametrize("name", ["plain", "apart"])
 @pytest.mark.parametrize("split", [1, 2, 3, 8])
-def test_a_row_continues_from_its_state(split: int) -> None:
-    case = CASES["plain"]
+def test_a_row_continues_from_its_state(split: int, name: str) -> None:
+    case = CASES[name]
     x = {n: jnp.asarray(a, jnp.float32) for n, a in inputs(case).items()}
-    y, state = short_conv(**x)
-    y_a, state_a = short_conv(**x | {"x": x["x"][:, :split]})
-    y_b, state_b = short_conv(**x | {"x": x["x"][:, split:], "initial_state": state_a})
+    run = functools.partial(short_conv, dilation=case.dilation)
+    y, state = run(**x)
+    y_a, state_a = run(**x | {"x": x["x"][:, :split]})
+    y_b, state_b = run(**x | {"x": x["x"][:, split:], "initial_state": state_a})
     assert_close("y", jnp.concatenate([y_a, y_b], axis=1), y, TOLERANCE["fp32_op"])
     assert_equal("state", state_b, state)
 
@@ -131,6 +128,8 @@ def test_what_cannot_be_served_is_refused() -> None:
         ({"activation": "gelu"}, "activation = 'gelu'"),
         ({"initial_state": x["initial_state"][:, 1:]}, "initial_state"),
         ({"impl": "magic"}, "impl = 'magic'"),
+        ({"dilation": 2}, "initial_state"),
+        ({"dilation": 2, "initial_state": None, "impl": "pallas_gpu"}, "expected one of recurrent, chunked"),
     ):
         with pytest.raises(ValueError, match=message):
             short_conv(**x | change)

@@ -110,3 +110,16 @@ def test_the_norm(kind: str) -> None:
     assert_close("y", y[0], want, TOLERANCE["fp32_op"])
     norm.bias[...] = jnp.arange(D) / D
     assert_close("constant rows", run(jnp.full((1, T, D), 2.0))[0], np.tile(np.arange(D) / D, (T, 1)), 1e-3)
+
+
+@KINDS
+def test_weights_sum_to_1_far_into_a_row(kind: str) -> None:
+    """The moments of what never changes, from token 150,000 on, where 1 - 1/n has lost most digits of 1/n."""
+    x, positions = jnp.ones((1, 20_000, 1)), 150_000 + jnp.arange(20_000, dtype=jnp.int32)[None]
+    var = jnp.zeros_like(x) if kind == "timestep_norm" else x
+    start = (x[:, 0], x[:, 0])
+    found, last = jax.jit(lambda: MOMENTS[kind](x, var, positions, initial_state=start, impl="chunked"))()
+    assert_close("means", found[0], x, 1e-6)
+    assert_close("mean", last[0], x[:, 0], 1e-6)
+    left = 150_000 / (positions[..., None] + 1.0) if kind == "timestep_norm" else x  # Σ of squares over n
+    assert_close("variances", found[1], left, 1e-5)

@@ -131,6 +131,7 @@ IN_ORDER = {
     "efficient": "efficient is served by ulysses",
     "lstm": "lstm is served by ulysses",
     "nonapprox": "nonapprox is served by ulysses",
+    "sha_rnn": "sha_rnn is served by ulysses",
     "workspace": "memory.workspace reads rows in their order",
     "granularity chunk": "granularity = 'chunk' reads rows in their order",
 }

@@ -50,11 +50,15 @@ COVERING = [
     ("infllm2", "allgather_kv", "zigzag", 2),
     ("moba", "allgather_kv", "zigzag", 4),
     ("mosa", "allgather_kv", "zigzag", 2),
+    ("routing", "allgather_kv", "zigzag", 2),
     ("mega", "allgather_kv", "zigzag", 4),
     ("nsa", "allgather_kv", "zigzag", 2),
     ("gated_conv", "allgather_state", "zigzag", 4),
     ("megalodon", "ring", "zigzag", 4),
     ("gecko", "ulysses", "contiguous", 2),
+    ("sha_rnn", "ulysses", "contiguous", 2),
+    ("max_pool", "allgather_state", "zigzag", 4),
+    ("token_gate", "ring_state", "contiguous", 4),
     # refused: a strategy of other mixers, a layout, heads, taps
     ("gdn", "ring", "contiguous", 4),
     ("attn", "ulysses", "zigzag", 2),
@@ -171,6 +175,21 @@ def test_every_combination_is_right_or_refused(name: str, strategy: str, layout:
 def test_lifetimes_of_keys_on_divided_rows(pattern: str, strategy: str, layout: str, P: int) -> None:
     options: dict[str, Any] = {"dtype": jnp.float32, "tolerance": TOLERANCE["fp32_op"], "variant": PATTERNS[pattern]}
     compare("swa", strategy, layout, P, **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "P"),
+    [
+        pytest.param("ring", "zigzag", 2),
+        pytest.param("allgather_kv", "zigzag", 4, marks=pytest.mark.slow),
+        pytest.param("ulysses", "contiguous", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_hops_on_divided_rows(strategy: str, layout: str, P: int) -> None:
+    options: dict[str, Any] = {"dtype": jnp.float32, "tolerance": TOLERANCE["fp32_op"]}
+    compare(
+        "attn", strategy, layout, P, **options, variant=next(i for i, v in enumerate(VARIANTS["attn"]) if "hops" in v)
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import launch.train
 from hydrax.core.build import ConfigError, build
 from hydrax.core.config import known, load_config
-from hydrax.sweep import runs, table
+from hydrax.sweep import command, runs, table
 from hydrax.sweep.status import Status
 from hydrax.train import folder
 from hydrax.train.config import RunConfig
@@ -155,6 +155,14 @@ def test_a_file_that_fails(text, says, tmp_path):
 def test_a_sweep_that_is_not_there_is_guessed(tmp_path):
     outcome = run("--sweep=sweeps/ratoi", f"--workdir={tmp_path}")
     assert "error: sweep = 'sweeps/ratoi': no such file; did you mean 'sweeps/ratio'?" in outcome.err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(write, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"^workdir = '.*/file/sweep': cannot be written \(Not a directory\); expected "
+    ):
+        command.sweep(write([BASE]), tmp_path / "file" / "sweep")
 
 
 def test_a_folder_of_another_config_is_refused(write, tmp_path):

@@ -113,9 +113,20 @@ def test_other_data_under_the_same_path_is_refused(run, tmp_path):
         path.write_text(content, encoding="utf-8")
 
 
+WHOLE_ROWS = {"pattern": "short_long_conv", "mixers": {"short_long_conv": {"filter": "implicit"}}}
+
+
 @pytest.mark.parametrize(
     ("section", "values", "key"),
-    [("train", {"batch_size": 12}, "train.batch_size"), ("model", {"vocab_size": 100}, "model.vocab_size")],
+    [
+        ("train", {"batch_size": 12}, "train.batch_size"),
+        ("model", {"vocab_size": 100}, "model.vocab_size"),
+        (
+            "model",
+            {"pattern": "short_long_conv", "mixers": {"short_long_conv": {"filter": "implicit"}}},
+            "model.pattern",
+        ),
+    ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, section, values, key):
     cfg = run[0]

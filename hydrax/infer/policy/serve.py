@@ -76,7 +76,8 @@ def served_layers(model: LM) -> list[AttentionConfig]:
     """The options of the softmax layers that a policy serves, from the first to the last.
 
     Raises:
-      ConfigError: there are none, the model runs layers several times, or its last norm has a state.
+      ConfigError: there are none, the model runs layers several times, a layer reads several times, or the last norm
+        has a state.
     """
     if any(section.loops > 1 for section in model.sections):
         raise ConfigError("policy", "loop", "expected a model without loops")
@@ -86,6 +87,9 @@ def served_layers(model: LM) -> list[AttentionConfig]:
     found: list[Any] = [s.options for layer in layers for s in layer.mix.singles() if s.mixer == SERVED]
     if not found:
         raise ConfigError("policy", model.cfg.pattern, f"expected a model with {SERVED} layers")
+    hops = next((layer.hops for layer in found if layer.hops is not None), None)
+    if hops is not None:
+        raise ConfigError("policy", f"hops = {hops}", f"expected {SERVED} layers without hops")
     return found
 
 

@@ -2,20 +2,31 @@
 
 No parallel form can follow that (arXiv 2510.06828): training takes as many steps as a row has tokens, one after the
 other. It is what such models are compared with on state tracking.
+
+SHA-RNN (arXiv 1911.11423) has one softmax attention on top, in which an LSTM's outputs h are keys and values alike:
+
+    m = LN(h),   n = LN(h),   q = σ(a) ⊙ LN(W_q n + b),   o_t = Σ_{s<=t} softmax_s(V^-½ q_t·(σ(c) ⊙ m_s)) u ⊙ m_s
+    y = W (n + o),   u = σ(f) ⊙ tanh(g) with [g, f] = W_u σ(e) + b,   over all channels of all heads: constants
+
+It has no positions. What the published model calls the memory of its past segments are the last keys of the document.
+Unlike it, the layer has the output projection of all mixers, and the block adds y to its input.
 """
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
-from hydrax.core.numerics import einsum, wide
+from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.nn import kv_cache
 from hydrax.nn.linear import Linear
+from hydrax.nn.norm import LayerNorm
 from hydrax.nn.param import param
 from hydrax.parallel.sequence import lstm
 
@@ -30,6 +41,16 @@ class Config(MixerConfig):
 
     def fill(self, d_model: int) -> Any:
         return dataclasses.replace(self, value_dim=self.value_dim or per_head(d_model, self.heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShaConfig(Config):
+    window: Positive | None = 5000  # tokens that attention sees, the query's own the last; None: the whole document
+    norm_eps: PositiveFloat = 1e-5  # of the norms
+
+    def slots(self, tokens: int) -> int:
+        """Keys that a document of that many tokens keeps."""
+        return tokens if self.window is None else min(tokens, self.window)
 
 
 class Cell(nnx.Module):
@@ -73,7 +94,7 @@ class LSTM(Mixer):
 
     Config: TypeAlias = Config
 
-    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.cell = Cell(d_model, cfg, rngs=rngs)
         shape = (cfg.heads, cfg.value_dim)
@@ -88,3 +109,38 @@ class LSTM(Mixer):
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": self.cell.init_state(batch, dtype)}
+
+
+class ShaRNN(LSTM):
+    """The state holds that of the LSTM, and its normed outputs."""
+
+    Config: TypeAlias = ShaConfig
+
+    def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
+        super().__init__(d_model, cfg, rngs=rngs)
+        shape, axes = (cfg.heads, cfg.value_dim), ("heads", "state_v")
+        norm = functools.partial(LayerNorm, shape, axes=axes, eps=cfg.norm_eps, rngs=rngs)
+        self.key_norm, self.query_norm, self.q_norm = norm(), norm(), norm()
+        self.q = Linear(shape, shape, axes=("inner", "state_k", *axes), bias=True, rngs=rngs)
+        self.gains = param(rngs, jax.nn.initializers.zeros, (3, *shape), ("kinds", *axes))  # a, c, e
+        both = ("inner", "state_k", "gates", *axes)
+        self.value_gain = Linear(shape, (2, *shape), axes=both, bias=True, scale=0.1, rngs=rngs)
+
+    def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
+        h, new = super().mix(x, ctx, state)
+        m, n = self.key_norm(h), self.query_norm(h)
+        past = None if state is None else state["cache"]
+        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        keys = kv_cache.collect(m, None, past, **facts)
+        of_queries, of_keys, e = jax.nn.sigmoid(self.gains[...])
+        q = (fp32(self.q_norm(self.q(n))) * of_queries * of_keys).astype(h.dtype)  # c scales them as it would the keys
+        window, keys = self.cfg.window, keys._replace(v=ctx.tap("values", keys.v))
+        o = kv_cache.attend(q, keys, **facts, window=window, shards=ctx.shards, impl=ctx.impl)
+        g, f = self.value_gain(e)
+        z = fp32(n) + fp32(ctx.tap("reads", o)) * (jax.nn.sigmoid(f) * jnp.tanh(g))
+        return z.astype(h.dtype), {**new, "cache": kv_cache.write(past, m, None, **facts, window=window)}
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
+        cfg = self.cfg
+        cache = kv_cache.empty(batch, cfg.slots(max_len), cfg.heads, cfg.value_dim, None, dtype)
+        return {**super().init_state(batch, max_len, dtype), "cache": cache}

@@ -91,7 +91,8 @@ class Rat(Mixer):
         own = {"k": k, "s": s, "number": number, "ids": ids, "ends": ends}
 
         def read(rows: dict[str, Array], keys: dict[str, Array]) -> Array:
-            return self._read(rows, _ends_of_chunks(keys, cfg.slots(keys["k"].shape[1]), cache), ctx.impl)
+            most = -(-keys["k"].shape[1] // cfg.chunk)  # a call may begin within a chunk
+            return self._read(rows, _ends_of_chunks(keys, most, cache), ctx.impl)
 
         o = over_all_keys(read, {"q": q, **own}, own, ctx.shards)
         o = ctx.by_channel("reads", o) * jax.nn.sigmoid(self.gate(x))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import NonNegative, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, NonNegative, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -30,7 +30,7 @@ class SlotConfig(MixerConfig):
     heads: Positive = 4
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; d_model / heads if None
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> Self:
         return dataclasses.replace(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -35,7 +35,7 @@ class Config(MixerConfig):
     rope: Rope = dataclasses.field(default_factory=Rope)
     norm_affine: bool = True  # a learned weight in the output norm
     norm_eps: PositiveFloat = 1e-5  # of the output norm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         width = self.value_dim or per_head(d_model, self.heads)

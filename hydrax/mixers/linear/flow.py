@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -32,7 +32,7 @@ class Config(MixerConfig):
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     clip: PositiveFloat = 5.0  # bound of the sources in the softmax: 1 in the first release, 5 for language, 10 for RL
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         return dataclasses.replace(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -23,7 +23,7 @@ class Config(MixerConfig):
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     gate_rank: Positive = 16  # low-rank width of the decay projection
     gate_divisor: PositiveFloat = 16.0  # g = log sigmoid(.) / gate_divisor
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         width = self.value_dim or per_head(d_model, self.heads)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -34,7 +34,7 @@ class Config(MixerConfig):
     scale: PositiveFloat = 1.0  # factor on the scores of the slots
     norm_affine: bool = True  # a learned weight in the output norm
     norm_eps: PositiveFloat = 1e-5  # of the output norm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "flame_340m": {"gate_divisor": 4.0, "norm_affine": False},

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import clamp_decay, fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -24,7 +24,7 @@ class Config(MixerConfig):
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     scale: PositiveFloat | None = None  # c, factor on the output; K^-½ if None
     norm_eps: PositiveFloat = 1e-5  # of the output norm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"original": {"scale": 1.0}}
 

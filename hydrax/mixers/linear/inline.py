@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import NonNegative, Positive
+from hydrax.core.build import ChunkSize, NonNegative, Positive
 from hydrax.core.numerics import MIN_LOG_DECAY, fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -36,7 +36,7 @@ class Config(MixerConfig):
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     activation: Literal["identity", "relu", "silu"] = "identity"  # of queries and keys
     conv_width: NonNegative = 4  # taps of the convolution of the values; 0: none
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         return dataclasses.replace(
@@ -47,7 +47,10 @@ class Config(MixerConfig):
 
 
 class InLine(Mixer):
-    """y = W_o (o + conv(v)); the state holds k̄, v̄, C and the last values."""
+    """y = W_o (o + conv(v)); the state holds Σ k, Σ v, C and the last values.
+
+    The decay 1 - 1/t of a mean, rounded to 2^-24, would let it drift away from the mean over long rows: sums do not.
+    """
 
     Config: TypeAlias = Config
 
@@ -69,10 +72,11 @@ class InLine(Mixer):
         q, k, v = fp32(phi(self.q(x))), fp32(phi(ctx.tap("keys", self.k(x)))), fp32(values)
         n = fp32(ctx.positions + 1)[..., None, None]
 
-        def mean(x: Array, start: Array | None) -> tuple[Array, Array]:
-            return linear_scan(jnp.broadcast_to(1 - 1 / n, x.shape), x / n, initial_state=start, **facts)
+        def total(x: Array, start: Array | None) -> tuple[Array, Array]:
+            return linear_scan(jnp.ones_like(x), x, initial_state=start, **facts)
 
-        (k_mean, k_last), (v_mean, v_last) = mean(k, past["k"]), mean(v, past["v"])
+        (k_sum, k_last), (v_sum, v_last) = total(k, past["k"]), total(v, past["v"])
+        k_mean, v_mean = k_sum / n, v_sum / n
         decay = jnp.where(n > 1, jnp.log1p(-1 / jnp.maximum(n, 2)), MIN_LOG_DECAY)[..., 0]
         o, memory = linear_attention(
             q,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -38,7 +38,7 @@ class Config(MixerConfig):
     scale: PositiveFloat | None = 1.0  # factor on the output; K^-½ if None
     norm_affine: bool = True  # a learned weight in the output norm
     gate_activation: Literal["none", "sigmoid"] = "sigmoid"  # of the output gate
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "minimax": {},  # the defaults

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, NonNegativeFloat, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, NonNegativeFloat, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig
@@ -37,7 +37,7 @@ class Config(MixerConfig):
     dt_min: NonNegativeFloat = 0.0  # Δ is at least this; 0.001 where transformers prefills Zamba2 and Nemotron-H
     norm: Literal["after_gate", "before_gate", "none"] = "after_gate"  # where the output norm stands
     norm_eps: PositiveFloat = 1e-5  # of the output norm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         V = self.value_dim or math.gcd(64, 2 * d_model)

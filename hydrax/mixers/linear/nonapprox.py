@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
+from hydrax.core.build import ChunkSize, Positive
 from hydrax.core.numerics import einsum, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -27,7 +27,7 @@ class Config(MixerConfig):
     key_dim: Positive | None = None  # K per head; d_model / heads if None
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     qk_norm: Literal["none", "head"] = "none"  # RMSNorm of silu(W_q x) and of k over K
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> "Config":
         return dataclasses.replace(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hydrax.core.build import Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -27,7 +27,7 @@ class Config(MixerConfig):
     rope: Rope = dataclasses.field(default_factory=Rope)
     norm_affine: bool = True  # a learned weight in the output norm
     norm_eps: PositiveFloat = 1e-5  # of the output norm
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "torchscale": {"rope": {"style": "torchscale"}, "norm_affine": False, "norm_eps": 1e-6},

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import Positive
+from hydrax.core.build import ChunkSize, Positive
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -25,7 +25,7 @@ LONGEST = 0.999
 """c of fastmax at most, with degree 1: weights 1 + s stay positive."""
 
 EPS = 1e-6
-"""Added by fastmax to the variance of a query or key."""
+"""Added by fastmax to the squared length of a query or key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TaylorConfig(MixerConfig):
     key_dim: Positive = 16  # K per head; the state has 1 + K + K (K + 1) / 2 rows
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     rope: Rope = dataclasses.field(default_factory=Rope)
-    chunk_size: Positive | None = None  # tokens per chunk of the training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the training form
 
     def fill(self, d_model: int) -> Self:
         return dataclasses.replace(self, value_dim=self.value_dim or per_head(d_model, self.heads))
@@ -62,10 +62,9 @@ class Taylor(Mixer):
         self.project = Linear((H, V), d_model, axes=("heads", "state_v", "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        rope = self.cfg.rope
         o, memory = linear_attention(
-            self.features(rope.turn(self.q(x), ctx.positions)),
-            self.features(rope.turn(ctx.tap("keys", self.k(x)), ctx.positions)),
+            self.features(self.q(x), ctx.positions),
+            self.features(ctx.tap("keys", self.k(x)), ctx.positions),
             with_ones(fp32(ctx.tap("values", self.v(x)))),
             scale=1.0,
             initial_state=None if state is None else state["memory"],
@@ -76,9 +75,9 @@ class Taylor(Mixer):
         )
         return ctx.tap("reads", divided(o).astype(x.dtype)), {"memory": memory}
 
-    def features(self, x: Array) -> Array:
-        """φ of queries and keys [B,T,H,K], in fp32."""
-        return taylor2(fp32(x))
+    def features(self, x: Array, positions: Array) -> Array:
+        """φ of queries and keys [B,T,H,K], turned to their positions, in fp32."""
+        return taylor2(fp32(self.cfg.rope.turn(x, positions)))
 
     def out(self, z: Array) -> Array:
         return self.project(z)
@@ -131,10 +130,11 @@ class Fastmax(Taylor):
         super().__init__(d_model, cfg, rngs=rngs)
         self.length = param(rngs, jax.nn.initializers.ones, (cfg.heads,), ("heads",))
 
-    def features(self, x: Array) -> Array:
+    def features(self, x: Array, positions: Array) -> Array:
         y = fp32(x)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y**2).sum(-1, keepdims=True) + EPS)
+        y = self.cfg.rope.turn(y, positions)  # not before: scores would no longer depend on distances alone
         c = self.length[...]
         if self.cfg.degree == 1:
             c = jnp.clip(c, -LONGEST, LONGEST)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrax.core.build import ConfigError, Positive, PositiveFloat
+from hydrax.core.build import ChunkSize, ConfigError, Positive, PositiveFloat
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array, PyTree
 from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
@@ -60,7 +60,7 @@ class Config(MixerConfig):
     rope: Rope = dataclasses.field(default_factory=Rope)  # of queries and keys, in the window and in the state
     gate_rank: Positive = 16  # low-rank width of a decay per key channel
     norm_eps: PositiveFloat = 1e-5  # of the norms of `sum`
-    chunk_size: Positive | None = None  # tokens per chunk of the state's training form
+    chunk_size: ChunkSize | None = None  # tokens per chunk of the state's training form
 
     def __post_init__(self) -> None:
         if self.fusion != "joint":

@@ -6,7 +6,8 @@
     o_t = Σ_{s <= t, s in S_t} softmax_s(K^-½ q_t·k_s) v_s
 
 The first `dense_len` tokens of a document attend to all before them. There is nothing to learn beside attention, which
-can become this and this attention. Keys are as they are attended to, after RoPE. The choice has no gradient.
+can become this and this attention. Spans are of keys as they are attended to, after RoPE, or, with `use_nope`, before
+it, as their queries then are. The choice has no gradient.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from hydrax.nn import chosen_blocks
 from hydrax.nn.attention import QKV, OutGate
 from hydrax.nn.chosen_blocks import BlockConfig
 from hydrax.nn.linear import Linear
+from hydrax.nn.position import Rope
 from hydrax.ops.softmax.forms import Queries
 from hydrax.ops.sparse.pooled import Blocks
 from hydrax.ops.sparse.span_scores import Choice, choose_by_spans
@@ -36,6 +38,7 @@ class Config(BlockConfig, MixerConfig):
     kernel: Positive = 32  # tokens of a span whose mean is scored
     stride: Positive = 16  # tokens from span to span
     dense_len: NonNegative = 8192  # tokens of a document up to which attention is dense
+    use_nope: bool = False  # blocks are chosen by queries and keys without positions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +74,8 @@ class SpanScoredAttention(Mixer):
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.qkv = QKV(d_model, cfg, rngs=rngs)
+        bare = dataclasses.replace(cfg, rope=Rope(fraction=0.0))
+        self.qkv = QKV(d_model, bare if cfg.use_nope else cfg, rngs=rngs)
         self.gate = OutGate(d_model, cfg, rngs=rngs)
         axes = ("heads", "head_dim", "embed")
         shape = (cfg.heads, cfg.value_dim)
@@ -85,7 +89,7 @@ class SpanScoredAttention(Mixer):
         def choose(queries: Queries, sums: Blocks) -> Int[Array, "B T G n"]:
             return choose_by_spans(queries, sums, cfg.choice, scale)
 
-        o, state = chosen_blocks.attend(self.qkv, cfg, choose, x, ctx, state)
+        o, state = chosen_blocks.attend(self.qkv, cfg, choose, x, ctx, state, placed=not cfg.use_nope)
         return self.gate(ctx.tap("reads", o), x), state
 
     def out(self, z: Array) -> Array:

@@ -126,7 +126,8 @@ class MixtureOfSparseAttention(Mixer):
         """Which tokens each head keeps, bool [B,T,H], and how many so far in the last document, int32 [B,H]."""
         filled, valid = documents.fill_padding(ids)
         if self.cfg.mode == "ec":
-            return best(r, ids, self.cfg.sparsity), jnp.zeros(r[:, 0].shape, jnp.int32)
+            most = lambda n: jnp.maximum(1, n // self.cfg.sparsity)  # noqa: E731
+            return sets.largest(r, ids, most), jnp.zeros(r[:, 0].shape, jnp.int32)
         high = (r >= self.theta[...][:, 0]) & valid[..., None]
         begins = documents.changes(filled)[..., None]
         room = jnp.broadcast_to(self.cfg.room(positions + 1)[..., None], high.shape)
@@ -172,18 +173,3 @@ def kept_so_far(
     steps = (jnp.where(begins, MANY, a), jnp.where(begins, jnp.minimum(a, room), room))
     a, b = jax.lax.associative_scan(then, steps, axis=1)
     return jnp.minimum(before[:, None] + a, b)
-
-
-def best(r: Float[Array, "B T H"], ids: Int[Array, "B T"], sparsity: int) -> Bool[Array, "B T H"]:
-    """The ⌊n/ρ⌋ largest r of every document, at least one; ties go to the earlier token."""
-    lengths = jnp.sum(ids[:, :, None] == ids[:, None], axis=2)
-
-    def head(r: Array, ids: Array) -> Array:
-        order = jnp.lexsort((-r, ids))
-        ordered = ids[order]
-        place = jnp.arange(ids.size)
-        begins = jax.lax.cummax(jnp.where(documents.changes(ordered[None])[0], place, 0))
-        return jnp.zeros_like(place).at[order].set(place - begins)
-
-    rank = jax.vmap(jax.vmap(head, in_axes=(1, None), out_axes=1))(r, ids)
-    return (rank < jnp.maximum(1, lengths // sparsity)[..., None]) & (ids != 0)[..., None]

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape: W taps over the channel dimensions C, with or without bias and activation."""
+    """One shape: W taps, `dilation` tokens apart, over the channels C, with or without bias and activation."""
 
     B: int
     T: int
@@ -15,6 +15,7 @@ class Case:
     W: int
     bias: bool = False
     activation: str | None = None
+    dilation: int = 1
 
 
 CASES = {
@@ -24,6 +25,8 @@ CASES = {
     "wider_than_row": Case(2, 2, (3,), 4, True),
     "one_token": Case(2, 1, (2, 2), 4, False, "silu"),
     "one_tap": Case(1, 5, (3,), 1),
+    "apart": Case(2, 23, (3,), 4, True, "silu", 3),
+    "apart_wider_than_row": Case(2, 4, (3,), 3, dilation=4),
 }
 
 KERNELS = {
@@ -40,4 +43,4 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     x = {"x": rng.normal(size=(case.B, case.T, *case.C)), "w": rng.normal(size=(case.W, *case.C))}
     if case.bias:
         x["b"] = rng.normal(size=case.C)
-    return x | {"initial_state": rng.normal(size=(case.B, case.W - 1, *case.C))}
+    return x | {"initial_state": rng.normal(size=(case.B, case.dilation * (case.W - 1), *case.C))}

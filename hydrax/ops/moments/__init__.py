@@ -111,17 +111,27 @@ def _stacked(y: Moments, state: Moments) -> tuple[Array, Moments]:
 def _chunked(
     mean: Array, var: Array, w: Array, u: Array, drift: bool, state: Moments, segment_ids: Array | None, scan: Callable
 ) -> tuple[tuple[Array, Array], Moments]:
-    """Two linear recurrences, the second of which needs the results of the first at its own token alone."""
+    """Two linear recurrences, the second of which needs the results of the first at its own token alone.
+
+    1 - w and products of many of them are rounded to 2^-24, which is no little beside w: weights that should sum to 1
+    would miss 1e-4 of it after 10^5 tokens. So their sum comes along, as the average of ones, and divides.
+    """
 
     def average(x: Array, w: Array, start: Array) -> tuple[Array, Array]:
-        keep = jnp.broadcast_to(1 - w, x.shape)
-        return scan(keep, w * x, initial_state=start, segment_ids=segment_ids)
+        x, start = (jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1) for a in (x, start))
+        h, last = scan(jnp.broadcast_to(1 - w, x.shape), w * x, initial_state=start, segment_ids=segment_ids)
+        return _over_last(h), _over_last(last)
 
     means, last = average(mean, w, state[0])
     if drift:  # m_t - μ_{t-1} = (m_t - μ_t) / (1 - w_t)
         var = var + jnp.where(w < 1, (mean - means) ** 2 / jnp.where(w < 1, 1 - w, 1), 0)
     spreads, end = average(var, u, state[1])
     return (means, spreads), (last, end)
+
+
+def _over_last(h: Array) -> Array:
+    """All channels but the last over the last, which is 0 at padding."""
+    return h[..., :-1] / jnp.where(h[..., -1:] == 0, 1, h[..., -1:])
 
 
 FORMS: dict[str, Callable] = {"recurrent": _recurrent, "chunked": _chunked}

@@ -1,6 +1,7 @@
 """Sparse attention: keys that live for a while, masks that are given, keys in groups, and what selects by content."""
 
 from hydrax.ops.sparse.blocks import block_topk_attention
+from hydrax.ops.sparse.clusters import clustered_window
 from hydrax.ops.sparse.groups import chunk_attention, landmark_attention
 from hydrax.ops.sparse.lifetimes import lifetime_attention
 from hydrax.ops.sparse.masks import block_mask_attention, masked_attention
@@ -16,6 +17,7 @@ __all__ = [
     "block_topk_attention",
     "causal_block_topk",
     "chunk_attention",
+    "clustered_window",
     "landmark_attention",
     "leaving",
     "lifetime_attention",

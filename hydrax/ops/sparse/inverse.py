@@ -5,6 +5,8 @@ Tiles run twice: for the denominators of all queries, then, with these, for what
 of a pair is ever kept, and a gradient passes through both.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,7 @@ def by_tiles(
     rules: forms.Rules,
     b: int,
     M: int,
+    seen: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """Attention to the blocks of b keys that begin at `first` and to what `before` read: o and lse of both.
 
@@ -33,6 +36,7 @@ def by_tiles(
       first: by head of keys or by query head; S is none. All keys of a block are visible to the queries that name it,
         and no two blocks overlap.
       before: o [B,T,Hk,R,V] and lse [B,T,Hk,R].
+      seen: the places int32 [B,T] from which on and before which keys are visible after all.
     """
     (B, T, Hk, R, _), n = q.shape, first.shape[3]
     E = first.shape[2] // Hk
@@ -47,14 +51,15 @@ def by_tiles(
         x = jnp.moveaxis(x, 3, 1)
         return x.reshape(B, T, Hk, R, *x.shape[5:])
 
-    def one(q: Array, k: Array, v: Array, first: Array, o: Array, lse: Array) -> tuple[Array, Array]:
+    def one(q: Array, k: Array, v: Array, first: Array, o: Array, lse: Array, seen: Any) -> tuple[Array, Array]:
         tokens, begins = tiles(first, k.shape[0], b, M)
-        return _merged(q, k, v, tokens, begins, o, lse, rules, b)
+        return _merged(q, k, v, tokens, begins, o, lse, rules, b, seen)
 
-    every = jax.vmap(jax.vmap(jax.vmap(one, in_axes=(0, None, None, 0, 0, 0))))
+    by_choice = jax.vmap(one, in_axes=(0, None, None, 0, 0, 0, None))
+    every = jax.vmap(jax.vmap(by_choice, in_axes=(0, 0, 0, 0, 0, 0, None)))
     places = jnp.moveaxis(first.reshape(B, T, Hk, E, n), 1, 3)
     k, v, (o, lse) = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), before
-    o, lse = every(split(q), k, v, places, split(o), split(lse))
+    o, lse = every(split(q), k, v, places, split(o), split(lse), seen)
     return join(o), join(lse)
 
 
@@ -88,6 +93,7 @@ def _merged(
     lse: Float[Array, "T R"],
     rules: forms.Rules,
     b: int,
+    seen: tuple[Array, Array] | None,
 ) -> tuple[Array, Array]:
     T, dtypes = q.shape[0], (q.dtype, k.dtype, v.dtype)
     q, k, v = fp32(q), fp32(k), fp32(v)  # the gradients of all tiles add up in fp32
@@ -97,7 +103,11 @@ def _merged(
         at = begins[:, None] + jnp.arange(b)
         places = zip((q, k, v), (jnp.minimum(tokens, T - 1), at, at), dtypes, strict=True)
         rows, keys, values = (x[i][:, :, None].astype(dtype) for x, i, dtype in places)
-        queries = forms.Queries(rows, jnp.zeros_like(tokens), kept=(tokens < T)[:, :, None, None, None])
+        kept = (tokens < T)[:, :, None]
+        if seen is not None:
+            low, end = (x[jnp.minimum(tokens, T - 1)][:, :, None] for x in seen)
+            kept &= (at[:, None] >= low) & (at[:, None] < end)
+        queries = forms.Queries(rows, jnp.zeros_like(tokens), kept=kept[:, :, None, None])
         return queries, forms.Keys(keys, values, jnp.zeros_like(at))
 
     @jax.checkpoint
