@@ -55,7 +55,7 @@ STEPS = 4
 class Settings:
     size: Literal["full", "tiny"]  # tiny: the same matrix for virtual devices of a CPU
     parts: Annotated[tuple[Literal["fsdp", "context", "tensor", "expert"], ...], Check("at least one part", bool)]
-    devices: tuple[Positive, ...]  # counts; empty: 1, 2, 4, 8 as far as there are
+    devices: tuple[Positive, ...]  # counts; empty: 1, 2, 4, 8 as far as there are, for tiny 1 and most
     context_lens: tuple[Positive, ...]  # tokens of the one row; empty: those of the size
     steps: Positive  # timed
     seconds: Positive  # of a cell, at most
@@ -90,6 +90,7 @@ class Row:
     devices: int
     mesh: dict[str, int]
     losses: tuple[float, ...] = ()  # of the small model
+    losses_alone: tuple[float, ...] = ()  # of the same on one device
     loss_difference: float | None = None  # from one device, relative, the largest
     step: Times | None = None
     tokens_per_second: float | None = None
@@ -139,7 +140,10 @@ def cells(settings: Settings, present: int) -> Iterator[Cell]:
         if n > present:
             raise ConfigError("devices", n, f"expected at most the {present} that are present")
     size = SIZES[settings.size]
-    for n in settings.devices or [n for n in (1, 2, 4, 8) if n <= present]:
+    counts = [n for n in (1, 2, 4, 8) if n <= present]
+    if settings.size == "tiny":  # compiling is most of it
+        counts = [n for n in counts if n in (counts[0], counts[-1])]
+    for n in settings.devices or counts:
         for part in settings.parts:
             if part == "fsdp":
                 yield _cell(settings, part, "hybrid", n, size["seq_len"], size["rows"] * n, {"mesh.fsdp": n})
@@ -170,13 +174,13 @@ def _context(settings: Settings, n: int, lengths: tuple[int, ...]) -> Iterator[C
 def _cell(settings: Settings, part: str, model: str, n: int, seq_len: int, batch: int, how: dict[str, Any]) -> Cell:
     common = {"train.accumulate": 1, "data.documents": False, "train.steps": 1000, **how}
     base = "lm:1b3" if part in ("fsdp", "tensor") else "lm:340m"
-    tiny = _config(base, {**common, **TINY, "data.seq_len": min(seq_len, 128), "train.batch_size": min(batch, n)})
+    given: dict[str, Any] = {"data.seq_len": seq_len, "train.batch_size": batch}
     if settings.size == "tiny":
-        given = {"data.seq_len": seq_len, "train.batch_size": batch}
-        return Cell(part, model, n, _config(base, {**common, **TINY, **given}), tiny)
-    wide: dict[str, Any] = {"model.vocab_size": 32_000, "data.seq_len": seq_len, "train.batch_size": batch}
-    wide |= {"train.remat": "full"} if part == "context" else {}
-    return Cell(part, model, n, _config(base, {**common, **wide}), tiny)
+        whole = _config(base, {**common, **TINY, **given})
+        return Cell(part, model, n, whole, whole)
+    tiny = _config(base, {**common, **TINY, "data.seq_len": min(seq_len, 128), "train.batch_size": min(batch, n)})
+    given |= {"model.vocab_size": 32_000} | ({"train.remat": "full"} if part == "context" else {})
+    return Cell(part, model, n, _config(base, {**common, **given}), tiny)
 
 
 def _config(base: str, overrides: dict[str, Any]) -> RunConfig:
@@ -186,9 +190,12 @@ def _config(base: str, overrides: dict[str, Any]) -> RunConfig:
 def bench(settings: Settings, present: int) -> Iterator[Row]:
     """A row after another, with its efficiency against those before; what fails is a row with an error."""
     alone: dict[tuple, float] = {}
+    losses: dict[str, tuple[float, ...]] = {}
     for cell in list(cells(settings, present)):
+        single = repr(_single(cell.small))
         try:
-            row = workers.limited(settings.seconds, measure, cell, settings)
+            row = workers.limited(settings.seconds, measure, cell, settings, losses.get(single))
+            losses[single] = row.losses_alone
         except RuntimeError as error:  # out of memory, or took too long
             row = dataclasses.replace(_blank(cell), error=str(error))
         if row.tokens_per_second is not None:
@@ -215,28 +222,37 @@ def _look() -> tuple[int, dict[str, Any]]:
     return jax.device_count(), folder.environment()
 
 
-def measure(cell: Cell, settings: Settings) -> Row:
-    """A cell in this process: compared, then timed."""
-    row = _blank(cell)
+def measure(cell: Cell, settings: Settings, want: tuple[float, ...] | None = None) -> Row:
+    """A cell in this process: compared with the losses of one device, where they are known already `want`, then timed."""
+    row, single, steps = _blank(cell), _single(cell.small), None
     with jax.default_matmul_precision("highest"):
-        ones: dict[str, Any] = dict.fromkeys(AXES, 1)
-        single = dataclasses.replace(cell.small, mesh=dataclasses.replace(cell.small.mesh, **ones))
-        want = _Steps(single).losses(STEPS)
-        got = want if cell.devices == 1 else _Steps(cell.small).losses(STEPS)
+        if cell.devices > 1:
+            steps = _Steps(cell.small)
+            got = steps.losses(STEPS)
+            want = want or _Steps(single).losses(STEPS)
+        else:
+            steps = _Steps(single)
+            got = want = steps.losses(STEPS)
     difference = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
-    row = dataclasses.replace(row, losses=tuple(got), loss_difference=difference)
+    row = dataclasses.replace(row, losses=got, losses_alone=want, loss_difference=difference)
     if not difference <= TOLERANCE["fp32_model"]:
         return dataclasses.replace(row, error=f"losses differ from those of one device by {difference:.1e}: not timed")
     try:
-        return _timed(row, cell, settings)
+        return _timed(row, cell, settings, steps if cell.small == cell.cfg else None)
     except Exception as error:  # the losses are known; no memory for the large model is the usual reason
         return dataclasses.replace(row, error=workers.line(error))
 
 
-def _timed(row: Row, cell: Cell, settings: Settings) -> Row:
-    began = time.perf_counter()
-    steps = _Steps(cell.cfg)
-    row = dataclasses.replace(row, compile_seconds=time.perf_counter() - began, **_program(cell, steps.program))
+def _single(cfg: RunConfig) -> RunConfig:
+    """The same on one device."""
+    ones: dict[str, Any] = dict.fromkeys(AXES, 1)
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, strategy=None, **ones))
+
+
+def _timed(row: Row, cell: Cell, settings: Settings, steps: "_Steps | None") -> Row:
+    """The row with the times of its large model; of `steps`, if that is the small one."""
+    steps = steps or _Steps(cell.cfg)
+    row = dataclasses.replace(row, compile_seconds=steps.compile_seconds, **_program(cell, steps.program))
     for _ in range(training.WARMUP):
         steps.once()
     jax.block_until_ready(steps.metrics)
@@ -292,7 +308,9 @@ class _Steps:
         make = functools.partial(training.batch, cfg)
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, in_shardings=(place, rows), out_shardings=(place, None), donate_argnums=0)
+            began = time.perf_counter()
             self.program = jitted.lower(state, jax.eval_shape(make)).compile()
+            self.compile_seconds = time.perf_counter() - began
             self._batch = jax.jit(make, out_shardings=rows)()
             self._state = jax.jit(start, out_shardings=place)()
         self.metrics: dict[str, jnp.ndarray] = {}
@@ -302,6 +320,6 @@ class _Steps:
         self._state, self.metrics = self.program(self._state, self._batch)
         return self.metrics
 
-    def losses(self, steps: int) -> list[float]:
+    def losses(self, steps: int) -> tuple[float, ...]:
         """Of the next steps."""
-        return [float(self.once()["loss"]) for _ in range(steps)]
+        return tuple(float(self.once()["loss"]) for _ in range(steps))

@@ -1,5 +1,6 @@
 """What `scale_out` found, for people: a line and a table per cell, what linear layers send, and a picture."""
 
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -87,19 +88,19 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
             )
             style = series(i)
             look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
-            devices = [r.devices for r in points]
+            devices = [_place(r) for r in points]
             name = model + (f", {strategy}" if strategy else "")
             speeds.plot(devices, [r.tokens_per_second for r in points], label=name, **look)
             known = [r for r in points if r.predicted_seconds]
             if known:
                 predicted = [r.batch * r.seq_len / (r.predicted_seconds or 1.0) for r in known]
-                speeds.plot([r.devices for r in known], predicted, color=style.color, linewidth=1, linestyle="--")
+                speeds.plot([_place(r) for r in known], predicted, color=style.color, linewidth=1, linestyle="--")
             share = [r for r in points if r.efficiency is not None]
-            shares.plot([r.devices for r in share], [r.efficiency for r in share], **look)
+            shares.plot([_place(r) for r in share], [r.efficiency for r in share], **look)
             first = next((r for r in known if r.devices == 1), None)
             if first is not None:
                 ratios = [_ideal(first) / (_ideal(r) or 1.0) for r in known]
-                shares.plot([r.devices for r in known], ratios, color=style.color, linewidth=1, linestyle="--")
+                shares.plot([_place(r) for r in known], ratios, color=style.color, linewidth=1, linestyle="--")
         speeds.set_title(panel, color=INK, fontsize=10, loc="left")
         speeds.set_ylabel("tokens per second", color=INK)
         shares.set_ylabel("efficiency of a device", color=INK)
@@ -107,14 +108,19 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         shares.axhline(1, color=BASELINE, linewidth=1)
         shares.set_ylim(bottom=0)
         for axes in (speeds, shares):
-            axes.set_xscale("log", base=2)
-            counts = sorted({r.devices for r in own})
-            axes.set_xticks(counts, [f"{n}" for n in counts])
+            counts = {r.devices: _place(r) for r in own}
+            axes.set_xticks(list(counts.values()), [f"{n}" for n in counts])
+            axes.set_xlim(min(counts.values()) - 0.2, max(counts.values()) + 0.2)
             axes.set_xlabel("devices (dashed: predicted)", color=INK)
             quiet(axes)
         handles, labels = speeds.get_legend_handles_labels()
         shares.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
+
+
+def _place(row: Row) -> float:
+    """On the axis of devices: doubling them is one step. A logarithmic axis does not stand a panel without points."""
+    return math.log2(row.devices)
 
 
 def _panel(row: Row) -> str:

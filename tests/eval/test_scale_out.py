@@ -20,15 +20,15 @@ def first(part: str, **options) -> scale_out.Cell:
 
 @pytest.mark.parametrize("size", ["full", "tiny"])
 def test_the_matrix_is_of_valid_configs(size):
-    found = list(scale_out.cells(settings(size=size, parts=scale_out.PARTS, devices=(), context_lens=()), 8))
-    assert {cell.devices for cell in found} == {1, 2, 4, 8}
+    found = list(scale_out.cells(settings(size=size, parts=scale_out.PARTS, devices=(1, 8), context_lens=()), 8))
+    assert {cell.devices for cell in found} == {1, 8}
     assert {cell.part for cell in found} == set(scale_out.PARTS)
     assert len({cell.name for cell in found}) == len(found)
     with pytest.raises(ConfigError, match=r"devices = 16: expected at most the 8 that are present"):
         list(scale_out.cells(settings(devices=(16,)), 8))
 
 
-def test_a_cell_has_the_losses_of_one_device_and_is_timed(monkeypatch):
+def test_a_cell_has_the_losses_of_one_device_and_is_timed():
     cell = first("context")
     row = scale_out.measure(cell, settings())
     assert row.error is None and len(row.losses) == scale_out.STEPS
@@ -44,7 +44,7 @@ def test_a_cell_with_other_losses_is_not_timed(monkeypatch):
             self.cfg = cfg
 
         def losses(self, steps):
-            return [5.0 + 0.01 * (self.cfg.mesh.fsdp == 2)] * steps
+            return (5.0 + 0.01 * (self.cfg.mesh.fsdp == 2),) * steps
 
     monkeypatch.setattr(scale_out, "_Steps", Wrong)
     row = scale_out.measure(first("fsdp"), settings())
