@@ -223,7 +223,7 @@ def _look() -> tuple[int, dict[str, Any]]:
 
 
 def measure(cell: Cell, settings: Settings, want: tuple[float, ...] | None = None) -> Row:
-    """A cell in this process: compared with the losses of one device, where they are known already `want`, then timed."""
+    """A cell in this process: compared with the losses of one device (`want`, if known already), then timed."""
     row, single, steps = _blank(cell), _single(cell.small), None
     with jax.default_matmul_precision("highest"):
         if cell.devices > 1:
