@@ -133,7 +133,7 @@ def learned(p: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_gradients_of_a_learned_normalizer() -> None:
-    module = make("linear_attn", heads=4, chunk_size=8, **linear_attn.Config.PRESETS["normalised"])
+    module = make("linear_attn", heads=4, chunk_size=16, **linear_attn.Config.PRESETS["normalised"])
     module.size.bias[...] = jnp.asarray([0.5, -0.5, 100.0, -100.0])  # beyond the bounds an exponent has no gradient
     graph, state = nnx.split(module)
     flat = {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(state) if "project" not in path}

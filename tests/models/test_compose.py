@@ -95,7 +95,7 @@ def test_every_mixer_with_heads_can_be_a_part(name: str):
 
 def test_every_mixer_with_heads_is_among_them():
     assert set(mixers.names()) - set(PARTED) == {
-        "gated_conv", "gecko", "hgrn", "mamba", "mega", "megalodon", "mlp", "rat", "short_long_conv"
+        "gated_conv", "gecko", "hgrn", "mamba", "mega", "megalodon", "mlp", "rat", "short_long_conv", "token_gate"
     }  # fmt: skip
 
 

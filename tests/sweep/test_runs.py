@@ -186,7 +186,9 @@ SHIPPED = {
     "sweeps/mqar_ratio": 28,
     "sweeps/mqar_state_size": 8,
     "sweeps/placement": 10,
+    "sweeps/rat_chunks": 8,
     "sweeps/ratio": 21,
+    "sweeps/shootout": 60,
     "sweeps/state_tracking": 8,
     "sweeps/tiny": 24,
 }

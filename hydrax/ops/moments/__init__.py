@@ -118,9 +118,10 @@ def _chunked(
     """
 
     def average(x: Array, w: Array, start: Array) -> tuple[Array, Array]:
-        x, start = (jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1) for a in (x, start))
+        x, start = (jnp.stack([a, jnp.ones_like(a)], axis=-1) for a in (x, start))
+        w = w[..., None]
         h, last = scan(jnp.broadcast_to(1 - w, x.shape), w * x, initial_state=start, segment_ids=segment_ids)
-        return _over_last(h), _over_last(last)
+        return _over_weights(h), _over_weights(last)
 
     means, last = average(mean, w, state[0])
     if drift:  # m_t - μ_{t-1} = (m_t - μ_t) / (1 - w_t)
@@ -129,9 +130,9 @@ def _chunked(
     return (means, spreads), (last, end)
 
 
-def _over_last(h: Array) -> Array:
-    """All channels but the last over the last, which is 0 at padding."""
-    return h[..., :-1] / jnp.where(h[..., -1:] == 0, 1, h[..., -1:])
+def _over_weights(h: Array) -> Array:
+    """Sums [...,0] over those of their weights [...,1], which are 0 at padding."""
+    return h[..., 0] / jnp.where(h[..., 1] == 0, 1, h[..., 1])
 
 
 FORMS: dict[str, Callable] = {"recurrent": _recurrent, "chunked": _chunked}
