@@ -161,7 +161,7 @@ def test_forms_agree(variant: Case):
 
 
 LENGTHS = (1, 63, 64, 65, 257)
-EVERYWHERE = {"attn", "gdn", "hgrn", "lightning"}
+EVERYWHERE = {"attn", "gdn"}
 """A mixer for every kind of op. Others meet them at all lengths in `make test-all`."""
 
 
@@ -452,6 +452,7 @@ def test_state_is_what_the_table_says(mixer: Case, dtype: jnp.dtype):
         assert new == state, f"a call of {tokens} tokens returns another structure"
 
 
+@pytest.mark.slow  # what taps are for, effective attention, is tested with every mixer
 def test_taps_see_and_replace_the_heads(mixer: Case):
     """`heads` is z [B,T,H,V] before the output projection, in training and in a step."""
     seen = []
