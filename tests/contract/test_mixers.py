@@ -162,7 +162,7 @@ def test_forms_agree(variant: Case):
 
 LENGTHS = (1, 63, 64, 65, 257)
 EVERYWHERE = {"attn", "gdn"}
-"""A mixer for every kind of op. Others meet them at all lengths in `make test-all`."""
+"""Keys and values, and a matrix state. Others meet all lengths in `make test-all`."""
 
 
 @pytest.mark.parametrize(

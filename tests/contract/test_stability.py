@@ -26,7 +26,7 @@ from tests.tolerances import TOLERANCE, assert_close
 LONG, PIECE, LAST = 200_000, 500, 16  # tokens of a row, of a call, and of those whose outputs are compared in each call
 WHOLE, SOME = 16_384, 64  # tokens of a row whose keys are all kept, and of a stretch that is compared
 CHEAP = {"hgrn"}
-"""Mixers of the default tier: a scan and a matrix state."""
+"""Mixers of the default tier."""
 
 
 def bounded(name: str) -> bool:
