@@ -14,7 +14,9 @@ from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees
 
 pytestmark = pytest.mark.thorough
 
-DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow, id="fp32"), pytest.param(jnp.bfloat16, id="bf16")]
+)
 PACKED = (1, 8, 1, 6, 5)
 ROWS = pytest.mark.parametrize(
     "lengths", [pytest.param(None, marks=pytest.mark.slow, id="whole"), pytest.param(PACKED, id="packed")]
@@ -162,12 +164,15 @@ def test_forms_agree(variant: Case):
 
 LENGTHS = (1, 63, 64, 65, 257)
 EVERYWHERE = {"attn", "gdn"}
-"""Keys and values, and a matrix state. Others meet all lengths in `make test-all`."""
+"""Keys and values, and a matrix state. Others meet all lengths, and long rows, in `make test-all`."""
 
 
-@pytest.mark.parametrize(
+LONG = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in EVERYWHERE else pytest.mark.slow) for n in mixers.names()]
 )
+
+
+@LONG
 def test_every_length(name: str):
     """Chunks of the default size, documents at their edges: output, state and gradients equal the fp64 recurrence."""
     mixer, longest = case(name, chunk_size=64), max(LENGTHS)
@@ -223,6 +228,7 @@ def test_the_chunk_size_does_not_change_results(name: str, chunk_size: int):
     assert_trees_close(f"chunks of {chunk_size}", result, want, TOLERANCE["fp32_op"])
 
 
+@LONG
 def test_long_rows_in_bf16(mixer: Case):
     T = 513
     params, x = mixer.cast(jnp.bfloat16), jnp.asarray(normal(3, 1, T, D), jnp.bfloat16)
@@ -329,7 +335,9 @@ def test_packed_equals_separate(mixer: Case):
 # ------------------------------------------------------------------ (d, e) what an output may depend on, bit by bit
 
 
-@pytest.mark.parametrize("size", [1.0, 1e3], ids=["same size", "large"])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1.0, marks=pytest.mark.slow, id="same size"), pytest.param(1e3, id="large")]
+)
 def test_the_future_does_not_change_the_past(mixer: Case, size: float):
     """Row t of the batch has other tokens from t on."""
     run = jax.jit(lambda p, x: mixer(p, x)[0])
@@ -405,9 +413,7 @@ def test_starts_forgets_the_state(mixer: Case):
 # ------------------------------------------------------------------------------------------- (f) extremes stay finite
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow, id="fp32"), pytest.param(jnp.bfloat16, id="bf16")]
-)
+@DTYPES
 def test_extremes_stay_finite(mixer: Case, dtype: jnp.dtype):
     """Saturated gates, silence, repetition and size leave outputs, states and gradients finite."""
     x = normal(16, 1, AFTER, D)
