@@ -19,6 +19,7 @@ from hydrax.core.typing import Array
 from hydrax.eval import contest
 from hydrax.eval.layer import Inputs
 from hydrax.ops.ema import ema
+from hydrax.ops.ema.forms import powers_of
 from hydrax.ops.scan import linear_scan
 from hydrax.ops.slots import slot_softmax
 
@@ -91,7 +92,7 @@ def by_fourier(x: Arguments) -> Array:
     """A convolution with Re Σ γ p q^τ of the length of the row."""
     log_q, read = _modes(x)
     T = x["x"].shape[1]
-    kernel = (read * x["write"] * jnp.exp(jnp.arange(T)[:, None, None] * log_q)).sum(-1).real
+    kernel = (read * x["write"] * powers_of(log_q, T)).sum(-1).real
     spectra = (jnp.fft.rfft(a, 2 * T, axis=-2) for a in (x["x"], kernel))
     return jnp.fft.irfft(jnp.multiply(*spectra), 2 * T, axis=-2)[:, :T]
 

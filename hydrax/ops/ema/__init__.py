@@ -81,7 +81,7 @@ def summarize(
     x, seg, valid, h, log_q, write = tree.alike((x, seg, valid, _state(x, log_q, None), log_q, write))
     _, U = forms.chunked(x, log_q, write, write, seg, valid, h)
     tokens = jnp.full(x.shape[:1], x.shape[1]) if valid is None else valid.sum(1)
-    M = jnp.exp(tokens[:, None, None] * log_q)
+    M = forms.power_of(log_q, tokens, x.shape[1])
     return M if seg is None else tree.where(seg[:, 0] == seg[:, -1], M, jnp.zeros_like(M)), U
 
 

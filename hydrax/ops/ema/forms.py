@@ -52,7 +52,7 @@ def chunked(
     real = jnp.ones(x.shape[:2], bool) if valid is None else valid
     seg = jnp.zeros(x.shape[:2], jnp.int32) if seg is None else seg
     x, seg, real = fp32(_split(x, C)), _split(seg, C), _split(real, C)
-    powers = jnp.exp(jnp.arange(C + 1)[:, None, None] * log_q)  # [C+1,D,N]
+    powers = powers_of(log_q, C + 1)
     _, enters, leaves, keep = documents.chunk_masks(seg, documents.ids_before(seg))
 
     kernel = (read * write * powers[:C]).sum(-1).real
@@ -75,6 +75,22 @@ def chunked(
     )
     _, h = recurrent(chunk, log_q, write, read, ids, real, h)
     return join_chunks(y, T), h
+
+
+def powers_of(log_q: Array, n: int) -> Array:
+    """q^0 .. q^{n-1} [n,D,N], by doubling: e^{m log q} would be off by what is rounded off m log q, as much as m is."""
+    found = jnp.ones((1, *log_q.shape), log_q.dtype)
+    while found.shape[0] < n:
+        found = jnp.concatenate([found, found * jnp.exp(found.shape[0] * log_q)])
+    return found[:n]
+
+
+def power_of(log_q: Array, m: Array, most: int) -> Array:
+    """q^m [...,D,N] for int32 m [...] up to `most`: the product of the powers of two that m is a sum of."""
+    found = jnp.ones((*m.shape, *log_q.shape), log_q.dtype)
+    for k in range(most.bit_length()):
+        found *= jnp.where(((m >> k) & 1)[..., None, None] == 1, jnp.exp(2**k * log_q), 1)
+    return found
 
 
 def _split(x: Array, C: int) -> Array:
