@@ -71,7 +71,7 @@ def sent(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Tokens per second and efficiency against devices, a row of panels per part and length; dashed: predicted."""
+    """Tokens per second and efficiency against devices, a row of panels per part; for context per model and length."""
     timed = [row for row in rows if row.tokens_per_second is not None]
     panels = list(dict.fromkeys((_panel(row)) for row in timed))
     if not panels:
@@ -104,14 +104,14 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         speeds.set_title(panel, color=INK, fontsize=10, loc="left")
         speeds.set_ylabel("tokens per second", color=INK)
         shares.set_ylabel("efficiency of a device", color=INK)
-        speeds.set_yscale("log")
+        speeds.yaxis.set_major_formatter("{x:,.0f}")
         shares.axhline(1, color=BASELINE, linewidth=1)
-        shares.set_ylim(bottom=0)
         for axes in (speeds, shares):
             counts = {r.devices: _place(r) for r in own}
             axes.set_xticks(list(counts.values()), [f"{n}" for n in counts])
             axes.set_xlim(min(counts.values()) - 0.2, max(counts.values()) + 0.2)
             axes.set_xlabel("devices (dashed: predicted)", color=INK)
+            axes.set_ylim(bottom=0)
             quiet(axes)
         handles, labels = speeds.get_legend_handles_labels()
         shares.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -125,7 +125,7 @@ def _place(row: Row) -> float:
 
 def _panel(row: Row) -> str:
     if row.part == "context":
-        return f"context, one row of {row.seq_len:,} tokens"
+        return f"context {row.model}, one row of {row.seq_len:,} tokens"
     return f"{row.part}, {row.batch // row.devices} x {row.seq_len:,} tokens per device"
 
 
