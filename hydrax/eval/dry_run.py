@@ -127,7 +127,8 @@ def _dry_run(cfg: RunConfig, largest: int) -> DryRun:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
     check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
-    plan, step, _ = training.training_step(cfg, jnp.bfloat16)
+    dtype = jnp.dtype("bfloat16" if cfg.train.dtype == "auto" else cfg.train.dtype)
+    plan, step, _ = training.training_step(cfg, dtype)
     state = abstract_state(plan, make_optimizer(cfg.optim, cfg.train.steps, plan.meta), mesh)
     place, rows = shardings(state), batch_sharding(mesh)
     with jax.set_mesh(mesh):
