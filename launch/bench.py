@@ -16,6 +16,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
+import sys
 
 from absl import flags
 from rich.console import Console
@@ -56,7 +57,7 @@ def main(overrides: cli.Overrides) -> None:
     # The command as it was given; its results themselves say where they are.
     given = [FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name != "out"]
     command, out = shlex.join(["python", "-m", "launch.bench", *given]), pathlib.Path(FLAGS.out) if FLAGS.out else None
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(170 if FLAGS.scaling else 120, Console().width))
     (_scaling if FLAGS.scaling else _mixers)(command, out, console)
 
 
@@ -82,17 +83,21 @@ def _scaling(command: str, out: pathlib.Path | None, console: Console) -> None:
     before, rows = scale_out.earlier(out, environment, settings)
     commands = " && ".join(dict.fromkeys([*filter(None, before.split(" && ")), command]))
     results = report.Report(out, commands, environment, settings, scale_out_report.draw, rows)
+    stopped = False
     try:
         for row in scale_out.bench(settings, chosen, rows):
             results.rows = scale_out.joined(results.rows, row)
             results.add([])
             results.draw()
-            console.print(scale_out_report.line(results.rows[-1]), highlight=False, markup=False)
+            console.print(scale_out_report.line(results.rows[-1]), highlight=False, markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on" if out else "stopped")
+        stopped = True
     console.print(scale_out_report.table(results.rows))
     for text in scale_out_report.sent(results.rows):
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if stopped:
+        print("stopped; the same command goes on" if out else "stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _mixers(command: str, out: pathlib.Path | None, console: Console) -> None:
