@@ -96,7 +96,7 @@ def _scaling(command: str, out: pathlib.Path | None, console: Console) -> None:
     for text in scale_out_report.sent(results.rows):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     if stopped:
-        print("stopped; the same command goes on" if out else "stopped", file=sys.stderr)
+        print("interrupted; the same command continues" if out else "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
