@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrax.core.build import ConfigError, differences, plain
-from hydrax.eval import dry_run, training
+from hydrax.eval import dry_run, overlap, training
 from hydrax.eval.scale_out_matrix import Cell, Settings
 from hydrax.eval.sides import workers
 from hydrax.eval.timing import Times, isolated, queued, times_of
@@ -77,6 +77,7 @@ class Row:
     collectives: dict[str, int] | None = None  # bytes of results by kind
     nbytes: int | None = None  # into a device, of all collectives
     mixers_nbytes: int | None = None  # into a device, of those that mixers ask for
+    overlapped: float | None = None  # of the time of collectives, that in which the device also computes; by a trace
     predicted_bytes: int | None = None  # of memory, by the compiler for this mesh
     peak_bytes: int | None = None  # of memory, as the device counted
     error: str | None = None
@@ -208,8 +209,10 @@ def _timed(row: Row, cell: Cell, settings: Settings, steps: "_Steps | None") -> 
     jax.block_until_ready(steps.metrics)
     times = times_of(queued(steps.once, jax.block_until_ready, settings.steps), 1)
     if settings.profile:
-        with jax.profiler.trace(f"{settings.profile}/{re.sub(r'[^a-z0-9_]+', '_', cell.name)}"):
+        traces = pathlib.Path(settings.profile, re.sub(r"[^a-z0-9_]+", "_", cell.name))
+        with jax.profiler.trace(str(traces)):
             jax.block_until_ready(steps.once())
+        row = dataclasses.replace(row, overlapped=overlap.overlapped(traces))
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in steps.mesh.devices.flat]
     return dataclasses.replace(
         row,

@@ -3,7 +3,7 @@
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -22,6 +22,7 @@ def line(row: Row) -> str:
     if row.step and row.tokens_per_second:
         found += [f"{1e3 * row.step.median:,.1f} ms", f"{row.tokens_per_second:,.0f} tokens/s"]
         found += [] if row.efficiency is None else [f"efficiency {row.efficiency:.0%}"]
+    found += [] if row.overlapped is None else [f"{row.overlapped:.0%} of collectives overlapped"]
     found += [f"failed: {row.error}"] if row.error else []
     return f"{label(row)}, {row.seq_len:,} tokens, {row.devices} devices: {', '.join(found)}"
 
@@ -86,7 +87,7 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
     for axes, panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
         own = sorted((row for row in timed if _panel(row) == panel), key=lambda row: row.devices)
         axes[0].set_title(panel, color=INK, fontsize=10, loc="left")
-        _fill(*axes, own)
+        _fill(axes[0], axes[1], own)
     save(figure, path)
 
 
@@ -95,13 +96,13 @@ def _fill(speeds: "Axes", shares: "Axes", own: Sequence[Row]) -> None:
     names = dict.fromkeys(_series(r) for r in own if r.devices > 1) or dict.fromkeys(map(_series, own))
     for i, name in enumerate(names):
         points, style = [r for r in own if r.devices == 1 or _series(r) == name], series(i)
-        look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
-        dashed = {"color": style.color, "linewidth": 1, "linestyle": "--"}
-        speeds.plot([_place(r) for r in points], [r.tokens_per_second for r in points], label=name, **look)
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
+        dashed: dict[str, Any] = {"color": style.color, "linewidth": 1, "linestyle": "--"}
+        speeds.plot([_place(r) for r in points], [r.tokens_per_second or 0.0 for r in points], label=name, **look)
         known = [r for r in points if r.predicted_seconds]
         speeds.plot([_place(r) for r in known], [r.devices / _ideal(r) for r in known], **dashed)
         share = [r for r in points if r.efficiency is not None]
-        shares.plot([_place(r) for r in share], [r.efficiency for r in share], **look)
+        shares.plot([_place(r) for r in share], [r.efficiency or 0.0 for r in share], **look)
         if known and known[0].devices == 1:
             shares.plot([_place(r) for r in known], [_ideal(known[0]) / _ideal(r) for r in known], **dashed)
     speeds.set_ylabel("tokens per second", color=INK)
