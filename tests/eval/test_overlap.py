@@ -32,10 +32,8 @@ def trace(monkeypatch, tmp_path, *planes: Named) -> None:
 
 
 def test_what_runs_beside_collectives(monkeypatch, tmp_path):
-    compute = Named(
-        "Stream #7(Compute)",
-        events=(event("gemm", 0, 10), event("gemm", 10, 15), event("fusion", 5, 12), event("MemcpyD2D", 30, 33)),
-    )
+    kernels = event("gemm", 0, 10), event("gemm", 10, 15), event("fusion", 5, 12), event("MemcpyD2D", 30, 33)
+    compute = Named("Stream #7(Compute)", events=kernels)
     network = Named("Stream #9(Compute)", events=(event("ncclDevKernel_AllGather", 8, 20), event("ncclSend", 30, 34)))
     derived = Named("XLA Ops", events=(event("all-gather", 0, 40),))
     alone = Named("Stream #9(Compute)", events=(event("ncclDevKernel_AllGather", 0, 4),))
