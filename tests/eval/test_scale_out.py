@@ -1,6 +1,7 @@
 """Scaling over devices: the matrix, a cell compared with one device, what rows say."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,7 @@ from hydrax.eval.scale_out import Row
 from hydrax.eval.scale_out_matrix import PARTS, Cell, Settings, cells
 from hydrax.eval.sides import workers
 from hydrax.eval.timing import Times
+from launch import bench
 
 
 def settings(**options) -> Settings:
@@ -101,6 +103,25 @@ def test_a_cell_that_fails_is_a_row_and_a_file_is_continued(monkeypatch, tmp_pat
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"rows\.json'?: expected a new file, or one of this command"):
         scale_out.earlier(path, where, every)
+
+
+@pytest.mark.slow
+def test_the_command_leaves_rows_a_picture_and_traces_and_continues(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    for name in ("JAX_COMPILATION_CACHE_DIR", "NCCL_NVLS_ENABLE"):  # set by the command
+        monkeypatch.setenv(name, "")
+    given = ["bench", "--scaling", "--size=tiny", "--cells=fsdp", "--steps=1", f"--out={tmp_path / 'rows.json'}"]
+    bench.main([*given, f"--profile={tmp_path / 'traces'}"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["devices"], row["error"]) for row in rows] == [(1, None), (2, None)]
+    assert rows[1]["efficiency"] == rows[1]["tokens_per_second"] / 2 / rows[0]["tokens_per_second"]
+    assert (tmp_path / "rows.png").exists()
+    assert len(list((tmp_path / "traces").rglob("*.xplane.pb"))) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(workers, "limited", None)  # nothing is left to do
+    bench.main(given)
+    assert "fsdp hybrid" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
 
 
 def test_what_is_known_of_losses_is_not_computed_again(monkeypatch):
