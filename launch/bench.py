@@ -44,10 +44,8 @@ flags.DEFINE_string("devices", "", "scaling: counts, as 1,2; empty: 1, 2, 4, 8 o
 flags.DEFINE_string("context_lens", "", "scaling: tokens of the row of context, several lengths", flag_values=FLAGS)
 flags.DEFINE_string("cells", "", "scaling: a regular expression found in the names of cells to run", flag_values=FLAGS)
 flags.DEFINE_bool("list", False, "scaling: only print the names of cells", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 10, "scaling: timed steps of a cell", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer(
-    "cell_seconds", 1200, "scaling: of a cell, compiled and timed, at most", lower_bound=1, flag_values=FLAGS
-)
+flags.DEFINE_integer("steps", 10, "scaling: timed steps of a cell, at most", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("cell_seconds", 1200, "scaling: of a cell as a whole, at most", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("profile", "", "scaling: a folder for a trace of one step per cell", flag_values=FLAGS)
 flags.DEFINE_string("out", "", "a .json file for the results; empty: print them only", flag_values=FLAGS)
 

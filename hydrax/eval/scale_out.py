@@ -22,7 +22,7 @@ from hydrax.core.build import ConfigError, differences, plain
 from hydrax.eval import dry_run, overlap, training
 from hydrax.eval.scale_out_matrix import Cell, Settings
 from hydrax.eval.sides import workers
-from hydrax.eval.timing import Times, isolated, queued, times_of
+from hydrax.eval.timing import Times, isolated, queued, seconds_of, times_of
 from hydrax.eval.tolerances import TOLERANCE
 from hydrax.models.cost import cost
 from hydrax.parallel.mesh import AXES
@@ -46,6 +46,9 @@ REPEATED = {"full": 4 / 3}
 
 STEPS = 4
 """Steps whose losses are compared."""
+
+TIMED = 60
+"""Seconds of timed steps, at most, unless one alone is longer."""
 
 SAME = ("size", "steps")
 """Settings in which commands for one file must agree."""
@@ -204,10 +207,9 @@ def _timed(row: Row, cell: Cell, settings: Settings, steps: "_Steps | None") -> 
     """The row with the times of its large model; of `steps`, if that is the small one."""
     steps = steps or _Steps(cell.cfg)
     row = dataclasses.replace(row, compile_seconds=steps.compile_seconds, **_program(cell, steps.program))
-    for _ in range(training.WARMUP):
-        steps.once()
-    jax.block_until_ready(steps.metrics)
-    times = times_of(queued(steps.once, jax.block_until_ready, settings.steps), 1)
+    _, seconds = (seconds_of(steps.once) for _ in range(2))  # the first one also allocates
+    count = max(1, min(settings.steps, int(TIMED / seconds)))
+    times = times_of(queued(steps.once, jax.block_until_ready, count), 1)
     if settings.profile:
         traces = pathlib.Path(settings.profile, re.sub(r"[^a-z0-9_]+", "_", cell.name))
         with jax.profiler.trace(str(traces)):

@@ -38,7 +38,7 @@ class Settings:
     devices: tuple[Positive, ...]  # counts; empty: 1, 2, 4, 8 as far as there are, for tiny 1 and most
     context_lens: tuple[Positive, ...]  # tokens of the one row; empty: those of the size
     cells: Annotated[str, Check("a regular expression", _compiles)]  # found in the names of those wanted
-    steps: Positive  # timed
+    steps: Positive  # timed, fewer where they are long
     seconds: Positive  # of a cell, at most
     profile: str | None  # folder for traces of one step of every cell
 
