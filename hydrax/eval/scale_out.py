@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydrax.core.build import ConfigError, differences, plain
+from hydrax.core.build import ConfigError, differences
 from hydrax.eval import dry_run, overlap, training
 from hydrax.eval.scale_out_matrix import Cell, Settings
 from hydrax.eval.sides import workers
@@ -50,8 +50,8 @@ STEPS = 4
 TIMED = 60
 """Seconds of timed steps, at most, unless one alone is longer."""
 
-SAME = ("size", "steps")
-"""Settings in which commands for one file must agree."""
+SAME = {"environment": ("packages", "backend", "devices", "git"), "settings": ("size", "steps")}
+"""In what commands for one file must agree."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +109,9 @@ def bench(settings: Settings, chosen: Sequence[Cell], found: Sequence[Row] = ())
 
 
 def _learn(losses: dict[str, tuple[float, ...]], cell: Cell, row: Row) -> None:
-    """Adds what is known of the small models of other cells, by their configs."""
-    losses |= {repr(_single(cell.small)): row.losses_alone} if row.losses_alone else {}
-    losses |= {repr(cell.small): row.losses} if row.losses else {}
+    """Adds what is known of the small models of other cells, by their configs, unless it is wrong."""
+    if row.loss_difference is not None and row.loss_difference <= TOLERANCE["fp32_model"]:
+        losses |= {repr(_single(cell.small)): row.losses_alone, repr(cell.small): row.losses}
 
 
 def joined(rows: Sequence[Row], row: Row) -> list[Row]:
@@ -141,11 +141,11 @@ def earlier(path: pathlib.Path | None, environment: Mapping[str, Any], settings:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rows = [_row(row) for row in values["rows"]]
-        command, was = values["command"], [values["environment"], {k: values["settings"][k] for k in SAME}]
+        command, was = values["command"], {part: {k: values[part][k] for k in keys} for part, keys in SAME.items()}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("out", str(path), "expected a new file, or one of this command with --scaling") from None
-    now = [plain(environment), {k: getattr(settings, k) for k in SAME}]
-    changes = [text for old, new in zip(was, now, strict=True) for text in differences(old, new)]
+    given = {"environment": environment, "settings": dataclasses.asdict(settings)}
+    changes = differences(was, {part: {k: given[part][k] for k in keys} for part, keys in SAME.items()})
     if changes:
         raise ConfigError("out", str(path), f"its cells were measured otherwise ({changes[0]}): expected a new file")
     return command, rows

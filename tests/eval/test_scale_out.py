@@ -70,13 +70,13 @@ class Fake:
         if f"{cell.part}{cell.devices}" not in self.speeds:
             raise RuntimeError("its process ended with code -9")
         speed = self.speeds[f"{cell.part}{cell.devices}"]
-        known = dict.fromkeys(("losses", "losses_alone"), losses.get(repr(cell.small), (speed,)))
-        times = Times(1.0, 1.0, 1.0, 1.0, 2, 1)
-        return dataclasses.replace(scale_out._blank(cell), step=times, tokens_per_second=speed, **known)
+        same = dict.fromkeys(("losses", "losses_alone"), losses.get(repr(scale_out._single(cell.small)), (speed,)))
+        facts = {"step": Times(1.0, 1.0, 1.0, 1.0, 2, 1), "tokens_per_second": speed, "loss_difference": 0.0, **same}
+        return dataclasses.replace(scale_out._blank(cell), **facts)
 
 
 def test_a_cell_that_fails_is_a_row_and_a_file_is_continued(monkeypatch, tmp_path):
-    path, where = tmp_path / "rows.json", {"devices": {"cpu": 2}}
+    path, where = tmp_path / "rows.json", {"packages": {}, "backend": "cpu", "devices": {"cpu": 2}, "git": None}
 
     def command(given: Settings, fake: Fake) -> list[Row]:
         monkeypatch.setattr(workers, "limited", fake)
@@ -98,7 +98,8 @@ def test_a_cell_that_fails_is_a_row_and_a_file_is_continued(monkeypatch, tmp_pat
     assert fake.asked == [("tensor", 2)]
     assert rows == scale_out.earlier(path, where, every)[1]
     assert [row.efficiency for row in rows] == [1.0, 0.75, 0.9]
-    with pytest.raises(ConfigError, match=r"measured otherwise \(steps: 2 -> 3\): expected a new file"):
+    assert [row.losses for row in rows] == [(100.0,), (150.0,), (150.0,)]  # of one device with as many rows: known
+    with pytest.raises(ConfigError, match=r"measured otherwise \(settings\.steps: 2 -> 3\): expected a new file"):
         scale_out.earlier(path, where, settings(steps=3))
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"rows\.json'?: expected a new file, or one of this command"):
