@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,17 +31,29 @@ from hydrax.train.config import RunConfig
 from hydrax.train.optim import make_optimizer
 from hydrax.train.state import State, abstract_state, shardings
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "f64": 64}
 QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 """The program is read, never run."""
 
+RECEIVED: dict[str, Callable[[int], float]] = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+"""What a device receives among n, in bytes per byte of its result, by the algorithm that sends least (a ring)."""
+
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(RECEIVED)})(-start)?\(")
 CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+DEVICES = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
+GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=|mesh\[(.*?)\] \{(.*?)\})")
+"""Who exchanges with whom: the first group, or how many each has, or a mesh and its axes; all devices if none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Collective:
     kind: str
     count: int
     nbytes: int
+    received: int  # bytes over the links into a device, see `RECEIVED`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +127,8 @@ def _dry_run(cfg: RunConfig, largest: int) -> DryRun:
         allowed = f"expected a multiple of {parts} (train.accumulate x devices that share the batch)"
         raise ConfigError("train.batch_size", cfg.train.batch_size, allowed)
     check_divided(cfg.model, cfg.mesh, mesh.shape, cfg.data.seq_len)
-    plan, step, _ = training.training_step(cfg, jnp.bfloat16)
+    dtype = jnp.dtype("bfloat16" if cfg.train.dtype == "auto" else cfg.train.dtype)
+    plan, step, _ = training.training_step(cfg, dtype)
     state = abstract_state(plan, make_optimizer(cfg.optim, cfg.train.steps, plan.meta), mesh)
     place, rows = shardings(state), batch_sharding(mesh)
     with jax.set_mesh(mesh):
@@ -154,30 +168,44 @@ def _parameter(name: str, axes: tuple[str, ...], x: jax.ShapeDtypeStruct) -> Par
 
 def collectives(hlo: str) -> Iterator[Collective]:
     """Those of a compiled program, those in a loop as often as it runs (once where XLA does not know)."""
-    own: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    own: dict[str, list[tuple[str, int, int]]] = collections.defaultdict(list)
     calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     name = entry = ""
+    module = DEVICES.search(hlo)
+    devices = int(module[1]) if module else 1
     for line in hlo.splitlines():
         if begins := COMPUTATION.match(line):
             name = begins[1]
             entry = name if line.startswith("ENTRY") else entry
         elif found := INSTRUCTION.search(line):
-            own[name].append((found[2], _result_bytes(*found.groups())))
+            nbytes = _result_bytes(*found.groups())
+            own[name].append((found[2], nbytes, round(RECEIVED[found[2]](_members(line, devices)) * nbytes)))
         else:
             trips = TRIPS.search(line)
             called = CALLED.findall(line) + [
                 c.strip().lstrip("%") for b in BRANCHES.findall(line) for c in b.split(",")
             ]
             calls[name] += [(other, int(trips[1]) if trips else 1) for other in called]
-    totals: dict[str, list[int]] = {kind: [0, 0] for kind in COLLECTIVES}
+    totals: dict[str, list[int]] = {kind: [0, 0, 0] for kind in RECEIVED}
     todo = [(entry, 1)]
     while todo:
         name, times = todo.pop()
-        for kind, nbytes in own[name]:
-            totals[kind][0] += times
-            totals[kind][1] += times * nbytes
+        for kind, *sizes in own[name]:
+            totals[kind] = [old + times * n for old, n in zip(totals[kind], (1, *sizes), strict=True)]
         todo += [(other, times * trips) for other, trips in calls[name]]
-    return (Collective(kind, count, nbytes) for kind, (count, nbytes) in totals.items() if count)
+    return (Collective(kind, *found) for kind, found in totals.items() if found[0])
+
+
+def _members(instruction: str, devices: int) -> int:
+    """How many devices exchange with each other in a collective."""
+    found = GROUPS.search(instruction)
+    if found is None:
+        return devices
+    group, each, mesh, along = found.groups()
+    if mesh is None:
+        return int(each or len(group.split(",")))
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", along))
 
 
 def _result_bytes(types: str, kind: str, start: str | None) -> int:
@@ -205,9 +233,9 @@ def tables(run: DryRun) -> list[Table]:
     memory = Table("a device holds", "GiB", title=f"{axes}: {rows} x {tokens:,} tokens per step")
     for name, nbytes in [*run.memory.items(), ("all", sum(run.memory.values()))]:
         memory.add_row(name, f"{nbytes / 2**30:,.3f}", end_section=name == [*run.memory][-1])
-    moved = Table("between devices", "per step", "MiB of results on a device")
+    moved = Table("between devices", "per step", "MiB of results on a device", "MiB into a device")
     for c in run.collectives:
-        moved.add_row(c.kind, f"{c.count:,}", f"{c.nbytes / 2**20:,.1f}")
+        moved.add_row(c.kind, f"{c.count:,}", f"{c.nbytes / 2**20:,.1f}", f"{c.received / 2**20:,.1f}")
     divided = Table("parameter", "shape", "logical axes", "mesh axes", "on a device", title=f"largest of {run.arrays}")
     for p in run.parameters:
         divided.add_row(p.name, _by(p.shape), ", ".join(p.axes), ", ".join(a or "-" for a in p.partition), _by(p.shard))

@@ -28,8 +28,9 @@ class Report:
         environment: Mapping[str, Any],
         settings: Any,
         picture: Callable[[Sequence[Any], pathlib.Path], None],
+        rows: Sequence[Any] = (),
     ):
-        self.rows: list[Any] = []
+        self.rows: list[Any] = list(rows)
         self._out, self._picture = out, picture
         self._facts = {"command": command, "environment": environment, "settings": dataclasses.asdict(settings)}
         self.add([])

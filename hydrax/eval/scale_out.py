@@ -2,26 +2,29 @@
 
 A cell is a config on a mesh, in a process of its own, so that one that fails or has no memory leaves the others alone.
 A small model of the same pattern, mesh axes and strategy must have the losses of one device; otherwise it is not timed.
+What is predicted follows from the compiled program: bytes over the links, memory, and with the model's FLOPs the time.
 """
 
 import dataclasses
 import functools
+import json
+import math
+import pathlib
 import re
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hydrax.core.build import Check, ConfigError, Positive, build
-from hydrax.core.config import load_config
-from hydrax.eval import dry_run, training
+from hydrax.core.build import ConfigError, differences
+from hydrax.eval import dry_run, overlap, training
+from hydrax.eval.scale_out_matrix import Cell, Settings
 from hydrax.eval.sides import workers
-from hydrax.eval.timing import Times, isolated, queued, times_of
+from hydrax.eval.timing import Times, isolated, queued, seconds_of, times_of
 from hydrax.eval.tolerances import TOLERANCE
 from hydrax.models.cost import cost
-from hydrax.models.divided import check_divided
 from hydrax.parallel.mesh import AXES
 from hydrax.parallel.rules import batch_sharding
 from hydrax.train import folder
@@ -31,57 +34,31 @@ from hydrax.train.optim import make_optimizer
 from hydrax.train.progress import PEAK_FLOPS
 from hydrax.train.state import abstract_state, shardings
 
-PARTS = ("fsdp", "context", "tensor", "expert")
-
 LINKS = {"NVIDIA A100": 300e9, "NVIDIA H100": 450e9, "NVIDIA H200": 450e9, "NVIDIA B200": 900e9}
 """Bytes per second that a device receives over NVLink (vendors' figures), by the beginning of `device_kind`."""
 
-EXPLICIT = re.compile(r'op_name="[^"]*/(?:all_gather|all_to_all|ppermute)[^"/]*"')
+EXPLICIT = re.compile(r'op_name="[^"]*/(?:all_gather|all_to_all|ppermute|reduce_scatter)[^"/]*"')
 """Collectives that the ops of mixers ask for themselves; those of parameters and gradients are the compiler's."""
 
-HYBRID, LINEAR = "every(3, gdn, attn)", ("allgather_state", "ring_state")
-CONTEXT: dict[str, tuple[str, tuple[str, ...]]] = {
-    "gdn": ("fill(gdn)", (*LINEAR, "ulysses")),
-    "mamba2": ("fill(mamba2)", (*LINEAR, "ulysses")),
-    "hybrid": (HYBRID, ("allgather_state, allgather_kv", "allgather_state, ring", "ring_state, ring", "ulysses")),
-}
-"""Pattern and strategies of the models that divide one row: of each kind the states of linear layers, then keys."""
+
+REPEATED = {"full": 4 / 3}
+"""FLOPs with those that the backward pass repeats, by `train.remat`; of others that repeat less, 1."""
 
 STEPS = 4
 """Steps whose losses are compared."""
 
+TIMED = 60
+"""Seconds of timed steps, at most, unless one alone is longer."""
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    size: Literal["full", "tiny"]  # tiny: the same matrix for virtual devices of a CPU
-    parts: Annotated[tuple[Literal["fsdp", "context", "tensor", "expert"], ...], Check("at least one part", bool)]
-    devices: tuple[Positive, ...]  # counts; empty: 1, 2, 4, 8 as far as there are, for tiny 1 and most
-    context_lens: tuple[Positive, ...]  # tokens of the one row; empty: those of the size
-    steps: Positive  # timed
-    seconds: Positive  # of a cell, at most
-    profile: str | None  # folder for traces of one step of every context cell
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A config on its mesh, and the small one that is compared with one device."""
-
-    part: str
-    model: str
-    devices: int
-    cfg: RunConfig
-    small: RunConfig
-
-    @property
-    def name(self) -> str:
-        strategy = f", {self.cfg.mesh.strategy}" if self.cfg.mesh.strategy else ""
-        return f"{self.part}: {self.model}{strategy}, {self.cfg.data.seq_len:,} tokens, {self.devices} devices"
+SAME = {"environment": ("packages", "backend", "devices", "git"), "settings": ("size", "steps")}
+"""In what commands for one file must agree."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A cell as it was found; None for what is not known. Bytes are those of one device, per step."""
 
+    cell: str
     part: str
     model: str
     strategy: str | None
@@ -89,6 +66,7 @@ class Row:
     batch: int
     devices: int
     mesh: dict[str, int]
+    layout: str
     losses: tuple[float, ...] = ()  # of the small model
     losses_alone: tuple[float, ...] = ()  # of the same on one device
     loss_difference: float | None = None  # from one device, relative, the largest
@@ -100,117 +78,88 @@ class Row:
     loss: float | None = None  # after the timed steps
     flops: float | None = None  # of one device
     collectives: dict[str, int] | None = None  # bytes of results by kind
-    nbytes: int | None = None  # of results of all collectives
-    mixers_nbytes: int | None = None  # of those that mixers ask for
+    nbytes: int | None = None  # into a device, of all collectives
+    mixers_nbytes: int | None = None  # into a device, of those that mixers ask for
+    overlapped: float | None = None  # of the time of collectives, that in which the device also computes; by a trace
     predicted_bytes: int | None = None  # of memory, by the compiler for this mesh
     peak_bytes: int | None = None  # of memory, as the device counted
     error: str | None = None
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "full": {"rows": 4, "seq_len": 4096, "context_lens": (131_072, 524_288, 1_048_576)},
-    "tiny": {"rows": 1, "seq_len": 64, "context_lens": (128, 256)},
-}
-TINY = {
-    "model.d_model": 64,
-    "model.num_layers": 4,
-    "model.ffn_dim": 128,
-    "model.vocab_size": 256,
-    "model.mixers.gdn": {"heads": 8, "key_dim": 8, "value_dim": 8},
-    "model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 8},
-    "model.mixers.mamba2": {"heads": 8, "key_dim": 8, "value_dim": 16},
-    "train.dtype": "float32",
-    "optim.lr": 3e-3,
-    "optim.warmup": 1,
-    "optim.eps": 1e-2,  # at 1e-8 the first updates are signs, and rounding decides those of small gradients
-}
-HEADS = {  # as many as devices, for ulysses
-    "model.mixers.attn": {"heads": 8, "kv_heads": 8, "key_dim": 128},
-    "model.mixers.mamba2": {"heads": 8, "key_dim": 128, "value_dim": 64},
-}
+def bench(settings: Settings, chosen: Sequence[Cell], found: Sequence[Row] = ()) -> Iterator[Row]:
+    """A row after another; what fails is a row with an error.
 
-
-def cells(settings: Settings, present: int) -> Iterator[Cell]:
-    """The matrix, on the counts of devices that are asked for, or else 1, 2, 4, 8 of those `present`.
-
-    Raises:
-      ConfigError: more devices than there are.
+    Args:
+      chosen: what is measured, but for those among the rows `found` without an error; failed ones come last.
     """
-    for n in settings.devices:
-        if n > present:
-            raise ConfigError("devices", n, f"expected at most the {present} that are present")
-    size = SIZES[settings.size]
-    counts = [n for n in (1, 2, 4, 8) if n <= present]
-    if settings.size == "tiny":  # compiling is most of it
-        counts = [n for n in counts if n in (counts[0], counts[-1])]
-    for n in settings.devices or counts:
-        for part in settings.parts:
-            if part == "fsdp":
-                yield _cell(settings, part, "hybrid", n, size["seq_len"], size["rows"] * n, {"mesh.fsdp": n})
-            elif part == "tensor" and n % 2 == 0:
-                mesh = {"mesh.fsdp": n // 2, "mesh.tensor": 2}
-                yield _cell(settings, part, "hybrid", n, size["seq_len"], size["rows"] * n, mesh)
-            elif part == "expert":
-                moe: dict[str, Any] = {
-                    "model.ffn": "moe",
-                    "model.moe": {"experts": 8, "top_k": 2, "width": 512, "balance": 0.01},
-                }
-                moe |= {"mesh.expert": n, "mesh.fsdp": 1}
-                yield _cell(settings, part, "moe", n, size["seq_len"], size["rows"] * n, moe)
-            elif part == "context":
-                yield from _context(settings, n, settings.context_lens or size["context_lens"])
-
-
-def _context(settings: Settings, n: int, lengths: tuple[int, ...]) -> Iterator[Cell]:
-    for length in lengths:
-        for model, (pattern, strategies) in CONTEXT.items():
-            for strategy in strategies if n > 1 else [None]:
-                how = {"mesh.context": n, "mesh.fsdp": 1, "mesh.strategy": strategy, "model.pattern": pattern}
-                cell = _cell(settings, "context", model, n, length, 1, {**HEADS, **how})
-                check_divided(cell.cfg.model, cell.cfg.mesh, dict.fromkeys(AXES, 1) | {"context": n}, length)
-                yield cell
-
-
-def _cell(settings: Settings, part: str, model: str, n: int, seq_len: int, batch: int, how: dict[str, Any]) -> Cell:
-    common = {"train.accumulate": 1, "data.documents": False, "train.steps": 1000, **how}
-    base = "lm:1b3" if part in ("fsdp", "tensor") else "lm:340m"
-    given: dict[str, Any] = {"data.seq_len": seq_len, "train.batch_size": batch}
-    if settings.size == "tiny":
-        whole = _config(base, {**common, **TINY, **given})
-        return Cell(part, model, n, whole, whole)
-    tiny = _config(base, {**common, **TINY, "data.seq_len": min(seq_len, 128), "train.batch_size": min(batch, n)})
-    given |= {"model.vocab_size": 32_000} | ({"train.remat": "full"} if part == "context" else {})
-    return Cell(part, model, n, _config(base, {**common, **given}), tiny)
-
-
-def _config(base: str, overrides: dict[str, Any]) -> RunConfig:
-    return build(RunConfig, load_config(base, **overrides).to_dict())
-
-
-def bench(settings: Settings, present: int) -> Iterator[Row]:
-    """A row after another, with its efficiency against those before; what fails is a row with an error."""
-    alone: dict[tuple, float] = {}
+    before = {row.cell: row for row in found}
     losses: dict[str, tuple[float, ...]] = {}
-    for cell in list(cells(settings, present)):
-        single = repr(_single(cell.small))
+    for cell in chosen:
+        if cell.name in before:
+            _learn(losses, cell, before[cell.name])
+    todo = [cell for cell in chosen if cell.name not in before]
+    todo += [cell for cell in chosen if cell.name in before and before[cell.name].error]
+    for cell in todo:
         try:
-            row = workers.limited(settings.seconds, measure, cell, settings, losses.get(single))
-            losses[single] = row.losses_alone
+            row = workers.limited(settings.seconds, measure, cell, settings, losses)
         except RuntimeError as error:  # out of memory, or took too long
             row = dataclasses.replace(_blank(cell), error=str(error))
-        if row.tokens_per_second is not None:
-            speed, weak = row.tokens_per_second / row.devices, row.part != "context"
-            key = ("fsdp" if row.part == "tensor" else row.part, row.model, None if weak else row.seq_len)
-            if row.devices == 1:
-                alone[key] = speed
-            row = dataclasses.replace(row, efficiency=speed / alone[key] if key in alone else None)
+        _learn(losses, cell, row)
         yield row
+
+
+def _learn(losses: dict[str, tuple[float, ...]], cell: Cell, row: Row) -> None:
+    """Adds what is known of the small models of other cells, by their configs, unless it is wrong."""
+    if row.loss_difference is not None and row.loss_difference <= TOLERANCE["fp32_model"]:
+        losses |= {repr(_single(cell.small)): row.losses_alone, repr(cell.small): row.losses}
+
+
+def joined(rows: Sequence[Row], row: Row) -> list[Row]:
+    """The rows with another, in place of that of its cell if there is one, and with efficiencies against one device."""
+    rows = [old for old in rows if old.cell != row.cell] + [row]
+    alone = {_base(r): r.tokens_per_second for r in rows if r.devices == 1 and r.tokens_per_second}
+    return [dataclasses.replace(r, efficiency=_efficiency(r, alone.get(_base(r)))) for r in rows]
+
+
+def _base(row: Row) -> tuple[str, str, int]:
+    """Rows that are compared: tensor parallelism with the same model on one device, which is that of fsdp."""
+    return "fsdp" if row.part == "tensor" else row.part, row.model, row.seq_len
+
+
+def _efficiency(row: Row, alone: float | None) -> float | None:
+    return row.tokens_per_second / row.devices / alone if row.tokens_per_second and alone else None
+
+
+def earlier(path: pathlib.Path | None, environment: Mapping[str, Any], settings: Settings) -> tuple[str, list[Row]]:
+    """Command and rows of a file that an earlier command has written, nothing if there is none.
+
+    Raises:
+      ConfigError: it is something else, or was measured otherwise.
+    """
+    if path is None or not path.exists():
+        return "", []
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = [_row(row) for row in values["rows"]]
+        command, was = values["command"], {part: {k: values[part][k] for k in keys} for part, keys in SAME.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError("out", str(path), "expected a new file, or one of this command with --scaling") from None
+    given = {"environment": environment, "settings": dataclasses.asdict(settings)}
+    changes = differences(was, {part: {k: given[part][k] for k in keys} for part, keys in SAME.items()})
+    if changes:
+        raise ConfigError("out", str(path), f"its cells were measured otherwise ({changes[0]}): expected a new file")
+    return command, rows
+
+
+def _row(values: dict[str, Any]) -> Row:
+    step = values["step"] and Times(**values["step"])
+    return Row(**{**values, "step": step, **{k: tuple(values[k]) for k in ("losses", "losses_alone")}})
 
 
 def _blank(cell: Cell) -> Row:
     mesh = {axis: getattr(cell.cfg.mesh, axis) for axis in AXES}
-    cfg = cell.cfg
-    return Row(cell.part, cell.model, cfg.mesh.strategy, cfg.data.seq_len, cfg.train.batch_size, cell.devices, mesh)
+    cfg, what = cell.cfg, (cell.name, cell.part, cell.model, cell.cfg.mesh.strategy)
+    return Row(*what, cfg.data.seq_len, cfg.train.batch_size, cell.devices, mesh, cfg.mesh.layout)
 
 
 def look() -> tuple[int, dict[str, Any]]:
@@ -222,25 +171,30 @@ def _look() -> tuple[int, dict[str, Any]]:
     return jax.device_count(), folder.environment()
 
 
-def measure(cell: Cell, settings: Settings, want: tuple[float, ...] | None = None) -> Row:
-    """A cell in this process: compared with the losses of one device (`want`, if known already), then timed."""
-    row, single, steps = _blank(cell), _single(cell.small), None
-    with jax.default_matmul_precision("highest"):
-        if cell.devices > 1:
-            steps = _Steps(cell.small)
-            got = steps.losses(STEPS)
-            want = want or _Steps(single).losses(STEPS)
-        else:
-            steps = _Steps(single)
-            got = want = steps.losses(STEPS)
+def measure(cell: Cell, settings: Settings, known: Mapping[str, tuple[float, ...]]) -> Row:
+    """A cell in this process: its small model compared with the losses of one device, then the large one timed.
+
+    Args:
+      known: losses of small models, by config.
+    """
+    row, single, same = _blank(cell), _single(cell.small), cell.small == cell.cfg
+    steps = None if repr(cell.small) in known and not same else _steps(cell.small)
+    got = steps.losses(STEPS) if steps else known[repr(cell.small)]
+    want = got if cell.devices == 1 else known.get(repr(single)) or _steps(single).losses(STEPS)
     difference = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
     row = dataclasses.replace(row, losses=got, losses_alone=want, loss_difference=difference)
     if not difference <= TOLERANCE["fp32_model"]:
         return dataclasses.replace(row, error=f"losses differ from those of one device by {difference:.1e}: not timed")
     try:
-        return _timed(row, cell, settings, steps if cell.small == cell.cfg else None)
+        return _timed(row, cell, settings, steps if same else None)
     except Exception as error:  # the losses are known; no memory for the large model is the usual reason
         return dataclasses.replace(row, error=workers.line(error))
+
+
+def _steps(cfg: RunConfig) -> "_Steps":
+    """Those of a small model, in all digits."""
+    with jax.default_matmul_precision("highest"):
+        return _Steps(cfg)
 
 
 def _single(cfg: RunConfig) -> RunConfig:
@@ -253,13 +207,14 @@ def _timed(row: Row, cell: Cell, settings: Settings, steps: "_Steps | None") -> 
     """The row with the times of its large model; of `steps`, if that is the small one."""
     steps = steps or _Steps(cell.cfg)
     row = dataclasses.replace(row, compile_seconds=steps.compile_seconds, **_program(cell, steps.program))
-    for _ in range(training.WARMUP):
-        steps.once()
-    jax.block_until_ready(steps.metrics)
-    times = times_of(queued(steps.once, jax.block_until_ready, settings.steps), 1)
-    if settings.profile and cell.part == "context":
-        with jax.profiler.trace(f"{settings.profile}/{re.sub(r'[^a-z0-9_]+', '_', cell.name)}"):
+    _, seconds = (seconds_of(steps.once) for _ in range(2))  # the first one also allocates
+    count = max(1, min(settings.steps, int(TIMED / seconds)))
+    times = times_of(queued(steps.once, jax.block_until_ready, count), 1)
+    if settings.profile:
+        traces = pathlib.Path(settings.profile, re.sub(r"[^a-z0-9_]+", "_", cell.name))
+        with jax.profiler.trace(str(traces)):
             jax.block_until_ready(steps.once())
+        row = dataclasses.replace(row, overlapped=overlap.overlapped(traces))
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in steps.mesh.devices.flat]
     return dataclasses.replace(
         row,
@@ -273,18 +228,19 @@ def _timed(row: Row, cell: Cell, settings: Settings, steps: "_Steps | None") -> 
 def _program(cell: Cell, compiled: jax.stages.Compiled) -> dict[str, Any]:
     """What is known of the compiled step: bytes that move, FLOPs, memory, and the time that follows."""
     text, memory = compiled.as_text() or "", compiled.memory_analysis()
-    moved = {c.kind: c.nbytes for c in dry_run.collectives(text)}
+    moved = list(dry_run.collectives(text))
     asked = "\n".join(x for x in text.splitlines() if not dry_run.INSTRUCTION.search(x) or EXPLICIT.search(x))
-    cfg, nbytes = cell.cfg, sum(moved.values())
+    cfg, received = cell.cfg, sum(c.received for c in moved)
     per_token = cost(cfg.model, seq_len=cfg.data.seq_len).train_flops_per_token
     flops = per_token * cfg.train.batch_size * cfg.data.seq_len / cell.devices
     peak, link = (_of_device(table) for table in (PEAK_FLOPS, LINKS))
+    repeated = REPEATED.get(cfg.train.remat, 1)
     return {
         "flops": flops,
-        "collectives": moved,
-        "nbytes": nbytes,
-        "mixers_nbytes": sum(c.nbytes for c in dry_run.collectives(asked)),
-        "predicted_seconds": flops / peak + nbytes / link if peak and link else None,
+        "collectives": {c.kind: c.nbytes for c in moved},
+        "nbytes": received,
+        "mixers_nbytes": sum(c.received for c in dry_run.collectives(asked)),
+        "predicted_seconds": repeated * flops / peak + received / link if peak and link else None,
         "predicted_bytes": memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     }
 
@@ -299,9 +255,8 @@ class _Steps:
 
     def __init__(self, cfg: RunConfig):
         sizes = [getattr(cfg.mesh, axis) for axis in AXES]
-        count = functools.reduce(lambda a, b: a * b, sizes)
         auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-        self.mesh = jax.make_mesh(sizes, AXES, axis_types=auto, devices=jax.devices()[:count])
+        self.mesh = jax.make_mesh(sizes, AXES, axis_types=auto, devices=jax.devices()[: math.prod(sizes)])
         plan, step, start = training.training_step(cfg, compute_dtype(cfg.train.dtype))
         state = abstract_state(plan, make_optimizer(cfg.optim, cfg.train.steps, plan.meta), self.mesh)
         place, rows = shardings(state), batch_sharding(self.mesh)

@@ -3,11 +3,15 @@
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from hydrax.eval.scale_out import Row
 from hydrax.train.figure import BASELINE, INK, blank, quiet, save, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CARRIED = ("allgather_state", "ring_state")
 
@@ -18,6 +22,7 @@ def line(row: Row) -> str:
     if row.step and row.tokens_per_second:
         found += [f"{1e3 * row.step.median:,.1f} ms", f"{row.tokens_per_second:,.0f} tokens/s"]
         found += [] if row.efficiency is None else [f"efficiency {row.efficiency:.0%}"]
+    found += [] if row.overlapped is None else [f"{row.overlapped:.0%} of collectives overlapped"]
     found += [f"failed: {row.error}"] if row.error else []
     return f"{label(row)}, {row.seq_len:,} tokens, {row.devices} devices: {', '.join(found)}"
 
@@ -29,11 +34,13 @@ def label(row: Row) -> str:
 
 def table(rows: Iterable[Row]) -> Table:
     """A line per cell."""
-    columns = ["cell", "tokens", "devices", "loss diff.", "ms", "predicted ms", "tokens/s", "efficiency"]
-    columns += ["MiB moved", "by mixers", "GiB predicted", "GiB measured", "error"]
-    result = Table(*columns, caption="of one device; predicted ms: FLOPs at the peak, then bytes over the link")
+    columns = ["cell", "tokens", "devices", "loss diff.", "ms", "predicted", "tokens/s", "efficiency"]
+    columns += ["MiB in", "of mixers", "GiB", "predicted", "error"]
+    caption = "MiB into a device and GiB on it; predicted ms: FLOPs at the peak, then these bytes over the link"
+    result = Table(*columns, caption=caption)
     for i, column in enumerate(result.columns):
         column.justify = "left" if i in (0, len(columns) - 1) else "right"
+        column.no_wrap = i < len(columns) - 1
     for row in rows:
         result.add_row(
             label(row),
@@ -46,8 +53,8 @@ def table(rows: Iterable[Row]) -> Table:
             _text(row.efficiency, ".0%"),
             _text(row.nbytes, ",.2f", 2**-20),
             _text(row.mixers_nbytes, ",.3f", 2**-20),
-            _text(row.predicted_bytes, ",.2f", 2**-30),
             _text(row.peak_bytes, ",.2f", 2**-30),
+            _text(row.predicted_bytes, ",.2f", 2**-30),
             row.error or "",
         )
     return result
@@ -71,51 +78,47 @@ def sent(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Tokens per second and efficiency against devices, a row of panels per part and length; dashed: predicted."""
+    """Tokens per second and efficiency against devices, a row of panels per model and length; dashed: predicted."""
     timed = [row for row in rows if row.tokens_per_second is not None]
-    panels = list(dict.fromkeys((_panel(row)) for row in timed))
+    panels = list(dict.fromkeys(map(_panel, timed)))
     if not panels:
         return
-    figure = blank(10.5, 3.2 * len(panels))
-    for (speeds, shares), panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
-        own = [row for row in timed if _panel(row) == panel]
-        # One device needs no strategy: its point begins the line of every strategy of the model.
-        names = dict.fromkeys((r.model, r.strategy) for r in own if r.strategy or _only(own, r.model))
-        for i, (model, strategy) in enumerate(names):
-            points = sorted(
-                (r for r in own if r.model == model and (r.strategy == strategy or r.devices == 1)),
-                key=lambda r: r.devices,
-            )
-            style = series(i)
-            look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
-            devices = [_place(r) for r in points]
-            name = model + (f", {strategy}" if strategy else "")
-            speeds.plot(devices, [r.tokens_per_second for r in points], label=name, **look)
-            known = [r for r in points if r.predicted_seconds]
-            if known:
-                predicted = [r.batch * r.seq_len / (r.predicted_seconds or 1.0) for r in known]
-                speeds.plot([_place(r) for r in known], predicted, color=style.color, linewidth=1, linestyle="--")
-            share = [r for r in points if r.efficiency is not None]
-            shares.plot([_place(r) for r in share], [r.efficiency for r in share], **look)
-            first = next((r for r in known if r.devices == 1), None)
-            if first is not None:
-                ratios = [_ideal(first) / (_ideal(r) or 1.0) for r in known]
-                shares.plot([_place(r) for r in known], ratios, color=style.color, linewidth=1, linestyle="--")
-        speeds.set_title(panel, color=INK, fontsize=10, loc="left")
-        speeds.set_ylabel("tokens per second", color=INK)
-        shares.set_ylabel("efficiency of a device", color=INK)
-        speeds.set_yscale("log")
-        shares.axhline(1, color=BASELINE, linewidth=1)
-        shares.set_ylim(bottom=0)
-        for axes in (speeds, shares):
-            counts = {r.devices: _place(r) for r in own}
-            axes.set_xticks(list(counts.values()), [f"{n}" for n in counts])
-            axes.set_xlim(min(counts.values()) - 0.2, max(counts.values()) + 0.2)
-            axes.set_xlabel("devices (dashed: predicted)", color=INK)
-            quiet(axes)
-        handles, labels = speeds.get_legend_handles_labels()
-        shares.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure = blank(10.5, 2.8 * len(panels))
+    for axes, panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
+        own = sorted((row for row in timed if _panel(row) == panel), key=lambda row: row.devices)
+        axes[0].set_title(panel, color=INK, fontsize=10, loc="left")
+        _fill(axes[0], axes[1], own)
     save(figure, path)
+
+
+def _fill(speeds: "Axes", shares: "Axes", own: Sequence[Row]) -> None:
+    """The two panels of rows that are compared with the same single device, which begins every line."""
+    names = dict.fromkeys(_series(r) for r in own if r.devices > 1) or dict.fromkeys(map(_series, own))
+    for i, name in enumerate(names):
+        points, style = [r for r in own if r.devices == 1 or _series(r) == name], series(i)
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
+        dashed: dict[str, Any] = {"color": style.color, "linewidth": 1, "linestyle": "--"}
+        speeds.plot([_place(r) for r in points], [r.tokens_per_second or 0.0 for r in points], label=name, **look)
+        known = [r for r in points if r.predicted_seconds]
+        speeds.plot([_place(r) for r in known], [r.devices / _ideal(r) for r in known], **dashed)
+        share = [r for r in points if r.efficiency is not None]
+        shares.plot([_place(r) for r in share], [r.efficiency or 0.0 for r in share], **look)
+        if known and known[0].devices == 1:
+            shares.plot([_place(r) for r in known], [_ideal(known[0]) / _ideal(r) for r in known], **dashed)
+    speeds.set_ylabel("tokens per second", color=INK)
+    shares.set_ylabel("efficiency of a device", color=INK)
+    speeds.yaxis.set_major_formatter("{x:,.0f}")
+    shares.axhline(1, color=BASELINE, linewidth=1)
+    dashed_too = " (dashed: predicted)" if any(r.predicted_seconds for r in own) else ""
+    for axes in (speeds, shares):
+        counts = {r.devices: _place(r) for r in own}
+        axes.set_xticks(list(counts.values()), [f"{n}" for n in counts])
+        axes.set_xlim(min(counts.values()) - 0.2, max(counts.values()) + 0.2)
+        axes.set_xlabel(f"devices{dashed_too}", color=INK)
+        axes.set_ylim(bottom=0)
+        quiet(axes)
+    handles, labels = speeds.get_legend_handles_labels()
+    shares.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _place(row: Row) -> float:
@@ -125,15 +128,14 @@ def _place(row: Row) -> float:
 
 def _panel(row: Row) -> str:
     if row.part == "context":
-        return f"context, one row of {row.seq_len:,} tokens"
-    return f"{row.part}, {row.batch // row.devices} x {row.seq_len:,} tokens per device"
+        return f"{row.model}, one row of {row.seq_len:,} tokens"
+    return f"{row.model}, {row.batch // row.devices} x {row.seq_len:,} tokens per device"
 
 
-def _only(rows: Sequence[Row], model: str) -> bool:
-    """Whether the model has no strategy in any row."""
-    return all(row.strategy is None for row in rows if row.model == model)
+def _series(row: Row) -> str:
+    return row.strategy or row.part
 
 
 def _ideal(row: Row) -> float:
     """Predicted device seconds per token."""
-    return (row.predicted_seconds or 0.0) * row.devices / (row.batch * row.seq_len)
+    return (row.predicted_seconds or math.inf) * row.devices / (row.batch * row.seq_len)

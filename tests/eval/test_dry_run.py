@@ -11,13 +11,14 @@ from hydrax.parallel.mesh import MeshConfig
 from hydrax.train.config import RunConfig
 
 HLO = """
+HloModule jit_step, is_scheduled=true, num_partitions=8
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %s = f32[] add(f32[] %a, f32[] %b)
 }
 
 %inner (p: f32[8]) -> f32[8] {
-  %gather = bf16[4,8]{1,0} all-gather(bf16[1,8]{1,0} %x), dimensions={0}
-  ROOT %both = (f32[8]{0}, f32[2]{0}) all-reduce(f32[8]{0} %p, f32[2]{0} %q), to_apply=%add
+  %gather = bf16[4,8]{1,0} all-gather(bf16[1,8]{1,0} %x), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %both = (f32[8]{0}, f32[2]{0}) all-reduce(f32[8]{0} %p, f32[2]{0} %q), replica_groups={{0,1},{2,3}}
 }
 
 %outer (p: f32[8]) -> f32[8] {
@@ -26,7 +27,8 @@ HLO = """
 
 %other (p: f32[8]) -> f32[8] {
   ROOT %start = f32[8]{0} collective-permute-start(f32[8]{0} %p), source_target_pairs={{0,1}}
-  %async = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), dimensions={0}
+  %async = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %part = f32[2]{0} reduce-scatter(f32[16]{0} %p), to_apply=%add
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -47,11 +49,12 @@ def sizes(text: str) -> MeshConfig:
 
 
 def test_collectives_count_as_often_as_their_loop_runs():
-    found = {c.kind: (c.count, c.nbytes) for c in dry_run.collectives(HLO)}
+    found = {c.kind: (c.count, c.nbytes, c.received) for c in dry_run.collectives(HLO)}
     assert found == {
-        "all-gather": (16, 15 * 4 * 8 * 2 + 8 * 4),
-        "all-reduce": (15, 15 * (8 + 2) * 4),
-        "collective-permute": (1, 8 * 4),
+        "all-gather": (16, 15 * 4 * 8 * 2 + 8 * 4, 15 * 3 * 8 * 2 + 3 * 2 * 4),  # of 4, without a device's own
+        "all-reduce": (15, 15 * (8 + 2) * 4, 15 * (8 + 2) * 4),  # of 2: half of it to sum, half of the sums
+        "reduce-scatter": (1, 2 * 4, 7 * 2 * 4),  # of all 8
+        "collective-permute": (1, 8 * 4, 8 * 4),
     }
 
 
@@ -65,7 +68,7 @@ def test_a_device_holds_its_part():
     assert gate.partition == ("", "fsdp", "tensor")
     assert math.prod(gate.shape) == 4 * math.prod(gate.shard)
     assert {"all-gather", "all-reduce"} <= {c.kind for c in found.collectives}
-    assert [len(table.columns) for table in dry_run.tables(found)] == [2, 3, 5]
+    assert [len(table.columns) for table in dry_run.tables(found)] == [2, 4, 5]
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=-1", "data=2", "fsdp=2;tensor=2", "fsdp=two"])

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -30,6 +31,31 @@ def double(x: int) -> int:
         os._exit(5)
     time.sleep(60 if x > 100 else 0)
     return 2 * x
+
+
+def announce(path: str) -> None:
+    pathlib.Path(path).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def ask(path: str) -> None:
+    workers.limited(300, announce, path)
+
+
+def test_a_process_ends_with_the_one_that_asks(tmp_path):
+    path = tmp_path / "pid"
+    asks = workers.NEW.Process(target=ask, args=(str(path),))
+    asks.start()
+    wait_for(lambda: path.exists() and path.read_text())
+    asks.kill()
+    wait_for(lambda: not pathlib.Path("/proc", path.read_text()).exists())
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    began = time.monotonic()
+    while not reached():
+        assert time.monotonic() - began < 100
+        time.sleep(0.1)
 
 
 def test_work_is_shared_once_and_survives_a_failure(tmp_path):

@@ -3,7 +3,8 @@
     python -m tests.faults.campaign --kills=40 --seed=0 --output=docs/results/faults.json
 
 Every fault is counted; the campaign ends at the first run whose records differ, the first checkpoint that is lost
-beyond the newest, or the first failure that does not say in one line what it is. CPU only, on Linux.
+beyond the newest, or the first failure that does not say in one line what it is. On Linux; on CPUs, or with --gpus on
+those of this host, each process on one of its own: that many processes at most (not run by us on several).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydrax.train import checkpoint, metrics
 from hydrax.train.processes import HEARTBEAT
@@ -58,15 +59,18 @@ class Trainer:
         *,
         processes: int = 1,
         devices: int = 1,
+        gpus: bool = False,
         before: Callable[[], object] | None = None,
     ):
-        """Begins to train; each process has so many `devices`, and calls `before` first."""
+        """Begins to train; each process has so many `devices`, or one of the `gpus`, and calls `before` first."""
         self.workdir = workdir
         self._left = set(_unfinished(workdir))  # by a process that was killed
         texts = {**CONFIG, "data.path": base / "text"}
         command = [sys.executable, "-m", "launch.train", "--config=quickstart", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in texts.items()]
         settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        if gpus:  # kernels chosen by their speed would differ between two starts
+            settings = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
         joined: list[list[str]] = [[]]
         if processes > 1:
             join = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
@@ -76,13 +80,13 @@ class Trainer:
             subprocess.Popen(
                 command + flags,
                 cwd=ROOT,
-                env=os.environ | settings,
+                env=os.environ | settings | ({"CUDA_VISIBLE_DEVICES": f"{i}"} if gpus else {}),
                 preexec_fn=before,
                 stdout=file,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for flags, file in zip(joined, self.outputs, strict=True)
+            for i, (flags, file) in enumerate(zip(joined, self.outputs, strict=True))
         ]
 
     def wait_for(self, reached: Callable[[], bool]) -> bool:
@@ -134,23 +138,27 @@ class Ended(NamedTuple):
 class Campaign:
     """The faults, each a method that disturbs runs in a folder of its own; `counts` says how often what happened."""
 
-    def __init__(self, base: pathlib.Path, seed: int):
-        self.base, self.dice, self.counts = base, random.Random(seed), dict[str, int]()
+    def __init__(self, base: pathlib.Path, seed: int, gpus: int = 0):
+        self.base, self.dice, self.counts, self.gpus = base, random.Random(seed), dict[str, int](), gpus
         self._whole: dict[tuple[int, int], list[dict]] = {}
         _text(base / "text")
+
+    def trainer(self, workdir: pathlib.Path, **how: Any) -> Trainer:
+        """On the devices of this campaign."""
+        return Trainer(self.base, workdir, gpus=self.gpus > 0, **how)
 
     def whole(self, processes: int = 1, devices: int = 1) -> list[dict]:
         """The records of an undisturbed run."""
         key = processes, devices
         if key not in self._whole:
             workdir = self.base / f"whole{processes}x{devices}"
-            Trainer(self.base, workdir, processes=processes, devices=devices).finish()
+            self.trainer(workdir, processes=processes, devices=devices).finish()
             self._whole[key] = records(workdir)
         return self._whole[key]
 
     def complete(self, workdir: pathlib.Path, processes: int = 1) -> str:
         """Lets the run go on to its end and compares; gives the output."""
-        output = Trainer(self.base, workdir, processes=processes).finish()
+        output = self.trainer(workdir, processes=processes).finish()
         assert records(workdir) == self.whole(processes), f"the records of {workdir} differ"
         self._count("resumed curves bit-equal to the undisturbed one")
         return output
@@ -160,7 +168,7 @@ class Campaign:
         written."""
         workdir, run = self.base / "killed0", 0
         for kill in range(count):
-            trainer = Trainer(self.base, workdir)
+            trainer = self.trainer(workdir)
             done = sum(1 for _ in _lines(workdir))
             if kill % 4 == 3:
                 time.sleep(self.dice.random() * 4)  # start-up: imports, locks, restoring
@@ -188,7 +196,7 @@ class Campaign:
     def stopped(self, name: str, processes: int = 1, at: int = 20, who: int = 0) -> pathlib.Path:
         """A run folder whose run was asked to stop by SIGTERM to process `who`: all end at one saved step."""
         workdir = self.base / name
-        trainer = Trainer(self.base, workdir, processes=processes)
+        trainer = self.trainer(workdir, processes=processes)
         assert trainer.wait_for(trainer.steps(at)), trainer.end()
         trainer.processes[who].send_signal(signal.SIGTERM)
         output = trainer.finish()
@@ -207,9 +215,9 @@ class Campaign:
         """SIGKILL or SIGSTOP to one of several processes: the others end soon, each in one line."""
         cases = [(2, 0, signal.SIGKILL), (2, 1, signal.SIGKILL), (4, 3, signal.SIGKILL)]
         cases += [(2, 0, signal.SIGSTOP), (2, 1, signal.SIGSTOP)]
-        for case, (processes, who, how) in enumerate(cases):
+        for case, (processes, who, how) in enumerate(c for c in cases if c[0] <= (self.gpus or c[0])):
             workdir = self.base / f"lost{case}"
-            trainer = Trainer(self.base, workdir, processes=processes)
+            trainer = self.trainer(workdir, processes=processes)
             assert trainer.wait_for(trainer.steps(self.dice.randrange(10, 60))), trainer.end()
             trainer.processes[who].send_signal(how)
             for process in trainer.processes[:who] + trainer.processes[who + 1 :]:
@@ -280,7 +288,7 @@ class Campaign:
     def _refused(self, workdir: pathlib.Path, words: str, before: Callable[[], object] | None = None) -> None:
         """Asserts that a run cannot go on, and leaves the checkpoints as they are."""
         newest = checkpoint.newest(workdir)
-        ended = Trainer(self.base, workdir, before=before).end()
+        ended = self.trainer(workdir, before=before).end()
         ended.failed(0, "stopped: ")
         ended.failed(0, words)
         assert checkpoint.newest(workdir) == newest == (newest[0], [])
@@ -288,9 +296,9 @@ class Campaign:
     def second(self) -> None:
         """A second trainer on the folder of a running one is refused, and does not disturb it."""
         workdir = self.base / "second"
-        trainer = Trainer(self.base, workdir)
+        trainer = self.trainer(workdir)
         assert trainer.wait_for(trainer.steps(3)), trainer.end()
-        refused = Trainer(self.base, workdir).end()
+        refused = self.trainer(workdir).end()
         trainer.processes[0].kill()
         trainer.end()
         refused.failed(0, "is training in it")
@@ -310,10 +318,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40, help="SIGKILLs of a training process (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damages (0)")
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS, help="what else to do (everything)")
+    parser.add_argument("--gpus", type=int, default=0, help="of this host to run on, at least 2 (0: on CPUs)")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the summary")
     given, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as base:
-        campaign = Campaign(pathlib.Path(base), given.seed)
+        campaign = Campaign(pathlib.Path(base), given.seed, given.gpus)
         for fault in given.faults:
             getattr(campaign, fault)()
         if given.kills:

@@ -162,6 +162,8 @@ OTHERS = [
     ("bench", ["--mixers="], r"mixers = '': expected all, or some of .*gla"),
     ("bench", ["--mixers=gla", "--d_model=18"], r"mixers\.gla\.heads = 4: expected a divisor of d_model = 18"),
     ("bench", ["--d_model=0"], r"--d_model = '0': expected a positive integer"),
+    ("bench", ["--scaling", "--cells=("], r"cells = '\(': expected a regular expression"),
+    ("bench", ["--scaling", "--devices=0"], r"devices\[0\] = 0: expected an integer >= 1"),
     ("bench", ["--batch=-1"], r"--batch = '-1': expected a positive integer"),
     ("bench", ["--seq_lens=64,4k"], r"seq_lens\[1\] = '4k': expected an integer"),
     ("bench", ["--seq_lens=0"], r"seq_lens\[0\] = 0: expected an integer >= 1"),

@@ -3,6 +3,8 @@
 import importlib
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, MutableSequence
@@ -103,7 +105,17 @@ class Worker:
         self._process = None
 
 
+def _end_with_parent() -> None:
+    """Ends this process with the one that asks: nobody waits for its answers, and it may hold a device."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _answer(end: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that asks, too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             function, args = end.recv()
