@@ -140,6 +140,12 @@ def test_the_report_of_what_is_left_out(model, tokens, name):
     assert abs(found.loss - found.full_loss) < 1
 
 
+def test_the_report_is_of_one_document_per_row(model, tokens):
+    ids = np.where(np.arange(T) < 9, 1, [[1], [4]])
+    with pytest.raises(ConfigError, match="segment_ids = '2 documents in row 1': expected one in each row"):
+        report(model, tokens, policies.of("streaming"), ids)
+
+
 def test_the_report_of_everything_is_perfect(model, tokens):
     found = report(model, tokens, policies.of(ALL["streaming"]))
     np.testing.assert_allclose([*found.recall, *found.density], 1, atol=1e-5)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hydrax.core.build import ConfigError
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, ArrayLike, Float, Int
 from hydrax.infer.policy.base import Choice, Policy, Seen, masked
@@ -48,10 +49,16 @@ def report(
     """The report on rows of one document each; segment id 0 is padding.
 
     All scores [B,H,T,T] of a layer are formed, for `rows_at_once` rows at a time. `advance` is told how many are done.
+
+    Raises:
+      ConfigError: a row of several documents, of which policies know nothing, or a model that the policy does not suit.
     """
     policy.check(served_layers(model))
     tokens = np.asarray(tokens)
     ids = np.ones(tokens.shape, np.int32) if segment_ids is None else np.asarray(segment_ids)
+    for i, row in enumerate(ids):
+        if (number := len(np.unique(row[row != 0]))) > 1:
+            raise ConfigError("segment_ids", f"{number} documents in row {i}", "expected one in each row")
     size = min(rows_at_once or len(tokens), len(tokens))
     run = jax.jit(lambda *x: _run(model, policy, *x))
     total: Any = None

@@ -127,7 +127,9 @@ class IndexedAttention(Mixer):
             return self._sparse(ctx, (q, index), (keys, index[1]), learns)
 
         def dense() -> tuple[Array, Array]:
-            loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
+            loss = jnp.zeros_like(index[2][..., 0])
+            if learns:
+                loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
             o = kv_cache.attend(
                 q,
                 keys,
@@ -140,7 +142,7 @@ class IndexedAttention(Mixer):
             )
             return o, loss
 
-        if ctx.progress is None or not learns or cfg.warmup == 0:
+        if ctx.progress is None or cfg.warmup == 0:
             return sparse()
         return jax.lax.cond(ctx.progress < cfg.warmup, dense, sparse)
 
