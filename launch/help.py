@@ -1,4 +1,4 @@
-"""The text of `--help`: a command, its flags, and every config key, mixer and task, read from the dataclasses."""
+"""The text of `--help`: a command, its flags, and every config key, mixer, task and policy, read from dataclasses."""
 
 import ast
 import dataclasses
@@ -23,6 +23,8 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
         lines += ["", "Mixers, and their options --config.model.mixers.<mixer>.<option>=<value>:", *_mixers()]
         lines += ["", "Tasks (--config.data.task), and their options --config.data.task_options.<option>=<value>:"]
         lines += _tasks()
+    if "policy" in flag_values:
+        lines += ["", "Policies, and their options --policy=<name>:<option>=<value>,...:", *_policies()]
     return "\n".join(lines)
 
 
@@ -43,7 +45,8 @@ def _flags(flag_values: flags.FlagValues) -> Iterator[str]:
     for name in flag_values:
         flag = flag_values[name]
         text = " ".join((flag.help or "").split())
-        yield _entry(f"--{name}", dataclasses.MISSING if flag.default is None else flag.default, text)
+        required = not all(validator.checker(None) for validator in flag.validators)
+        yield _entry(f"--{name}", dataclasses.MISSING if required else flag.default, text)
 
 
 def _keys() -> Iterator[str]:
@@ -74,6 +77,15 @@ def _tasks() -> Iterator[str]:
         yield ""
         yield f"  {name}: {(inspect.getdoc(task) or '').partition(chr(10))[0]}"
         yield from (line for line in _fields(task, "  ") if line.split()[0] != "length")  # it is data.seq_len
+
+
+def _policies() -> Iterator[str]:
+    from hydrax.infer.policy import POLICIES
+
+    for name, policy in POLICIES.items():
+        yield ""
+        yield f"  {name}: {policy.ABOUT}"
+        yield from _fields(policy, "  ")
 
 
 def _fields(cls: Any, prefix: str) -> Iterator[str]:
