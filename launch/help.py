@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -29,16 +30,26 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Field name -> the comment behind the field, from the source of a dataclass and its bases."""
+    """Field name -> the comment behind the field, or its line in the docstring, of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        found |= dict(_attributes(inspect.cleandoc(base.__doc__ or "")))
         source = textwrap.dedent(inspect.getsource(base))
         lines = source.encode().splitlines()
         for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 behind = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :].decode()
-                found[node.target.id] = behind.partition("#")[2].strip()
+                found[node.target.id] = behind.partition("#")[2].strip() or found.get(node.target.id, "")
     return found
+
+
+def _attributes(doc: str) -> Iterator[tuple[str, str]]:
+    """What the section `Attributes:` of a docstring says of each."""
+    for names, text in re.findall(
+        r"^  (\w+(?:, \w+)*): (.+(?:\n    .+)*)", doc.partition("Attributes:\n")[2], re.MULTILINE
+    ):
+        for name in names.split(", "):
+            yield name, " ".join(text.split()).rstrip(".")
 
 
 def _flags(flag_values: flags.FlagValues) -> Iterator[str]:

@@ -200,7 +200,7 @@ class CommonWords(TextTask):
     """
 
     length: Positive = 1024
-    common: Positive = 10
+    common: Positive = 10  # words that come up often
 
     @property
     def budget(self) -> int:

@@ -181,6 +181,7 @@ def test_help(command):
     if command == "train":
         assert re.search(r"--workdir +required", outcome.out)
         assert re.search(r"--processes +None", outcome.out)
+        assert re.search(r"spacing +0 +padding behind every letter, with the answer at the last of it", outcome.out)
     if command == "sample":
         assert re.search(r"--policy +None", outcome.out)
         assert all(f"  {name}: {policy.ABOUT}\n" in outcome.out for name, policy in POLICIES.items())

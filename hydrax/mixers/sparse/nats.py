@@ -35,9 +35,7 @@ class Config(AttentionConfig, MixerConfig):
     lifetimes: ClassVar[str] = "by content"
 
     sliding: Positive = 16  # tokens after a sliding key that see it
-    sparsity: NonNegativeFloat = (
-        5e-7  # weight of the share of queries that see global and local keys, summed over a row
-    )
+    sparsity: NonNegativeFloat = 5e-7  # weight of the shares of queries that see global and local keys, summed
     detach: bool = True  # the scorer reads its input without a gradient to it
     capacity: Positive | None = None  # slots of the cache for each head of keys; those of a whole document if None
 
