@@ -66,9 +66,6 @@ class MaxPool(Mixer):
         z = jnp.where(seen[..., None, None], late, -jnp.inf).max(2)
         return z.astype(x.dtype), {"inputs": tails[:, :, 0]}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"inputs": jnp.zeros((batch, self.cfg.width - 1, self.cfg.heads, self.cfg.value_dim), wide(dtype))}
 
@@ -90,9 +87,6 @@ class DepthwiseConv(Mixer):
         u = ctx.by_channel("values", self.u(x))
         z, tail = self.conv(u, past, segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
         return ctx.by_channel("reads", z), {"inputs": tail}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"inputs": self.conv.init_state(batch, dtype)}

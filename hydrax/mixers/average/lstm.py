@@ -104,9 +104,6 @@ class LSTM(Mixer):
         h, memory = self.cell(x, ctx, None if state is None else state["memory"])
         return h, {"memory": memory}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": self.cell.init_state(batch, dtype)}
 

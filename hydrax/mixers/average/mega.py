@@ -96,9 +96,6 @@ class Highway(Mixer):
     def _attend(self, q: Array, k: Array, v: Array, ctx: Context, past: PyTree) -> tuple[Array, PyTree]:
         raise NotImplementedError
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(HighwayConfig):

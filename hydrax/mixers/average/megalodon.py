@@ -188,9 +188,6 @@ class Megalodon(Mixer):
         )
         return o, kv_cache.write(cache, k, v, **where, window=window, **facts)
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         slots = min(max_len, cfg.alive.reach)

@@ -116,9 +116,6 @@ class Rat(Mixer):
         score = einsum("bthk,bthk->bth", q, k) * self.cfg.width**-0.5
         return merge(far, (s, score))[0]
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         H, d = self.cfg.heads, self.cfg.width
         return {

@@ -85,9 +85,6 @@ class ABC(Mixer):
         )
         return self.norm(ctx.tap("reads", o)) * jax.nn.silu(self.gate(x)), {"memory": {"k": keys, "v": values, "z": z}}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         shapes = {"k": (cfg.slots, cfg.key_dim), "v": (cfg.slots, cfg.value_dim), "z": (cfg.slots,)}

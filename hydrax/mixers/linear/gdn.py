@@ -87,9 +87,6 @@ class GatedDeltaNet(Mixer):
         z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)
         return z, {"memory": memory, **tails}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         memory = jnp.zeros((batch, cfg.value_heads, cfg.key_dim, cfg.value_dim), wide(dtype))

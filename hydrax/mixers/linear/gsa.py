@@ -82,9 +82,6 @@ class GSA(Mixer):
         )
         return self.norm(jax.nn.silu(ctx.tap("reads", o))), {"memory": {"k": keys, "v": values}}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         shape = (batch, self.cfg.heads, self.cfg.slots)
         widths = {"k": self.cfg.key_dim, "v": self.cfg.value_dim}

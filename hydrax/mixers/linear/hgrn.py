@@ -75,9 +75,6 @@ class HGRN(Mixer):
             return self.norm(h)
         return self.norm(h - h.mean((-2, -1), keepdims=True)) + self.norm_bias[...]
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, 2 if self.cfg.complex else 1, self.cfg.value_dim), wide(dtype))}
 

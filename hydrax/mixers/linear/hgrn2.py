@@ -70,9 +70,6 @@ class HGRN2(Mixer):
         )
         return self.norm(ctx.tap("reads", o)), {"memory": memory}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         return {"memory": jnp.zeros((batch, cfg.heads, cfg.key_dim, cfg.value_dim), wide(dtype))}

@@ -112,9 +112,6 @@ class Lightning(Mixer):
             return self.cfg.rope.turn(x, ctx.positions)
         return x if self.phases is None else lrpe(x, ctx.positions, self.phases[...])
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}
 

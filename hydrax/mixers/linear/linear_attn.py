@@ -113,8 +113,5 @@ class LinearAttention(Mixer):
             return (fp32(o) * jnp.exp(-exponent)[..., None]).astype(o.dtype)
         return o if self.norm is None else self.norm(o)
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

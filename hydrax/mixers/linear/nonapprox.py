@@ -76,9 +76,6 @@ class NonApprox(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         return einsum("bthk,bthk->bth", q, k) * self.cfg.key_dim**-0.5
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         slot = (batch, self.cfg.heads, 1)
         sums = {"numerator": (*slot, self.cfg.value_dim), "denominator": slot}

@@ -79,9 +79,6 @@ class Taylor(Mixer):
         """φ of queries and keys [B,T,H,K], turned to their positions, in fp32."""
         return taylor2(fp32(self.cfg.rope.turn(x, positions)))
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}
 

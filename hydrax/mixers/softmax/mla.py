@@ -117,9 +117,6 @@ class LatentAttention(Mixer):
         o = kv_cache.attend(q, keys, **facts, shards=ctx.shards, scale=scale, impl=ctx.impl)
         return einsum("bthr,rhv->bthv", o, down).astype(q.dtype)
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return kv_cache.empty(batch, max_len, 1, self.cfg.rope_dim, self.cfg.kv_rank, dtype)
 

@@ -24,10 +24,9 @@ from flax import nnx
 from hydrax.core.build import ConfigError, Fraction, NonNegativeFloat, Positive
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.nn.attention import QKV
 from hydrax.nn.param import param
 from hydrax.nn.position import Rope
 from hydrax.ops.softmax.forms import Rules
@@ -39,7 +38,7 @@ EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     keep: Positive = 512  # tokens that a query sees
@@ -53,9 +52,6 @@ class Config(AttentionConfig, MixerConfig):
         super().__post_init__()
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: an indexer chooses among the keys of its layer")
-
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
 
 class Indexer(nnx.Module):
@@ -81,7 +77,7 @@ class Indexer(nnx.Module):
         return q, self.rope.turn(k[:, :, None], positions)[:, :, 0], w
 
 
-class IndexedAttention(Mixer):
+class IndexedAttention(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and index keys of the whole document."""
 
     Config: TypeAlias = Config
@@ -90,10 +86,7 @@ class IndexedAttention(Mixer):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.indexer = Indexer(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
@@ -128,17 +121,7 @@ class IndexedAttention(Mixer):
 
         def dense() -> tuple[Array, Array]:
             loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
-            o = kv_cache.attend(
-                q,
-                keys,
-                positions=ctx.positions,
-                segment_ids=ctx.segment_ids,
-                scale=cfg.scale,
-                softcap=cfg.softcap,
-                shards=ctx.shards,
-                impl=ctx.impl,
-            )
-            return o, loss
+            return self.attend(q, keys, ctx), loss
 
         if ctx.progress is None or not learns or cfg.warmup == 0:
             return sparse()
@@ -186,9 +169,6 @@ class IndexedAttention(Mixer):
         other = own if seen.positions is None else {"positions": seen.positions, "segment_ids": seen.segment_ids}
         given = {"q": q, "index": index_q, "w": w, **own}
         return over_all_keys(f, given, {"k": seen.k, "v": seen.v, "index": index_k, **other}, ctx.shards)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

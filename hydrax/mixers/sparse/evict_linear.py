@@ -190,9 +190,6 @@ class EvictLinear(Mixer):
         o = fp32(far[..., :-1]) / jnp.where(some, weight, 1)[..., None]
         return ctx.tap("reads", merge(near, (o, lse))[0])
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         slots = min(max_len, cfg.window)
