@@ -105,8 +105,8 @@ for name, f in {"recurrent": recurrent, "chunked": chunked}.items():
 # %% [markdown]
 # ## The mixer
 #
-# Two methods. `mix` gives what the heads read, which `project` brings back to the width of the model, `init_state` is the
-# memory before the first token. One call serves training (no state), prefill (many tokens and a state) and decoding
+# Two methods. `mix` gives what the heads read, which `project` brings back to the width of the model; `init_state` is
+# the memory before the first token. One call serves training (no state), prefill (many tokens and a state) and decoding
 # (one token and a state), so there is no second program that could disagree.
 #
 # Two lines deserve attention. Rows of training data are packed with several documents (`ctx.segment_ids`): where one
