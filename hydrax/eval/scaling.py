@@ -55,6 +55,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
+    """A law, how far it is from the runs, and its intervals."""
+
     law: Law
     residual: float  # largest |predicted / measured - 1|
     low: Law | None = None  # of every constant on its own, the ends of the bootstrap interval

@@ -39,6 +39,8 @@ WIDTH: Mapping[Draw, int] = {  # bytes of the longest
 
 
 class Variant(NamedTuple):
+    """What the haystack is made of, how keys and values are drawn, and how many there are."""
+
     hay: Literal["noise", "essay", "needles"]
     key: Draw
     value: Draw

@@ -251,6 +251,8 @@ class Rotary(nnx.Module):
 
 
 class Unbiased(nnx.Module):
+    """No bias of positions."""
+
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         del cfg, rngs
 
