@@ -78,6 +78,16 @@ class Context:
             positions = document_positions(segment_ids)
         return cls(positions=positions, segment_ids=segment_ids, **facts)
 
+    @property
+    def places(self) -> dict[str, Any]:
+        """Positions and documents, as ops and caches take them."""
+        return {"positions": self.positions, "segment_ids": self.segment_ids}
+
+    @property
+    def ids(self) -> Int[Array, "B T"]:
+        """The documents of tokens; one per row if none are given."""
+        return jnp.ones_like(self.positions) if self.segment_ids is None else self.segment_ids
+
     def at(self, layer_index: int | Array) -> Self:
         """The same context seen from another layer."""
         return dataclasses.replace(self, layer_index=layer_index)
@@ -208,8 +218,7 @@ class SoftmaxMixer(Mixer):
         return (by or kv_cache.attend)(
             q,
             keys,
-            positions=ctx.positions,
-            segment_ids=ctx.segment_ids,
+            **ctx.places,
             scale=self.cfg.scale,
             softcap=self.cfg.softcap,
             shards=ctx.shards,

@@ -127,7 +127,7 @@ class ShaRNN(LSTM):
         h, new = super().mix(x, ctx, state)
         m, n = self.key_norm(h), self.query_norm(h)
         past = None if state is None else state["cache"]
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         keys = kv_cache.collect(m, None, past, **facts)
         of_queries, of_keys, e = jax.nn.sigmoid(self.gains[...])
         q = (fp32(self.q_norm(self.q(n))) * of_queries * of_keys).astype(h.dtype)  # c scales them as it would the keys

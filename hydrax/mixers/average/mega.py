@@ -126,7 +126,7 @@ class Mega(Highway):
         return jax.nn.silu(m).astype(x.dtype), {"memory": memory}
 
     def _attend(self, q: Array, k: Array, v: Array, ctx: Context, past: PyTree) -> tuple[Array, PyTree]:
-        where: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        where = ctx.places
         keys = kv_cache.collect(k, v, past["cache"], **where)
         o = relative_attention(
             q,

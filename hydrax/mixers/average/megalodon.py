@@ -171,7 +171,7 @@ class Megalodon(Mixer):
         self, q: Array, k: Array, v: Array, ctx: Context, cache: kv_cache.Cache | None, **facts: Any
     ) -> tuple[Array, kv_cache.Cache | None]:
         """Attention to the keys that are alive, and the cache, in which `facts` of tokens are kept as well."""
-        where: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        where = ctx.places
         alive, window = self.cfg.alive, self.cfg.alive.reach
         keys = kv_cache.collect(k, v, cache, **where)
         positions = ctx.positions if keys.positions is None else keys.positions

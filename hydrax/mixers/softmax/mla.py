@@ -89,7 +89,7 @@ class LatentAttention(Mixer):
         self.project = Linear((H, cfg.value_dim), d_model, axes=(*heads, "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q = self.q(x if self.q_latent is None else self.q_latent(x))
         q_n, q_r = jnp.split(q, [self.cfg.nope_dim], axis=-1)
         q_r, k_r = (self.cfg.rope.turn(part, ctx.positions) for part in (q_r, self.k_rope(x)))

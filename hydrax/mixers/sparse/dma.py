@@ -67,7 +67,7 @@ class DynamicMaskAttention(SoftmaxMixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q, k, _ = self.qkv(x, ctx.positions)
         assert k is not None
         exact = self._values(x)
@@ -104,7 +104,7 @@ class DynamicMaskAttention(SoftmaxMixer):
             "impl": ctx.impl,
         }
         if state is None:
-            ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+            ids = ctx.ids
             return score, in_order(lambda *x: ranked_ends(*x, **rules), ctx.shards, score, ctx.positions, ids)
         scores = jnp.concatenate([state["score"].astype(score.dtype), score], axis=1)
         return scores, ranked_ends(scores, keys.positions, keys.segment_ids, old=state["score"].shape[1], **rules)

@@ -89,7 +89,7 @@ class IndexedAttention(SoftmaxMixer):
         self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)
@@ -105,7 +105,7 @@ class IndexedAttention(SoftmaxMixer):
             index = self.indexer(jax.lax.stop_gradient(x), ctx.positions)
         o, loss = self._trained(ctx, q, kv_cache.Keys(k, v), index, learns)
         if learns:
-            real = jnp.ones(ctx.positions.shape, bool) if ctx.segment_ids is None else ctx.segment_ids != 0
+            real = ctx.ids != 0
             mean = jnp.sum(jnp.where(real, loss, 0)) / jnp.maximum(real.sum(), 1)
             ctx.record("index", self.cfg.index_loss * mean)
         return self.gate(ctx.tap("reads", o), x), None
@@ -164,7 +164,7 @@ class IndexedAttention(SoftmaxMixer):
     def _seeing(self, ctx: Context, rows: tuple, keys: tuple, f: Any) -> Any:
         """f of all facts of queries and of keys, on the devices that share rows."""
         (q, (index_q, _, w)), (seen, index_k) = rows, keys
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
         own = {"positions": ctx.positions, "segment_ids": ids}
         other = own if seen.positions is None else {"positions": seen.positions, "segment_ids": seen.segment_ids}
         given = {"q": q, "index": index_q, "w": w, **own}

@@ -130,7 +130,7 @@ class EvictLinear(Mixer):
         cfg, joint = self.cfg, self.cfg.fusion == "joint"
         q, k = (cfg.rope.turn(a, ctx.positions) for a in (self.q(x), ctx.tap("keys", self.k(x))))
         v, gates = ctx.tap("values", self.v(x)), self._gates(x)
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         past = {"ring": None, "memory": None} if state is None else state
         keys = kv_cache.collect(k, v, past["ring"], **facts)
         options: dict[str, Any] = {"window": cfg.window, "shards": ctx.shards, "impl": ctx.impl}

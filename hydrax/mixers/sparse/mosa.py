@@ -81,8 +81,8 @@ class MixtureOfSparseAttention(SoftmaxMixer):
         self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        facts = ctx.places
+        ids = ctx.ids
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)

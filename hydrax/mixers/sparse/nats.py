@@ -64,7 +64,7 @@ class NeuralAttentionSearch(SoftmaxMixer):
         self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, facts = self.cfg, dict[str, Any](positions=ctx.positions, segment_ids=ctx.segment_ids)
+        cfg, facts = self.cfg, ctx.places
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)
@@ -87,7 +87,7 @@ class NeuralAttentionSearch(SoftmaxMixer):
     def _types(self, logits: Float[Array, "B T G 3"], ctx: Context) -> tuple[Array, Array, Array, Array]:
         """Types as numbers [B,T,G,3] that are 0 or 1 and have a gradient, and as indices; `next_global`."""
         noise = None if ctx.noise is None else jax.random.fold_in(ctx.noise, ctx.layer_index)
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
 
         def choose(logits: Array, positions: Array, ids: Array) -> tuple[Array, ...]:
             scores = logits if noise is None else logits + jax.random.gumbel(noise, logits.shape, logits.dtype)

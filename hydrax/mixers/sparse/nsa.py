@@ -158,8 +158,8 @@ class NativeSparseAttention(SoftmaxMixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        facts = ctx.places
+        ids = ctx.ids
         own = {"positions": ctx.positions, "segment_ids": ids}
         bare_q, bare_k, v = self.qkv(x, ctx.positions, exact=True)
         assert bare_k is not None and v is not None

@@ -80,7 +80,7 @@ class RoutingAttention(SoftmaxMixer):
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
         bare_q, bare_k, v = self.qkv(x, ctx.positions, exact=True)
         q, k = (cfg.rope.turn(a, ctx.positions).astype(x.dtype) for a in (bare_q, bare_k))
         v = ctx.tap("values", v)
