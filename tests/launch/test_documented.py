@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from absl.testing import flagsaver
 
+from hydrax import mixers
 from launch import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,3 +54,10 @@ def test_links_lead_to_files(page: pathlib.Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_the_readme_has_a_line_with_every_mixer_and_its_paper(name: str) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line.startswith("| `") and f"`{name}`" in line.split("|")[1] and "arxiv" in line]
+    assert len(found) == 1 and f"[{mixers.row(name).paper}]" in found[0]
