@@ -273,3 +273,8 @@ def per_head(d_model: int, heads: int) -> int:
     if d_model % heads:
         raise ConfigError("heads", heads, f"expected a divisor of d_model = {d_model}, or set the head widths")
     return d_model // heads
+
+
+def default_heads(d_model: int) -> int:
+    """The largest divisor of d_model up to d_model / 128, at least 1."""
+    return max(h for h in range(1, max(d_model // 128, 1) + 1) if d_model % h == 0)

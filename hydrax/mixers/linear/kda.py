@@ -12,9 +12,9 @@ from flax import nnx
 from hydrax.core.build import Check, Positive
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, Mixer, MixerConfig, default_heads, per_head
 from hydrax.nn.decay import BoundedDecay, StepDecay
-from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
+from hydrax.nn.delta import DeltaConfig, DeltaInputs
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.parallel.sequence import delta_rule
