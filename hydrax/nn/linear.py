@@ -8,7 +8,7 @@ from flax import nnx
 
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array
-from hydrax.nn.param import param
+from hydrax.nn.param import fan_in, param
 
 
 class Linear(nnx.Module):
@@ -34,10 +34,9 @@ class Linear(nnx.Module):
         self.shape_out = (shape_out,) if isinstance(shape_out, int) else shape_out
         dims = len(self.shape_in) + len(self.shape_out)
         inputs = tuple(range(-dims, -len(self.shape_out)))
-        init = jax.nn.initializers.truncated_normal(scale / math.sqrt(math.prod(self.shape_in)) / 0.87962566)
         self.kernel = param(
             rngs,
-            init,
+            fan_in(math.prod(self.shape_in), scale),
             self.shape_in + self.shape_out,
             axes,
             decay=True,

@@ -19,7 +19,7 @@ from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV
-from hydrax.nn.param import param
+from hydrax.nn.param import fan_in, param
 from hydrax.ops.sparse.ranked import ranked_ends
 from hydrax.parallel.shards import in_order
 
@@ -60,8 +60,7 @@ class DynamicMaskAttention(SoftmaxMixer):
         self.cfg = cfg
         G, V = cfg.kv_heads, cfg.value_dim
         self.qkv = QKV(d_model, cfg, rngs=rngs)
-        fan_in = jax.nn.initializers.truncated_normal((G * V) ** -0.5 / 0.87962566)
-        self.w = param(rngs, fan_in, (G, V, G), ("kv_heads", "head_dim", "norm"), decay=True)
+        self.w = param(rngs, fan_in(G * V), (G, V, G), ("kv_heads", "head_dim", "norm"), decay=True)
         self.a = param(rngs, jax.nn.initializers.normal(0.02), (G,), ("norm",))
         self.read_out(d_model, rngs)
 

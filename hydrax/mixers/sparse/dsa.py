@@ -27,7 +27,7 @@ from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV
-from hydrax.nn.param import param
+from hydrax.nn.param import fan_in, param
 from hydrax.nn.position import Rope
 from hydrax.ops.softmax.forms import Rules
 from hydrax.ops.sparse import tokens
@@ -59,12 +59,11 @@ class Indexer(nnx.Module):
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         n, d = cfg.index_heads, cfg.index_dim
-        fan_in = jax.nn.initializers.truncated_normal(d_model**-0.5 / 0.87962566)
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         self.rope = Rope(cfg.rope.theta, cfg.index_rope)
-        self.q = param(rngs, fan_in, (d_model, n, d), ("embed", "gates", "norm"), decay=True)
-        self.k = param(rngs, fan_in, (d_model, d), ("embed", "norm"), decay=True)
-        self.w = param(rngs, fan_in, (d_model, n), ("embed", "gates"), decay=True)
+        self.q = param(rngs, fan_in(d_model), (d_model, n, d), ("embed", "gates", "norm"), decay=True)
+        self.k = param(rngs, fan_in(d_model), (d_model, d), ("embed", "norm"), decay=True)
+        self.w = param(rngs, fan_in(d_model), (d_model, n), ("embed", "gates"), decay=True)
         self.weight, self.bias = (param(rngs, init, (d,), ("norm",)) for init in (ones, zeros))
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:

@@ -22,7 +22,7 @@ from hydrax.core.typing import Array, Float, Int, PyTree
 from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV
-from hydrax.nn.param import param
+from hydrax.nn.param import fan_in, param
 from hydrax.ops.sparse.lifetimes import FOREVER
 from hydrax.ops.sparse.typed import GLOBAL, LOCAL, OPEN, next_global, typed_ends, worth
 from hydrax.parallel.sequence import self_attention
@@ -59,8 +59,9 @@ class NeuralAttentionSearch(SoftmaxMixer):
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
-        fan_in = jax.nn.initializers.truncated_normal(d_model**-0.5 / 0.87962566)
-        self.scorer = param(rngs, fan_in, (d_model, cfg.kv_heads, 3), ("embed", "kv_heads", "norm"), decay=True)
+        self.scorer = param(
+            rngs, fan_in(d_model), (d_model, cfg.kv_heads, 3), ("embed", "kv_heads", "norm"), decay=True
+        )
         self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
