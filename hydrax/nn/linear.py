@@ -54,10 +54,8 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         if exact and jax.default_backend() == "cpu":
-            x, kernel = (
-                fp32(x),
-                fp32(kernel),
-            )  # the same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs
+            # The same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs.
+            x, kernel = fp32(x), fp32(kernel)
         kind = wide(x.dtype) if exact else None
         y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision, preferred_element_type=kind)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
