@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu is run with JAX_PLATFORMS=cuda
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -18,6 +19,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 from jaxtyping import install_import_hook
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 

@@ -19,6 +19,26 @@ def einsum(spec: str, *operands: Array) -> Array:
     return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=wide(dtype))
 
 
+def bf16_factors(x: Array, y: Array) -> tuple[Array, Array]:
+    """Factors in bf16, with longer last axes, whose products over these are those of fp32 x and y to about 2^-24.
+
+    Three numbers of bf16 hold one of fp32; of their nine products the three smallest are left out. Tensor cores form
+    six products of bf16 sooner than other units one of fp32. What is bf16 already is taken as it is.
+    """
+    pairs = [(a, b) for i, a in enumerate(_bf16_parts(x)) for j, b in enumerate(_bf16_parts(y)) if i + j < 3]
+    left, right = zip(*pairs, strict=True)
+    return jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-1)
+
+
+def _bf16_parts(x: Array) -> list[Array]:
+    """x as a sum, the largest first."""
+    parts: list[Array] = []
+    for _ in range(1 if x.dtype == jnp.bfloat16 else 3):
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA would drop a cast and its inverse
+        parts, x = [*parts, part.astype(jnp.bfloat16)], x - part
+    return parts
+
+
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of sums and states beside values of `dtype`: fp32, or fp64 where that is used (`jax_enable_x64`)."""
     return jnp.promote_types(dtype, jnp.float32)

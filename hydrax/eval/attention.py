@@ -117,7 +117,7 @@ def _spans_blocks_window(q: Array, k: Array, v: Array, *, choice: Choice, impl: 
     rules = forms.Rules(q.shape[-1] ** -0.5, None, None, 0, aligned=False)
     ids = jnp.ones(q.shape[:2], jnp.int32)
     exact = queries._replace(q=queries.q.astype(jnp.float32), segment_ids=ids)
-    o, idx = compress.span_attention(exact, spans, sums[0], choice, rules)
+    o, idx = compress.span_attention(exact, spans, sums[0], choice, rules, dtype=q.dtype, impl=impl)
     chosen = block_topk_attention(q, k, v, idx, block_size=choice.block, impl=impl)
     near = attention(q, k, v, window=WINDOW, impl=impl)
     return o.reshape(chosen.shape).astype(chosen.dtype) + chosen + near

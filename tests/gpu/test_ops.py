@@ -252,6 +252,7 @@ def test_softmax_kernels_equal_the_definition(case: Attention, documents: bool) 
     softmax_kernels.check_case(dataclasses.replace(case, documents=documents))
 
 
+@pytest.mark.parametrize("order", sparse_kernels.ORDERS)
 @pytest.mark.parametrize("name", [*sparse_kernels.CASES, *sparse_kernels.LARGE])
-def test_kernels_of_chosen_blocks_equal_the_definition(name: str) -> None:
-    sparse_kernels.check_case(name)
+def test_kernels_of_chosen_blocks_equal_the_definition(name: str, order: str) -> None:
+    sparse_kernels.check_case(name, order)

@@ -32,7 +32,7 @@ def test_tables_against_every_pair(sorted_: bool) -> None:
         np.testing.assert_array_equal(at[back], np.arange(T))
         end = end[at]
     facts = (jnp.asarray(at)[None, None] if sorted_ else None, jnp.asarray(end)[None, None], None)
-    some, all_ = live.tables(live.EVERYTHING, jnp.asarray(first)[None], T, *facts)
+    some, all_ = live.tables(live.EVERYTHING, jnp.asarray(first)[None, None], None, T, *facts)
     pairs = by_blocks(seen(first, at, end))
     assert not (pairs.any(-1) & ~np.asarray(some)[0, 0]).any()
     assert not (~pairs.all(-1) & np.asarray(all_)[0, 0]).any()
@@ -45,8 +45,8 @@ def test_tables_against_every_pair(sorted_: bool) -> None:
 def test_keys_that_live_equally_long_lie_together(pattern: LogBands | Strided, most: float) -> None:
     """In the order of the row most blocks would stay for one long-lived key."""
     end = jnp.moveaxis(pattern.ends(jnp.arange(32 * T)[None]), 1, 2)
-    first = jnp.zeros((1, 32 * T), jnp.int32)
+    first = jnp.zeros((1, 1, 32 * T), jnp.int32)
     places, _ = live.order(jnp.where(end >= 32 * T - 1, live.FOREVER, end))
     moved = jnp.take_along_axis(end, places, axis=-1)
-    plain = live.tables(live.EVERYTHING, first, 32 * T, None, end, None)[0].sum()
-    assert live.tables(live.EVERYTHING, first, 32 * T, places, moved, None)[0].sum() < most * plain
+    plain = live.tables(live.EVERYTHING, first, None, 32 * T, None, end, None)[0].sum()
+    assert live.tables(live.EVERYTHING, first, None, 32 * T, places, moved, None)[0].sum() < most * plain

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hydrax.ops.pallas.tuning import Tuning
-from hydrax.ops.softmax import attention, gpu, gpu_intervals
+from hydrax.ops.softmax import attention, gpu
 from hydrax.ops.softmax.cases import Case
 from tests.ops.emulated_gpu import emulated_gpu, lowered_kernels  # noqa: F401
 from tests.ops.test_softmax import cotangents, documents, evaluate, inputs, options_of, oracle
@@ -26,8 +26,7 @@ CASES = {
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`attention` can run its kernels, whatever the device."""
     monkeypatch.setattr("hydrax.ops.softmax.hopper_refusal", lambda *_: None)
-    for module in (gpu, gpu_intervals):
-        monkeypatch.setattr(module, "TUNING", {jax.devices()[0].device_kind: Tuning()})
+    monkeypatch.setattr(gpu, "TUNING", {jax.devices()[0].device_kind: Tuning()})
 
 
 def check_case(case: Case) -> None:
@@ -111,8 +110,8 @@ def test_other_shapes_and_dtypes_are_refused(q: jax.Array, message: str) -> None
     assert message in gpu.refusal(q, q, q)
 
 
-def test_documents_take_the_kernels_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN forms a dense mask of documents; kernels for lives of keys are taken by name."""
+def test_what_cudnn_serves_well_does_not_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN forms a dense mask of documents, and knows no lives of keys."""
     taken = []
     monkeypatch.setattr("hydrax.ops.softmax.on_one_device", lambda: True)
     monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: None)
@@ -124,4 +123,4 @@ def test_documents_take_the_kernels_and_others_do_not(monkeypatch: pytest.Monkey
     attention(x, x, x, segment_ids=documents(Case(1, 8, 1, 1, 64, 64)))
     monkeypatch.setattr("hydrax.ops.softmax._cudnn_refusal", lambda *_: "no")
     attention(x, x, x, ends=jnp.full((1, 8, 1), 4))
-    assert taken == ["cudnn", "pallas_gpu", "xla"]
+    assert taken == ["cudnn", "pallas_gpu", "pallas_gpu"]

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -95,6 +94,12 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(write, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def waits(pid: int, number: signal.Signals) -> bool:
+    """Whether the stopped process has such a signal before it."""
+    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_saves_and_goes_on(sent, code, write, tmp_path):
     sweep, workdir = write(behaving("slow", "slow", "slow", steps=40)), tmp_path / "runs"
@@ -102,10 +107,15 @@ def test_a_stopped_sweep_saves_and_goes_on(sent, code, write, tmp_path):
 
     def interrupt():
         eventually(lambda: [s.step > 3 for s in statuses(sweep, workdir)] == [True, True, False])
+        pids = [pid for r in runs.expand(sweep, workdir) for pid in processes(r.folder)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         os.kill(os.getpid(), sent)
         if sent == signal.SIGTERM:
-            time.sleep(0.1)
+            eventually(lambda: all(waits(pid, sent) for pid in pids))
             os.kill(os.getpid(), signal.SIGHUP)  # which changes nothing
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -135,12 +145,6 @@ def test_what_watches_may_fail(write, tmp_path):
     with pytest.raises(OSError, match="the terminal is gone"):
         local.run_all([found], slots.make_slots(1), retries=0, watch=watch)
     assert "saved at" in (found.folder / "log.txt").read_text() and processes(found.folder) == []
-
-
-def waits(pid: int, number: signal.Signals) -> bool:
-    """Whether the stopped process has such a signal before it."""
-    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_a_second_ctrl_c_kills(write, tmp_path):

@@ -226,7 +226,8 @@ class NativeSparseAttention(SoftmaxMixer):
         scale = cfg.scale or cfg.key_dim**-0.5
         rules = Rules(scale, cfg.softcap, None, 0, aligned=False)
         spans = self._spans(sums)
-        o, idx = compress.span_attention(Queries(by_group, positions, ids), spans, sums["k"], cfg.choice, rules)
+        far = Queries(by_group, positions, ids), spans, sums["k"], cfg.choice, rules
+        o, idx = compress.span_attention(*far, dtype=dtype, impl=ctx.impl)
         chosen = block_topk_attention(
             rows["q"],
             keys.k,

@@ -108,7 +108,7 @@ def attention(
     }
     if refusal := refusals.get(named("attention", impl) or ""):
         raise ValueError(f"attention: impl = {named('attention', impl)!r} cannot serve: {refusal}")
-    form = select("attention", impl, FORMS, _default(refusals, queries, keys, rules), q.shape)
+    form = select("attention", impl, FORMS, _default(refusals, queries, keys), q.shape)
     if form is forms.chunked and chunk_size is not None:
         form = functools.partial(form, chunk_size=chunk_size)
     o, lse = form(queries, keys, None if sinks is None else sinks.reshape(groups), rules)
@@ -194,13 +194,9 @@ def _check_keys(k: Array, dilation: int, **of_keys: Array | None) -> None:
             raise ValueError(f"{name} {x.shape}: expected [{B} or 1, {S}, {G} or 1]")
 
 
-def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> str:
-    """The form that serves, fastest first: of documents cuDNN forms a dense mask.
-
-    Kernels for lives and biases of keys are taken by name alone until they have been run on a device.
-    """
-    run = forms.intervals(keys, rules) and rules.dilation == 1
-    kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device() and run), ("cudnn", True)]
+def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: forms.Keys) -> str:
+    """The form that serves, fastest first: of documents cuDNN forms a dense mask."""
+    kernels = [("cudnn", queries.segment_ids is None), ("pallas_gpu", on_one_device()), ("cudnn", True)]
     slow = "chunked" if queries.q.shape[1] > 1 and keys.k.shape[1] >= LONG else "xla"
     return next((name for name, suits in kernels if suits and refusals[name] is None), slow)
 

@@ -19,6 +19,9 @@ from hydrax.ops import documents
 MASKED = -1e30
 """Score of an invisible key. Finite, so that a row which sees nothing has no inf - inf."""
 
+PREFIXES = 8
+"""Prefixes of the keys of a row that are read, at most; each is compiled by itself."""
+
 FUTURE = 2**30
 """Position of a key that no query sees."""
 
@@ -147,6 +150,20 @@ def chunked_weigh(
     return in_chunks(lambda rows, keys: weigh(rows[0], keys, rows[1], rules), (queries, lse), keys, rules, chunk_size)
 
 
+def in_prefixes(f: Callable, rows: tuple, keys: Keys, rules: Rules, chunk_size: int) -> tuple:
+    """`in_chunks` where key j of S is invisible to the queries before j / S of all: half the work, for long rows."""
+    T, S = rows[0].q.shape[1], keys.positions.shape[1]
+    pieces = max(1, min(PREFIXES, T // (2 * chunk_size)))
+    size = -(-T // (pieces * chunk_size)) * chunk_size
+
+    def part(tree: PyTree, begin: int, end: int) -> PyTree:
+        return jax.tree.map(lambda x: x[:, begin:end], tree)
+
+    ends = [(begin, min(begin + size, T)) for begin in range(0, T, size)]
+    found = [in_chunks(f, part(rows, a, b), part(keys, 0, -(-b * S // T)), rules, chunk_size) for a, b in ends]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+
+
 def in_chunks(f: Callable[[tuple, Keys], tuple], rows: tuple, keys: Keys, rules: Rules, chunk_size: int) -> tuple:
     """f(rows, keys) for every block of rows, which begin with `Queries`, and the keys it may see."""
     T, S, w = rows[0].q.shape[1], keys.k.shape[1], rules.window
@@ -192,14 +209,9 @@ def cudnn(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tu
     return o if seg is None else jnp.where((seg != 0)[:, :, None, None, None], o, 0), None
 
 
-def intervals(keys: Keys, rules: Rules) -> bool:
-    """Whether the keys that a query sees are an interval which ends at it, without a bias."""
-    return keys.ends is None and keys.bias is None and not rules.sink_tokens
-
-
 def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) -> tuple[Array, Array]:
     """Kernels for Hopper GPUs, on which documents and windows cost what their visible keys cost."""
-    from hydrax.ops.softmax import gpu, gpu_intervals
+    from hydrax.ops.softmax import gpu
 
     if rules.dilation > 1:
         return _dilated(pallas_gpu, queries, keys, sinks, rules)
@@ -216,10 +228,7 @@ def pallas_gpu(queries: Queries, keys: Keys, sinks: Array | None, rules: Rules) 
     bias = None if keys.bias is None else jnp.broadcast_to(keys.bias, (B, T, G))
     q = q.reshape(B, T, G * R, K)
     by_life = keys.ends is not None and rules.window is None  # else only sinks live long
-    if intervals(keys, rules):
-        o, lse = gpu_intervals.attend(q, keys.k, keys.v, first, rules.scale)
-    else:
-        o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
+    o, lse = gpu.attend(q, keys.k, keys.v, first, rules.scale, end=end, by_life=by_life, bias=bias)
     o, lse = o.reshape(B, T, G, R, -1), lse.reshape(B, T, G, R)
     if seg is not None:  # padding is a document like others to the kernels
         real = (seg != 0)[:, :, None, None]

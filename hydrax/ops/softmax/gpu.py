@@ -2,6 +2,8 @@
 
     o_t = Σ_s p_ts v_s,   p_ts = e^{z_ts - lse_t},   z_ts = scale · q_t·k_s + bias_s,   first_t <= s <= t <= end_s
 
+or first_t <= s <= last_t, of keys that are not the queries' own.
+
 Blocks of keys that no query of a block sees are never loaded: XLA lists the others (`live`) and what needs a mask.
 The forward pass is that of arXiv 2205.14135. The backward pass forms p again, once for dq by blocks of queries and once
 for dk and dv by blocks of keys, so that no two thread blocks add to one gradient:
@@ -73,6 +75,7 @@ def attend(
     first: Array,
     scale: float,
     *,
+    last: Array | None = None,
     end: Array | None = None,
     by_life: bool = False,
     bias: Array | None = None,
@@ -84,7 +87,9 @@ def attend(
 
     Args:
       q: [B,Q,H,K]; k, v: [B,T,Hk,K] and [B,T,Hk,V].
-      first: int32 [B,T], never decreasing: the first key that each token sees.
+      first: int32 [B,T], never decreasing: the first key that each token sees. With `last` [B,1 or Hk,Q].
+      last: int32 [B,1 or Hk,Q], never decreasing: the last key that each row sees, none where it is below `first`. Rows
+        and keys are then no tokens of one sequence. Neither `end` nor `chosen` may be with it.
       end: int32 [B,T,1 or Hk], the last token that sees each key, up to `live.FOREVER`.
       by_life: whether keys that live equally long are brought together, as some outlive many that come after them. It
         moves all keys and values once.
@@ -94,10 +99,16 @@ def attend(
     """
     Q, T = q.shape[1], k.shape[1]
     more = -T % ROWS
-    q = _padded(q, more * choice.per)
     k, v = _padded(k, more), _padded(v, more)
-    own = jnp.broadcast_to(jnp.arange(T, T + more, dtype=jnp.int32), (k.shape[0], more))
-    first = jnp.repeat(jnp.concatenate([jnp.broadcast_to(first, (k.shape[0], T)), own], axis=1), choice.per, axis=1)
+    if last is None:
+        q = _padded(q, more * choice.per)
+        own = jnp.broadcast_to(jnp.arange(T, T + more, dtype=jnp.int32), (k.shape[0], more))
+        first = jnp.concatenate([jnp.broadcast_to(first, (k.shape[0], T)), own], axis=1)
+        bounds = {"first": jnp.repeat(first, choice.per, axis=1)[:, None]}
+    else:
+        q, fill = _padded(q, -Q % ROWS), [(0, 0), (0, 0), (0, -Q % ROWS)]
+        bounds = {"first": jnp.pad(first, fill, constant_values=T + 1), "last": jnp.pad(last, fill, constant_values=T)}
+        bounds = {name: jnp.broadcast_to(x, (k.shape[0], *x.shape[1:])) for name, x in bounds.items()}
     facts = {}
     if bias is not None:
         facts["bias"] = jnp.moveaxis(_padded(fp32(bias), more), 1, 2)
@@ -107,12 +118,12 @@ def attend(
         facts["end"] = jnp.broadcast_to(end, (k.shape[0], *end.shape[1:]))
     if by_life:
         places, back = live.order(facts["end"])
-        k, v, *others = (_move(places, back, x) for x in (k, v, *(jnp.moveaxis(x, 1, 2) for x in facts.values())))
+        k, v, *others = (moved(places, back, x) for x in (k, v, *(jnp.moveaxis(x, 1, 2) for x in facts.values())))
         facts = {name: jnp.moveaxis(x, 1, 2) for name, x in zip(facts, others, strict=True)} | {"at": places}
     if chosen is not None:
         chosen = jnp.repeat(jnp.pad(chosen, [(0, 0)] * 3 + [(0, more)]), choice.per, axis=-1)
     plan = Plan(scale, tuning or TUNING[jax.devices()[0].device_kind], choice)
-    o, lse = _attend(plan, q, k, v, first, facts, chosen)
+    o, lse = _attend(plan, q, k, v, bounds, facts, chosen)
     lse = jnp.where(lse >= NOTHING / 2, -jnp.inf, lse)
     return o[:, :Q], jnp.moveaxis(lse, 1, 2)[:, :Q]
 
@@ -122,7 +133,7 @@ def _padded(x: Array, more: int) -> Array:
 
 
 @jax.custom_vjp
-def _move(places: Array, back: Array, x: Array) -> Array:
+def moved(places: Array, back: Array, x: Array) -> Array:
     """The keys x [B,T,G,...] at `places` [B,1 or G,T], which are a permutation; `back` is its inverse.
 
     The gradient gathers too: XLA would add it up by atomic operations.
@@ -133,23 +144,23 @@ def _move(places: Array, back: Array, x: Array) -> Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=1)
 
 
-def _move_forward(places: Array, back: Array, x: Array) -> tuple[Array, tuple]:
-    return _move(places, back, x), (places, back)
+def _moved_forward(places: Array, back: Array, x: Array) -> tuple[Array, tuple]:
+    return moved(places, back, x), (places, back)
 
 
-def _move_backward(saved: tuple, dx: Array) -> tuple:
+def _moved_backward(saved: tuple, dx: Array) -> tuple:
     places, back = saved
-    return None, None, _move(back, places, dx)
+    return None, None, moved(back, places, dx)
 
 
-_move.defvjp(_move_forward, _move_backward)
+moved.defvjp(_moved_forward, _moved_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    plan: Plan, q: Array, k: Array, v: Array, first: Array, facts: dict[str, Array], chosen: Array | None
+    plan: Plan, q: Array, k: Array, v: Array, bounds: dict[str, Array], facts: dict[str, Array], chosen: Array | None
 ) -> tuple[Array, Array]:
-    return _outputs(plan, q, k, v, first, facts, chosen)
+    return _outputs(plan, q, k, v, bounds, facts, chosen)
 
 
 def _forward(plan: Plan, *inputs: PyTree) -> tuple[tuple, tuple]:
@@ -167,15 +178,15 @@ _attend.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers share a trace: it takes longer than all else
 def _outputs(
-    plan: Plan, q: Array, k: Array, v: Array, first: Array, facts: dict[str, Array], chosen: Array | None
+    plan: Plan, q: Array, k: Array, v: Array, bounds: dict[str, Array], facts: dict[str, Array], chosen: Array | None
 ) -> tuple[Array, Array]:
     (B, Q, H, K), V = q.shape, v.shape[-1]
     widths = (K + V) // BLOCK
     stages = plan.tuning.stages_of(WORKERS * widths, WORKERS * widths, WORKERS * len(facts))
-    blocks = live.listed(*_tables(plan, first, k, facts, chosen))
+    blocks = live.listed(*_tables(plan, bounds, k, facts, chosen))
     o, lse = compat.launch(
         functools.partial(_output_body, plan),
-        ({"q": q}, {"k": k, "v": v}, facts, {"first": first, "chosen": chosen}, blocks),
+        ({"q": q}, {"k": k, "v": v}, facts, bounds | {"chosen": chosen}, blocks),
         (jax.ShapeDtypeStruct((B, Q, H, V), v.dtype), jax.ShapeDtypeStruct((B, H, Q), jnp.float32)),
         scratch={
             "own_s": {"q": tiles.scratch(q.dtype, WORKERS, BLOCK, K)},
@@ -194,16 +205,17 @@ def _outputs(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(plan: Plan, saved: tuple, do: Array, dlse: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
-    q, k, v, first, facts, chosen, o, lse = saved
+    q, k, v, bounds, facts, chosen, o, lse = saved
     (B, Q, H, K), (T, Hk, V) = q.shape, v.shape[1:]
+    parts = _parts(H // Hk * Q // T)
     delta = jnp.einsum("bthv,bthv->bht", fp32(do), fp32(o)) - dlse
-    tables = _tables(plan, first, k, facts, chosen)
+    tables = _tables(plan, bounds, k, facts, chosen)
     by_rows, by_keys = live.listed(*tables), live.listed(*(jnp.swapaxes(x, -1, -2) for x in tables))
     widths = (K + V) // BLOCK
     stages = plan.tuning.stages_of(WORKERS * widths, WORKERS * widths, WORKERS * len(facts))
     (dq,) = compat.launch(
         functools.partial(_query_body, plan),
-        ({"q": q, "do": do}, {"k": k, "v": v}, facts, {"first": first, "chosen": chosen}, by_rows, lse, delta),
+        ({"q": q, "do": do}, {"k": k, "v": v}, facts, bounds | {"chosen": chosen}, by_rows, lse, delta),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         scratch={
             "own_s": {"q": tiles.scratch(q.dtype, WORKERS, BLOCK, K), "do": tiles.scratch(v.dtype, WORKERS, BLOCK, V)},
@@ -215,17 +227,17 @@ def _gradients(plan: Plan, saved: tuple, do: Array, dlse: Array) -> tuple[Array,
         grid={"h": H, "i": Q // ROWS, "b": B},
         warpgroups=WORKERS + 1,
     )
-    per_row = {"lse": lse, "delta": delta, "first": jnp.broadcast_to(first[:, None], lse.shape)}
-    vectors = 3 + (chosen is not None)
+    per_row = {"lse": lse, "delta": delta} | {name: jnp.broadcast_to(x, lse.shape) for name, x in bounds.items()}
+    vectors = len(per_row) + (chosen is not None)
     stages = plan.tuning.stages_of(widths, 2 * WORKERS * widths, vectors)
-    types = {"k": jax.ShapeDtypeStruct(k.shape, k.dtype), "v": jax.ShapeDtypeStruct(v.shape, v.dtype)}
+    types = {name: jax.ShapeDtypeStruct((B, T, Hk * parts, x.shape[-1]), x.dtype) for name, x in (("k", k), ("v", v))}
     out_s = {"k": tiles.scratch(k.dtype, WORKERS, BLOCK, K), "v": tiles.scratch(v.dtype, WORKERS, BLOCK, V)}
     if "bias" in facts:
-        types["bias"] = jax.ShapeDtypeStruct(facts["bias"].shape, jnp.float32)
+        types["bias"] = jax.ShapeDtypeStruct((B, Hk * parts, T), jnp.float32)
         out_s["bias"] = plgpu.SMEM((WORKERS, BLOCK), jnp.float32)
     words = {} if chosen is None else {"chosen": chosen}
     found = compat.launch(
-        functools.partial(_key_body, plan, H // Hk),
+        functools.partial(_key_body, plan, H // Hk, parts),
         ({"q": q, "do": do}, {"k": k, "v": v}, facts, per_row, words, by_keys),
         types,
         scratch={
@@ -236,16 +248,27 @@ def _gradients(plan: Plan, saved: tuple, do: Array, dlse: Array) -> tuple[Array,
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=(WORKERS,)),
             **ring.barriers(stages, 2 + vectors, WORKERS),
         },
-        grid={"h": Hk, "j": T // ROWS, "b": B},
+        grid={"h": Hk * parts, "j": T // ROWS, "b": B},
         warpgroups=WORKERS + 1,
     )
+    if parts > 1:
+        axis = {"k": 3, "v": 3, "bias": 2}
+        split = {n: x.reshape(*x.shape[: axis[n] - 1], Hk, parts, *x.shape[axis[n] :]) for n, x in found.items()}
+        found = {n: fp32(x).sum(axis[n]).astype(x.dtype) for n, x in split.items()}
     return dq, found.pop("k"), found.pop("v"), found
 
 
+def _parts(rows: int) -> int:
+    """Thread blocks that share the rows of a block of keys, by rows per key: else one whose keys all rows see, as those
+    of the first block that many masks keep, would be the last to end by far."""
+    return min(16, max(1, rows // 4))
+
+
 def _tables(
-    plan: Plan, first: Array, k: Array, facts: Mapping[str, Array], chosen: Array | None
+    plan: Plan, bounds: Mapping[str, Array], k: Array, facts: Mapping[str, Array], chosen: Array | None
 ) -> tuple[Array, Array]:
-    return live.tables(plan.choice, first, k.shape[1], facts.get("at"), facts.get("end"), chosen)
+    keys = facts.get("at"), facts.get("end")
+    return live.tables(plan.choice, bounds["first"], bounds.get("last"), k.shape[1], *keys, chosen)
 
 
 def _vectors(facts: Mapping[str, Array], stages: int, length: int) -> dict[str, PyTree]:
@@ -335,7 +358,8 @@ class _Rows:
         code, count = self._listed()
         b, h, i = self.at
         own = pl.ds(i * ROWS + wg * BLOCK, BLOCK)
-        begin = compat.load(self.per_row["first"].at[b, own], TILED.reduce(1))
+        bounds = {n: self.per_row[n] for n in ("first", "last") if n in self.per_row}
+        bounds = {n: compat.load(x.at[b, _group(h, self.heads, x), own], TILED.reduce(1)) for n, x in bounds.items()}
         chosen, choice = self.per_row["chosen"], self.plan.choice
 
         def block(n: Array, slot: Array, carry: PyTree) -> PyTree:
@@ -349,8 +373,11 @@ class _Rows:
             def hide(s: Array) -> Array:
                 column = tiles.index(1, ROWS)
                 key = tiles.per_column(fact["at"]) if "at" in fact else start + column
-                query = _token(self.plan, i * ROWS + wg * BLOCK + tiles.index(0, ROWS))
-                s = jnp.where((key <= query) & (key >= tiles.spread(begin, ROWS)), s, MASKED)
+                if "last" in bounds:
+                    query = tiles.spread(bounds["last"], ROWS)
+                else:
+                    query = _token(self.plan, i * ROWS + wg * BLOCK + tiles.index(0, ROWS))
+                s = jnp.where((key <= query) & (key >= tiles.spread(bounds["first"], ROWS)), s, MASKED)
                 if "end" in fact:  # one after the other: each vector takes registers
                     s = jnp.where(tiles.per_column(fact["end"]) >= query, s, MASKED)
                 if chosen is not None:
@@ -456,6 +483,7 @@ def _query_body(
 def _key_body(
     plan: Plan,
     group: int,
+    parts: int,
     inputs: tuple,
     outputs: dict[str, PyTree],
     *,
@@ -467,12 +495,16 @@ def _key_body(
     full: PyTree,
     free: PyTree,
 ) -> None:
-    """dk, dv and dbias of 128 keys, over the blocks of 64 query rows of all `group` heads that they serve."""
+    """dk, dv and dbias of 128 keys, over a part of the blocks of 64 query rows of all `group` heads that they serve."""
     rows, keys, facts, per_row, words, (codes, counts) = inputs
-    b, h, j = (jax.lax.axis_index(name) for name in ("b", "h", "j"))
+    b, target, j = (jax.lax.axis_index(name) for name in ("b", "h", "j"))
+    h, part = jax.lax.div(target, jnp.int32(parts)), jax.lax.rem(target, jnp.int32(parts))
     heads, choice = keys["k"].shape[2], plan.choice
     g = _group(h, heads, codes)
     per_head = WORKERS * counts[b, g, j]
+    share = jax.lax.div(group * per_head + parts - 1, jnp.int32(parts))
+    start = jnp.minimum(part * share, group * per_head)
+    count = jnp.minimum(start + share, group * per_head) - start
 
     def place(n: Array) -> tuple[Array, Array]:
         """The n-th block: its first 64 rows, and whether it needs a mask."""
@@ -482,13 +514,14 @@ def _key_body(
         return row, code & 1 == 1
 
     def fetch(n: Array, slot: Array, full: PyTree) -> None:
-        head, part = h * group + jax.lax.div(n, per_head), pl.ds(place(n)[0], BLOCK)
+        n = start + n
+        head, own = h * group + jax.lax.div(n, per_head), pl.ds(place(n)[0], BLOCK)
         for name, x in rows.items():
-            plgpu.copy_gmem_to_smem(x.at[b, part, head], row_s[name].at[slot], full)
+            plgpu.copy_gmem_to_smem(x.at[b, own, head], row_s[name].at[slot], full)
         for name, x in per_row.items():
-            plgpu.copy_gmem_to_smem(x.at[b, head, part], fact_s[name].at[slot], full)
+            plgpu.copy_gmem_to_smem(x.at[b, head, own], fact_s[name].at[slot], full)
         for name, x in words.items():
-            word = x.at[b, _group(h, heads, x), choice.word(j * ROWS), part]
+            word = x.at[b, _group(h, heads, x), choice.word(j * ROWS), own]
             plgpu.copy_gmem_to_smem(word, fact_s[name].at[slot], full)
 
     def work(wg: Array) -> None:
@@ -498,13 +531,13 @@ def _key_body(
         fact = {name: compat.load(x.at[b, _group(h, heads, x), mine], TILED.reduce(1)) for name, x in facts.items()}
 
         def step(n: Array, slot: Array, carry: tuple) -> tuple:
-            t, edge = place(n)
+            t, edge = place(start + n)
             row = {name: x.at[slot] for name, x in row_s.items()}
             of_row = {name: x.at[slot] for name, x in fact_s.items()}
 
             def hide(s: Array) -> Array:
                 key = tiles.spread(fact["at"]) if "at" in fact else key0 + tiles.index(0)
-                query = _token(plan, t + tiles.index(1))
+                query = tiles.per_column(of_row["last"]) if "last" in of_row else _token(plan, t + tiles.index(1))
                 s = jnp.where((key <= query) & (key >= tiles.per_column(of_row["first"])), s, MASKED)
                 if "end" in fact:
                     s = jnp.where(tiles.spread(fact["end"]) >= query, s, MASKED)
@@ -528,10 +561,10 @@ def _key_body(
         carry = tuple(tiles.zeros(x.shape[-1]) for x in (own["k"], own["v"]))
         if "bias" in fact:
             carry = *carry, tiles.row_vector(0.0)
-        dk, dv, *dbias = ring.work(step, carry, group * per_head, full.shape[0], full, free)
-        tiles.store(dk * plan.scale, out_s["k"].at[wg], outputs["k"].at[b, mine, h])
-        tiles.store(dv, out_s["v"].at[wg], outputs["v"].at[b, mine, h])
+        dk, dv, *dbias = ring.work(step, carry, count, full.shape[0], full, free)
+        tiles.store(dk * plan.scale, out_s["k"].at[wg], outputs["k"].at[b, mine, target])
+        tiles.store(dv, out_s["v"].at[wg], outputs["v"].at[b, mine, target])
         for x in dbias:
-            tiles.store(x, out_s["bias"].at[wg], outputs["bias"].at[b, h, mine])
+            tiles.store(x, out_s["bias"].at[wg], outputs["bias"].at[b, target, mine])
 
-    _as_workers(work, lambda: ring.load_all([(fetch, full, free)], group * per_head))
+    _as_workers(work, lambda: ring.load_all([(fetch, full, free)], count))

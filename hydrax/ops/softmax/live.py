@@ -1,6 +1,7 @@
 """Which blocks of keys the Hopper kernels load for a block of queries, and which of them need a mask.
 
 Query row r, of token t = r // per, sees the key that came at `at` if first_r <= at <= t <= end and its block is chosen.
+Rows that are not tokens of the keys' row have `last` in place of t.
 Keys may lie in any order: those that live about equally long lie together (`order`), so that old blocks do not stay
 loaded for one key in them. Blocks are of 128 rows and 128 keys; facts of keys have shape [B,G,S], with G = 1 if all
 heads share them.
@@ -68,18 +69,20 @@ def words(idx: Int[Array, "B T G N"], blocks: int) -> Int[Array, "B G W T"]:
 
 def tables(
     choice: Choice,
-    first: Int[Array, "B Q"],
+    first: Int[Array, "B F Q"],
+    last: Int[Array, "B F Q"] | None,
     keys: int,
     at: Int[Array, "B G S"] | None,
     end: Int[Array, "B G S"] | None,
     chosen: Int[Array, "B G W Q"] | None,
 ) -> tuple[Bool[Array, "B G N M"], Bool[Array, "B G N M"]]:
     """Of N blocks of query rows and M blocks of keys: whether some row may see some key, and whether all see all."""
-    start = jnp.arange(0, first.shape[1], BLOCK, dtype=jnp.int32)
-    t0, t1 = ((start + last) // choice.per for last in (0, BLOCK - 1))
-    t0, t1 = t0[:, None], t1[:, None]
-    rows = first.reshape(first.shape[0], 1, -1, 1, BLOCK)
-    low, high = rows[..., 0], rows[..., -1]  # `first` never decreases
+    if last is None:
+        start = jnp.arange(0, first.shape[2], BLOCK, dtype=jnp.int32)[:, None]
+        t0, t1 = start // choice.per, (start + BLOCK - 1) // choice.per
+    else:
+        t0, t1 = _ends(last)
+    low, high = _ends(first)
     a0, a1 = _range(jnp.arange(keys, dtype=jnp.int32)[None, None] if at is None else at)
     some, all_ = (a0 <= t1) & (a1 >= low), (a1 <= t0) & (a0 >= high)
     if end is not None:
@@ -89,6 +92,12 @@ def tables(
         some, all_ = some & _chosen_tables(choice, chosen, keys // BLOCK), jnp.zeros_like(all_)
     some, all_ = jnp.broadcast_arrays(some, all_)
     return some, all_
+
+
+def _ends(x: Array) -> tuple[Array, Array]:
+    """Of each block of rows, [B,F,N,1], of what never decreases."""
+    x = x.reshape(*x.shape[:2], -1, 1, BLOCK)
+    return x[..., 0], x[..., -1]
 
 
 def _range(x: Array) -> tuple[Array, Array]:

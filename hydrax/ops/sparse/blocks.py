@@ -72,8 +72,8 @@ def block_topk_attention(
     refusal = _refusal(q, k, v, block_size, rules)
     if refusal and dispatch.named("block_topk_attention", impl) == "pallas_gpu":
         raise ValueError(f"block_topk_attention: impl = 'pallas_gpu' cannot serve: {refusal}")
-    # Kernels are taken by name alone until they have been run on a device.
-    form = dispatch.select("block_topk_attention", impl, FORMS, "chunked", q.shape)
+    default = "chunked" if refusal or not dispatch.on_one_device() else "pallas_gpu"
+    form = dispatch.select("block_topk_attention", impl, FORMS, default, q.shape)
     o, lse = form(queries, keys, idx, rules, block_size, chunk_size)
     o = o.reshape(B, T, H, -1).astype(v.dtype)
     return (o, lse.reshape(B, T, H)) if return_lse else o

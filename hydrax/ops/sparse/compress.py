@@ -8,15 +8,18 @@ and so with sums over strides of tokens, of which every token of a stride has on
 These can be kept and added to, token by token.
 """
 
+import jax
 import jax.numpy as jnp
 
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Float, Int
-from hydrax.ops import documents
+from hydrax.ops import dispatch, documents
 from hydrax.ops.softmax import forms
 from hydrax.ops.sparse.groups import softmax
 from hydrax.ops.sparse.pooled import Blocks
-from hydrax.ops.sparse.span_scores import Choice, choose
+from hydrax.ops.sparse.span_scores import Choice, choose, choose_by_keys, over_spans, whole_rows
+
+SOFTMAX_KERNELS = "hydrax.ops.softmax.gpu"
 
 
 def scaled_terms(
@@ -65,18 +68,31 @@ def spans(sums: Blocks, strides: int) -> Blocks:
 
 
 def span_attention(
-    queries: forms.Queries, keys: forms.Keys, sums: Blocks, choice: Choice, rules: forms.Rules, *, chunk_size: int = 128
+    queries: forms.Queries,
+    keys: forms.Keys,
+    sums: Blocks,
+    choice: Choice,
+    rules: forms.Rules,
+    *,
+    dtype: jnp.dtype | None = None,
+    impl: str | None = None,
+    chunk_size: int = 1024,
 ) -> tuple[Float[Array, "B T G R V"], Int[Array, "B T G n"]]:
     """o_t = Σ_c p_tc v_c over the spans that end at or before t, exactly zero if there are none, and blocks by p.
 
     Args:
+      queries: with their documents.
       keys: of spans, their positions those of the last tokens.
       sums: over strides, as of `block_sums`, for their numbers and documents.
+      dtype: of what kernels multiply for o; the choice is by scores in fp32 in any case.
+      impl: as of `block_topk_attention`.
 
     Returns:
       o in fp32, and the numbers of `choice.count` blocks for each head of keys, by the sum of p over its query heads.
       The choice has no gradient.
     """
+    if dtype is not None and _kernels_serve(queries, keys, choice, rules, dtype, impl):
+        return _by_kernels(queries, keys, choice, rules, dtype), choose_by_keys(queries, keys, sums, choice, rules)
 
     def block(rows: tuple, keys: forms.Keys) -> tuple[Array, Array]:
         (own,) = rows
@@ -84,4 +100,27 @@ def span_attention(
         o = einsum("bgtrs,bsgv->btgrv", p, fp32(keys.v))
         return o, choose(jnp.moveaxis(p.sum(3), 1, 2), own, sums, choice)
 
-    return forms.in_chunks(block, (queries,), keys, rules, chunk_size)
+    return over_spans(block, queries, keys, choice, rules, chunk_size)
+
+
+def _kernels_serve(
+    queries: forms.Queries, keys: forms.Keys, choice: Choice, rules: forms.Rules, dtype: jnp.dtype, impl: str | None
+) -> bool:
+    """Whether kernels are wanted, and these are whole rows of what they multiply."""
+    wanted = dispatch.named("block_topk_attention", impl) in (None, "pallas_gpu") and dispatch.on_one_device()
+    whole = whole_rows(queries, keys, choice) and queries.q.shape[1] > 1 and rules.softcap is None
+    low = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (queries.q, keys.k, keys.v))
+    return wanted and whole and dispatch.hopper_refusal(SOFTMAX_KERNELS, *low) is None
+
+
+def _by_kernels(
+    queries: forms.Queries, keys: forms.Keys, choice: Choice, rules: forms.Rules, dtype: jnp.dtype
+) -> Float[Array, "B T G R V"]:
+    from hydrax.ops.sparse import gpu
+
+    (B, T, G, R, K), ids = queries.q.shape, queries.segment_ids
+    assert ids is not None
+    q, k, v = (x.astype(dtype) for x in (queries.q.reshape(B, T, G * R, K), keys.k, keys.v))
+    facts = {"positions": jnp.broadcast_to(queries.positions, ids.shape), "segment_ids": ids}
+    o = gpu.span_attention(q, k, v, **facts, length=choice.length, stride=choice.stride, scale=rules.scale)
+    return fp32(o).reshape(B, T, G, R, -1)

@@ -133,7 +133,7 @@ def causal_block_topk(
 
 
 def choose_blocks(
-    queries: forms.Queries, means: Blocks, size: int, count: int, *, apart: bool, chunk_size: int = 128
+    queries: forms.Queries, means: Blocks, size: int, count: int, *, apart: bool, chunk_size: int = 512
 ) -> Int[Array, "B T G n"]:
     """`causal_block_topk` by q·k̄ in fp32, of every query head (`apart`), or of each head of keys by the mean of these.
 

@@ -44,7 +44,7 @@ def ranked_ends(
     keep_last: int = 0,
     granularity: int | None = None,
     impl: str | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = 512,
 ) -> Int[Array, "B S G"]:
     """Ends of keys of which each query sees the `keep` best of its past, for `lifetime_attention`.
 

@@ -5,13 +5,14 @@ score_tj = max of p_tc over the spans that overlap block j,   both over the span
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hydrax.core.numerics import einsum, fp32
+from hydrax.core.numerics import bf16_factors
 from hydrax.core.typing import Array, Float, Int
 from hydrax.ops.dispatch import KERNEL
 from hydrax.ops.softmax import forms
@@ -43,41 +44,62 @@ class Choice:
 
 
 def choose_by_spans(
-    queries: forms.Queries, sums: Blocks, choice: Choice, scale: float, *, chunk_size: int = 128
+    queries: forms.Queries, sums: Blocks, choice: Choice, scale: float, *, chunk_size: int = 1024
 ) -> Int[Array, "B T G n"]:
     """Numbers of blocks for every query and head of keys, -1 where there are none left.
 
     Args:
       sums: of the keys over every `stride` tokens, as of `block_sums`.
     """
-    queries, sums = jax.lax.stop_gradient((queries, sums))
     spans = pooled_keys(sums, choice.stride, choice.length)
-    count = -(-sums.numbers.shape[1] // (choice.block // choice.stride))
-    width = min(max(choice.count, -(-choice.dense // choice.block)), count + 1)
+    ends = jnp.where(spans.segment_ids != 0, spans.numbers * choice.stride + choice.length - 1, forms.FUTURE)
+    keys = forms.Keys(spans.x, spans.x[..., :0], ends, spans.segment_ids)
+    return choose_by_keys(queries, keys, sums, choice, forms.Rules(scale, None, None, 0, aligned=False), chunk_size)
+
+
+def choose_by_keys(
+    queries: forms.Queries, keys: forms.Keys, sums: Blocks, choice: Choice, rules: forms.Rules, chunk_size: int = 1024
+) -> Int[Array, "B T G n"]:
+    """The same by the keys of spans, at their last tokens, whatever these are made of; `sums` tell their documents."""
+    queries, keys, sums = jax.lax.stop_gradient((queries, keys, sums))
+    split = jax.default_backend() == "gpu" and keys.k.dtype == jnp.float32  # most of the time is spent here
 
     def block(rows: tuple, keys: forms.Keys) -> tuple[Array]:
         (own,) = rows
-        number, t = own.positions // choice.block, own.positions[..., None]
-        ends = spans.numbers[:, None] * choice.stride + choice.length - 1
-        visible = (ends <= t) & (spans.segment_ids[:, None] != 0)
-        if own.segment_ids is not None:
-            visible &= spans.segment_ids[:, None] == own.segment_ids[..., None]
-        z = einsum("btgrk,bngk->btgrn", fp32(own.q), keys.k) * scale
-        p = softmax(jnp.where(visible[:, :, None, None], z, forms.MASKED)).sum(3)
-        chosen = choose(p, own, sums, choice)
-        chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, max(0, width - chosen.shape[-1]))], constant_values=-1)
-        index = jnp.arange(chosen.shape[-1])
-        every = jnp.where(index <= number[..., None], index, -1)[:, :, None]
-        return (jnp.where((own.positions < choice.dense)[..., None, None], every, chosen),)
+        q, k = bf16_factors(own.q, keys.k) if split else (own.q, keys.k)
+        p = softmax(forms.scores(own._replace(q=q), keys._replace(k=k), rules)).sum(3)
+        return (choose(jnp.moveaxis(p, 1, 2), own, sums, choice),)
 
-    bare = forms.Keys(spans.x, spans.x[..., :0], spans.numbers, spans.segment_ids)
-    rules = forms.Rules(scale, None, None, 0, aligned=False)
-    (chosen,) = forms.in_chunks(block, (queries,), bare, rules, chunk_size)
-    return checkpoint_name(chosen.astype(jnp.int32), KERNEL)
+    (chosen,) = over_spans(block, queries, keys._replace(v=keys.v[..., :0]), choice, rules, chunk_size)
+    return checkpoint_name(chosen, KERNEL)
+
+
+def over_spans(
+    f: Callable, queries: forms.Queries, keys: forms.Keys, choice: Choice, rules: forms.Rules, chunk_size: int
+) -> tuple:
+    """f((queries,), keys) by blocks of queries, of whole rows with the keys that do not all come after them."""
+    form = forms.in_prefixes if whole_rows(queries, keys, choice) else forms.in_chunks
+    return form(f, (queries,), keys, rules, chunk_size)
+
+
+def whole_rows(queries: forms.Queries, keys: forms.Keys, choice: Choice) -> bool:
+    """Whether the keys are of these queries' tokens: then there is an entry for each stride of them, and no other."""
+    return keys.positions.shape[1] == -(-queries.q.shape[1] // choice.stride)
 
 
 def choose(p: Float[Array, "B T G N"], own: forms.Queries, sums: Blocks, choice: Choice) -> Int[Array, "B T G n"]:
-    """Numbers of the blocks of best p, by the entries of `sums`; -1 where there are none left."""
+    """Numbers of the blocks of best p, by the first N entries of `sums`; -1 where there are none left."""
+    strides = choice.block // choice.stride
+    width = min(max(choice.count, -(-choice.dense // choice.block)), -(-sums.numbers.shape[1] // strides) + 1)
+    sums = jax.tree.map(lambda x: x[:, : p.shape[-1]], sums)
+    chosen = _best(p, own, sums, choice)
+    chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, max(0, width - chosen.shape[-1]))], constant_values=-1)
+    index = jnp.arange(chosen.shape[-1])
+    every = jnp.where(index <= (own.positions // choice.block)[..., None], index, -1)[:, :, None]
+    return jnp.where((own.positions < choice.dense)[..., None, None], every, chosen).astype(jnp.int32)
+
+
+def _best(p: Float[Array, "B T G N"], own: forms.Queries, sums: Blocks, choice: Choice) -> Int[Array, "B T G n"]:
     blocks, number = _whole_blocks(sums, choice), own.positions // choice.block
     forced = (blocks.numbers < choice.first)[:, None] | (blocks.numbers[:, None] >= number[..., None] - choice.local)
     seen = seen_blocks(blocks, number, own.segment_ids)
