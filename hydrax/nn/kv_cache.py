@@ -233,7 +233,8 @@ def evict(
     filled, valid = documents.fill_padding(_ids(positions, segment_ids))
     own, continues = valid & (filled == filled[:, -1:]), filled[:, 0] == filled[:, -1]
     last = jnp.max(jnp.where(own, positions, -1), axis=1)[:, None, None]
-    stays = (cache["segment_ids"] != 0) & (old_ends > last) & continues[:, None, None]
+    seen = (old_ends > last) | (last < 0)  # a row of padding alone keeps all keys, whatever its positions say
+    stays = (cache["segment_ids"] != 0) & seen & continues[:, None, None]
     slots = jax.vmap(jax.vmap(_free, 1, 1))(stays, own[..., None] & (ends > last))
 
     def put(old: Array, new: Array) -> Array:

@@ -14,7 +14,7 @@ from hydrax.mixers import Context, Mixer
 from hydrax.ops.softmax import attention
 from tests.contract.cases import inside, normal, segments
 from tests.mixers.test_softmax import turned
-from tests.tolerances import TOLERANCE, assert_close, assert_trees_close
+from tests.tolerances import TOLERANCE, assert_close, assert_equal, assert_trees_close
 
 pytestmark = pytest.mark.thorough
 
@@ -97,6 +97,16 @@ def test_equal_scores_keep_the_earliest_keys() -> None:
         y, _ = jax.jit(lambda m, x, h=heads: m(x, Context.of(x, taps=h)))(mixer, x)
         assert bool(jnp.any(y[:, -1] != 0)) == sees_itself
     assert float(jnp.abs(mixers.get("dma")(D, made().cfg, rngs=nnx.Rngs(0)).a[...]).min()) > 0
+
+
+def test_padding_alone_takes_no_keys_of_the_open_block() -> None:
+    """Wherever the positions of padding begin: a key that was beaten in the query's own block is still seen there."""
+    mixer, x = made(keep=1, granularity=8), normal(5, 1, 6, D)
+    run = jax.jit(lambda x, ids, s: mixer(x, Context.of(x, ids), s)[1])
+    state = run(x, jnp.ones((1, 6), jnp.int32), mixer.init_state(1, 20, jnp.float32))
+    after = run(x, jnp.zeros((1, 6), jnp.int32), state)
+    assert np.count_nonzero(state["segment_ids"]) == 6 * G
+    jax.tree.map(lambda a, b: assert_equal("state", a, b), after, state)
 
 
 def test_the_cache_does_not_grow() -> None:

@@ -132,6 +132,16 @@ def test_two_losses_that_never_meet(progress: float) -> None:
             assert bool(jnp.any(g[...])) == (("indexer" in path) == bool(i)), f"loss {i}, {path}"
 
 
+def test_the_warmup_is_dense_without_a_loss_of_the_indexer_too() -> None:
+    mixer, x = made(index_loss=0.0, warmup=0.5), normal(0, 2, T, D)
+    ctx = {"segment_ids": jnp.asarray(SEG), "noise": jax.random.key(0), "records": {}}
+    y = jax.jit(lambda x, at: mixer(x, Context.of(x, **ctx, progress=at))[0])
+    q, k, v = mixer.qkv(jnp.asarray(x), jnp.asarray(inside(SEG)[0]))
+    dense = mixer.out(attention(q, k, v, segment_ids=jnp.asarray(SEG), impl="xla"))
+    assert_close("y", y(x, 0.4)[SEG != 0], dense[SEG != 0], TOLERANCE["fp32_op"])
+    assert not np.allclose(y(x, 0.6)[SEG != 0], dense[SEG != 0], atol=1e-3) and "index" not in ctx["records"]
+
+
 def test_the_indexer_learns_from_attention() -> None:
     mixer, x = made(keep=T), normal(0, 2, T, D)
     graph, state = nnx.split(mixer)

@@ -119,7 +119,8 @@ def parts(mixer: Mixer, x: np.ndarray, kinds: np.ndarray, dy: np.ndarray) -> tup
     same = (SEG[:, :, None] == SEG[:, None]) & (SEG != 0)[:, None] & np.tri(T, dtype=bool)
     ends = np.where(kinds == GLOBAL, OPEN, np.where(kinds == LOCAL, following(kinds), PLACES[..., None] + L))
     alive = np.moveaxis(ends, 1, 2)[:, :, None] >= PLACES[:, None, :, None]
-    e = np.exp(np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)) * same[:, None]
+    z, cap = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K), mixer.cfg.softcap or 1e9
+    e = np.exp(cap * np.tanh(z / cap)) * same[:, None]
     visible = e * alive.repeat(H // G, 1)
     share = e / np.maximum(e.sum(-1, keepdims=True), 1e-30)
     o = np.einsum("bhts,bshv->bthv", visible / np.maximum(visible.sum(-1, keepdims=True), 1e-30), v)
@@ -128,9 +129,10 @@ def parts(mixer: Mixer, x: np.ndarray, kinds: np.ndarray, dy: np.ndarray) -> tup
     return np.einsum("bthv,hvd->btd", o, p["project/kernel"]), share * pull
 
 
-def test_the_scorer_learns_what_types_are_worth() -> None:
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 1.0], ids=str)
+def test_the_scorer_learns_what_types_are_worth(softcap: float | None) -> None:
     """Column sums of M over what each type adds, straight through the softmax of the noisy scores."""
-    mixer, x = made(detach=False), normal(0, 2, T, D)
+    mixer, x = made(detach=False, softcap=softcap), normal(0, 2, T, D)
     dy = normal(1, 2, T, D) * (SEG != 0)[..., None]
     graph, state = nnx.split(mixer)
     run = jax.jit(jax.grad(lambda s, x: _loss(graph, s, x, dy), argnums=(0, 1), has_aux=True))
@@ -150,7 +152,7 @@ def test_the_scorer_learns_what_types_are_worth() -> None:
     dlogits = soft * (worth - (soft * worth).sum(-1, keepdims=True)) * (PLACES != 0)[..., None, None]
     assert_close("dW", dstate["scorer"][...], np.einsum("btd,btgn->dgn", x, dlogits), TOLERANCE["fp32_op"])
     # What reaches x by the scorer is the difference to a scorer that reads x without a gradient.
-    detached = nnx.split(made(detach=True))[0]
+    detached = nnx.split(made(detach=True, softcap=softcap))[0]
     (_, other), _ = jax.jit(jax.grad(lambda s, x: _loss(detached, s, x, dy), argnums=(0, 1), has_aux=True))(state, x)
     through = np.einsum("btgn,dgn->btd", dlogits, np.asarray(mixer.scorer[...], np.float64))
     assert_close("dx by the scorer", dx - other, through, 1e-4)  # a difference of larger numbers

@@ -119,10 +119,12 @@ class IndexedAttention(SoftmaxMixer):
             return self._sparse(ctx, (q, index), (keys, index[1]), learns)
 
         def dense() -> tuple[Array, Array]:
-            loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
+            loss = jnp.zeros_like(index[2][..., 0])
+            if learns:
+                loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
             return self.attend(q, keys, ctx), loss
 
-        if ctx.progress is None or not learns or cfg.warmup == 0:
+        if ctx.progress is None or cfg.warmup == 0:
             return sparse()
         return jax.lax.cond(ctx.progress < cfg.warmup, dense, sparse)
 

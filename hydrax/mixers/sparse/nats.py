@@ -168,8 +168,8 @@ def _forward(cfg: Config, impl: str | None, o: Array, types: Array, given: tuple
 def _backward(cfg: Config, impl: str | None, given: tuple, do: Array) -> tuple:
     o, q, k, v, following, facts = given
     options: dict[str, Any] = {**facts, "scale": cfg.scale, "softcap": cfg.softcap, "impl": impl}
-    attend = functools.partial(self_attention, q, k, v, return_lse=True, **options)
-    return do, worth(attend, o, do, following, cfg.sliding), None
+    attend = functools.partial(self_attention, q, k, return_lse=True, **options)
+    return do, worth(attend, v, o, do, following, cfg.sliding), None
 
 
 _with_types.defvjp(_forward, _backward)

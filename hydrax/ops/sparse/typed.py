@@ -10,7 +10,8 @@ M_tj = P̃_tj (do_t·v_j - do_t·o_t), the derivative of a mask of its own at (t
     d global_j = Σ_{t > n_j} M_tj,     d local_j = Σ_{t <= n_j} M_tj,     d sliding_j = Σ_{t <= j + sliding} M_tj
 
 where n_j is the next global key after j: up to there a global key is seen in either case. Such sums over the queries of
-a range are derivatives by a bias of keys that live as long.
+a range are derivatives by the values of keys that live as long: Σ_t P̃_tj do_t by v_j, and Σ_t P̃_tj do_t·o_t by a value
+1 beside it. (By a bias of keys they would not be: a soft-cap bends that.)
 """
 
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def typed_ends(
 
 def worth(
     attend: Callable[..., tuple[Array, Array]],
+    v: Float[Array, "B T G V"],
     o: Float[Array, "B T H V"],
     do: Float[Array, "B T H V"],
     following: Int[Array, "B T G"],
@@ -69,22 +71,22 @@ def worth(
     """The derivatives above.
 
     Args:
-      attend: (ends=, window=, key_bias=) -> (o, lse) of the same queries, keys and values.
-      o, do: the outputs under the types, and their cotangent.
+      attend: (values, ends=, window=) -> (o, lse) of the same queries and keys.
+      v, o, do: values, the outputs under the types, and their cotangent.
     """
-    o, do = fp32(o), fp32(do)
+    o, do, v = fp32(o), fp32(do), jnp.pad(fp32(v), [(0, 0)] * 3 + [(0, 1)], constant_values=1)
 
     def shares(everything: Array, up_to_next: Array, near: Array) -> tuple[Array, Array, Array]:
-        full, lse = attend(key_bias=everything)
+        full, lse = attend(everything)
         # The same lse for all three: a row that sees nothing counts for nothing.
-        norm = jax.lax.stop_gradient(jnp.where(lse == -jnp.inf, 0, lse))
+        norm = jnp.where(lse == -jnp.inf, 0, lse)
 
         def part(got: Array, lse: Array) -> Array:
-            return jnp.exp(lse - norm)[..., None] * (fp32(got) - o)
+            return jnp.exp(lse - norm)[..., None] * got
 
-        next_part = part(*attend(key_bias=up_to_next, ends=following))
-        return part(full, lse), next_part, part(*attend(key_bias=near, window=sliding + 1))
+        next_part = part(*attend(up_to_next, ends=following))
+        return part(full, lse), next_part, part(*attend(near, window=sliding + 1))
 
-    zeros = jnp.zeros(following.shape, o.dtype)
-    everything, up_to_next, near = jax.vjp(shares, zeros, zeros, zeros)[1]((do, do, do))
+    pull = jnp.concatenate([do, -jnp.sum(do * o, axis=-1, keepdims=True)], axis=-1)
+    everything, up_to_next, near = ((d * v).sum(-1) for d in jax.vjp(shares, v, v, v)[1]((pull, pull, pull)))
     return jnp.stack([everything - up_to_next, up_to_next, near], axis=-1)
