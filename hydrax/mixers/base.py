@@ -84,6 +84,11 @@ class Context:
         return {"positions": self.positions, "segment_ids": self.segment_ids}
 
     @property
+    def rows(self) -> dict[str, Any]:
+        """Documents, the devices that share rows, and the form, as convolutions and recurrences take them."""
+        return {"segment_ids": self.segment_ids, "shards": self.shards, "impl": self.impl}
+
+    @property
     def ids(self) -> Int[Array, "B T"]:
         """The documents of tokens; one per row if none are given."""
         return jnp.ones_like(self.positions) if self.segment_ids is None else self.segment_ids

@@ -58,9 +58,7 @@ class MaxPool(Mixer):
             copies,
             taps,
             initial_state=past if past is None else jnp.broadcast_to(past, (*past.shape[:2], W, *u.shape[2:])),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
+            **ctx.rows,
         )
         seen = jnp.arange(W)[::-1] <= ctx.positions[..., None]
         z = jnp.where(seen[..., None, None], late, -jnp.inf).max(2)
@@ -85,7 +83,7 @@ class DepthwiseConv(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = None if state is None else state["inputs"]
         u = ctx.by_channel("values", self.u(x))
-        z, tail = self.conv(u, past, segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
+        z, tail = self.conv(u, past, **ctx.rows)
         return ctx.by_channel("reads", z), {"inputs": tail}
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:

@@ -77,10 +77,8 @@ class Cell(nnx.Module):
             into + self.bias[...].astype(x.dtype),
             self.recurrent[...],
             initial_state=None if state is None else (state["h"], state["c"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return h, {"h": short, "c": long}
 

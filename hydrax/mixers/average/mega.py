@@ -208,10 +208,8 @@ class ShortLongConv(Highway):
             elu1(ctx.tap("keys", k)),
             v,
             initial_state=past["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.o_norm(ctx.tap("reads", o)), {"memory": memory}
 

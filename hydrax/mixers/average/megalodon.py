@@ -219,9 +219,7 @@ class Gecko(Megalodon):
             chunk=self.cfg.chunk,
             past=None if before is None else self._past(before, ctx.positions[:, 0]),
             initial_state=None if memory is None else (memory["values"], memory["weights"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
+            **ctx.rows,
         )
         o = ctx.tap("reads", o) * jax.nn.silu(self.gate(m)) + recalled
         return o, {"values": M, "weights": L}, cache

@@ -79,10 +79,8 @@ class Rat(Mixer):
             jnp.tile(jnp.where(first, 0, f), 2),
             jnp.tile(1 - f, 2) * fp32(jnp.concatenate([k, u], axis=-1)),
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=cfg.chunk_size,
+            **ctx.rows,
         )
         k, s = (a.astype(x.dtype) for a in jnp.split(h, 2, axis=-1))
         k = cfg.rope.turn(k, number)

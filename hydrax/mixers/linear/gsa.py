@@ -75,10 +75,8 @@ class GSA(Mixer):
             g,
             scale=self.cfg.scale,
             initial_state=None if state is None else (state["memory"]["k"], state["memory"]["v"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(jax.nn.silu(ctx.tap("reads", o))), {"memory": {"k": keys, "v": values}}
 

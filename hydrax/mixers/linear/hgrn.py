@@ -62,10 +62,8 @@ class HGRN(Mixer):
             keep,
             write,
             initial_state=None if state is None else _joined(state["memory"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         h = self._normalised(_parts(ctx.tap("reads", h)))
         return h.astype(x.dtype) * jax.nn.silu(self.gate(x)), {"memory": _parts(memory)}

@@ -63,10 +63,8 @@ class HGRN2(Mixer):
             g,
             scale=self.cfg.scale,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(ctx.tap("reads", o)), {"memory": memory}
 

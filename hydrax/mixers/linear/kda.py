@@ -71,10 +71,8 @@ class KimiDeltaAttention(Mixer):
             beta,
             g,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         gate = None if self.gate_up is None else self.gate_up(self.gate_down(x))
         z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)

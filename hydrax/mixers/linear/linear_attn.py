@@ -99,10 +99,8 @@ class LinearAttention(Mixer):
             features.with_ones(v) if divides else v,
             scale=None if self.size is None else 1.0,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         o = ctx.tap("reads", features.divided(o) if divides else o)
         return self._scaled(o, x), {"memory": memory}

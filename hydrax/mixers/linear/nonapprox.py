@@ -61,10 +61,8 @@ class NonApprox(Mixer):
             scores,
             ctx.tap("values", self.v(x)),
             initial_state=None if past is None else (state["max"], past["numerator"], past["denominator"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         memory = {"numerator": numerator, "denominator": denominator}
         return ctx.tap("reads", o), {"max": top, "memory": memory}

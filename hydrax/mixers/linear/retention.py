@@ -64,10 +64,8 @@ class Retention(Mixer):
             ctx.tap("values", self.v(x)),
             log_decay(self.cfg.heads),
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(ctx.tap("reads", o)) * jax.nn.silu(self.gate(x)), {"memory": memory}
 

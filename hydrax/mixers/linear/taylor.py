@@ -68,10 +68,8 @@ class Taylor(Mixer):
             with_ones(fp32(ctx.tap("values", self.v(x)))),
             scale=1.0,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return ctx.tap("reads", divided(o).astype(x.dtype)), {"memory": memory}
 

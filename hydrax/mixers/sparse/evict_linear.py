@@ -170,10 +170,8 @@ class EvictLinear(Mixer):
             **old,
             scale=1.0 if cfg.fusion == "joint" else None,
             initial_state=past["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=cfg.chunk_size,
+            **ctx.rows,
         )
 
     def _added(self, near: Array, far: Array, ctx: Context) -> Array:
