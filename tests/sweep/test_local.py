@@ -94,6 +94,13 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(write, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def stop(*pids: int) -> None:
+    """Stops processes: before they are, a signal of a lower number would reach them first."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: all("State:\tT" in pathlib.Path(f"/proc/{pid}/status").read_text() for pid in pids))
+
+
 def waits(pid: int, number: signal.Signals) -> bool:
     """Whether the stopped process has such a signal before it."""
     (pending,) = re.findall(r"^ShdPnd:\s*(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -108,8 +115,7 @@ def test_a_stopped_sweep_saves_and_goes_on(sent, code, write, tmp_path):
     def interrupt():
         eventually(lambda: [s.step > 3 for s in statuses(sweep, workdir)] == [True, True, False])
         pids = [pid for r in runs.expand(sweep, workdir) for pid in processes(r.folder)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        stop(*pids)
         os.kill(os.getpid(), sent)
         if sent == signal.SIGTERM:
             eventually(lambda: all(waits(pid, sent) for pid in pids))
@@ -154,7 +160,7 @@ def test_a_second_ctrl_c_kills(write, tmp_path):
     def interrupt():
         eventually(lambda: status(found.folder).step > 2)
         (pid,) = processes(found.folder)
-        os.kill(pid, signal.SIGSTOP)  # it will not save any more
+        stop(pid)  # it will not save any more
         os.kill(os.getpid(), signal.SIGINT)
         eventually(lambda: waits(pid, signal.SIGTERM))  # two signals at once may be one to Python
         os.kill(os.getpid(), signal.SIGINT)
