@@ -23,10 +23,14 @@ from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
 from hydrax.nn.attention import QKV
 from hydrax.nn.param import fan_in, param
+from hydrax.ops.dispatch import named
 from hydrax.ops.sparse.lifetimes import FOREVER
 from hydrax.ops.sparse.typed import GLOBAL, LOCAL, OPEN, next_global, typed_ends, worth
 from hydrax.parallel.sequence import self_attention
 from hydrax.parallel.shards import in_order
+
+EXACT = ("recurrent", "xla", "chunked")
+"""The forms of attention that take values in fp32 of any width, by which types learn what they are worth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,8 @@ def _forward(cfg: Config, impl: str | None, o: Array, types: Array, given: tuple
 
 def _backward(cfg: Config, impl: str | None, given: tuple, do: Array) -> tuple:
     o, q, k, v, following, facts = given
-    options: dict[str, Any] = {**facts, "scale": cfg.scale, "softcap": cfg.softcap, "impl": impl}
+    served = impl if named("attention", impl) in EXACT else None
+    options: dict[str, Any] = {**facts, "scale": cfg.scale, "softcap": cfg.softcap, "impl": served}
     attend = functools.partial(self_attention, q, k, return_lse=True, **options)
     return do, worth(attend, v, o, do, following, cfg.sliding), None
 
