@@ -11,14 +11,21 @@ from hydrax.train.config import RunConfig
 
 
 def base() -> ConfigDict:
-    """Every key of a run at its default. Locked but for sources and the options of mixers, blocks and tasks."""
-    config = ConfigDict(dataclasses.asdict(RunConfig())).lock()
-    config.model.mixers.unlock()
-    config.model.blocks.unlock()
-    config.data.sources.unlock()
-    config.data.task_options.unlock()
-    config.train.probes.unlock()
+    """Every key of a run at its default. Locked but for what is a mapping of free form, as `model.mixers`."""
+    defaults = RunConfig()
+    config = ConfigDict(dataclasses.asdict(defaults)).lock()
+    _unlock(config, defaults)
     return config
+
+
+def _unlock(config: ConfigDict, defaults: Any) -> None:
+    """Unlocks the fields of a dataclass that are mappings, in all its sections."""
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            _unlock(config[field.name], value)
+        elif isinstance(value, Mapping):
+            config[field.name].unlock()
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:

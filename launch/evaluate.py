@@ -42,7 +42,7 @@ flags.DEFINE_integer("tokens_at_once", 2**14, "tokens of a batch", lower_bound=1
 
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
-    from hydrax.eval import evaluate
+    from hydrax.eval import evaluate, evaluate_report
     from hydrax.eval.report import write
     from hydrax.train.folder import environment
 
@@ -59,8 +59,8 @@ def main(overrides: cli.Overrides) -> None:
         for name, item, found in evaluate.evaluate(FLAGS.workdir, suites, settings, watch):
             results.setdefault(name, {})[item] = found
             write(file, {**facts, "runs": results}, "out")
-    pictures = evaluate.draw(results, suites, file.parent)
-    Console().print(evaluate.table(results, suites))
+    pictures = evaluate_report.draw(results, suites, file.parent)
+    Console().print(evaluate_report.table(results, suites))
     print(*(f"wrote {path}" for path in (file, *pictures)), sep="\n")
 
 

@@ -1,8 +1,9 @@
-"""The text of `--help`: a command, its flags, and every config key, mixer and task, read from the dataclasses."""
+"""The text of `--help`: a command, its flags, and every config key, mixer, task and policy, read from dataclasses."""
 
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -23,27 +24,40 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
         lines += ["", "Mixers, and their options --config.model.mixers.<mixer>.<option>=<value>:", *_mixers()]
         lines += ["", "Tasks (--config.data.task), and their options --config.data.task_options.<option>=<value>:"]
         lines += _tasks()
+    if "policy" in flag_values:
+        lines += ["", "Policies, and their options --policy=<name>:<option>=<value>,...:", *_policies()]
     return "\n".join(lines)
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Field name -> the comment behind the field, from the source of a dataclass and its bases."""
+    """Field name -> the comment behind the field, or its line in the docstring, of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        found |= dict(_attributes(inspect.cleandoc(base.__doc__ or "")))
         source = textwrap.dedent(inspect.getsource(base))
         lines = source.encode().splitlines()
         for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 behind = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :].decode()
-                found[node.target.id] = behind.partition("#")[2].strip()
+                found[node.target.id] = behind.partition("#")[2].strip() or found.get(node.target.id, "")
     return found
+
+
+def _attributes(doc: str) -> Iterator[tuple[str, str]]:
+    """What the section `Attributes:` of a docstring says of each."""
+    for names, text in re.findall(
+        r"^  (\w+(?:, \w+)*): (.+(?:\n    .+)*)", doc.partition("Attributes:\n")[2], re.MULTILINE
+    ):
+        for name in names.split(", "):
+            yield name, " ".join(text.split()).rstrip(".")
 
 
 def _flags(flag_values: flags.FlagValues) -> Iterator[str]:
     for name in flag_values:
         flag = flag_values[name]
         text = " ".join((flag.help or "").split())
-        yield _entry(f"--{name}", dataclasses.MISSING if flag.default is None else flag.default, text)
+        required = not all(validator.checker(None) for validator in flag.validators)
+        yield _entry(f"--{name}", dataclasses.MISSING if required else flag.default, text)
 
 
 def _keys() -> Iterator[str]:
@@ -74,6 +88,15 @@ def _tasks() -> Iterator[str]:
         yield ""
         yield f"  {name}: {(inspect.getdoc(task) or '').partition(chr(10))[0]}"
         yield from (line for line in _fields(task, "  ") if line.split()[0] != "length")  # it is data.seq_len
+
+
+def _policies() -> Iterator[str]:
+    from hydrax.infer.policy import POLICIES
+
+    for name, policy in POLICIES.items():
+        yield ""
+        yield f"  {name}: {policy.ABOUT}"
+        yield from _fields(policy, "  ")
 
 
 def _fields(cls: Any, prefix: str) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """Continues a prompt with the model of a run folder, and prints the text as it is made.
 
-python -m launch.sample --workdir=runs/quickstart --prompt="def main(" --tokens=200
-python -m launch.sample --workdir=runs/quickstart --temperature=0
-python -m launch.sample --workdir=runs/quickstart --policy=streaming:window=256,sink_tokens=4
+    python -m launch.sample --workdir=runs/quickstart --prompt="def main(" --tokens=200
+    python -m launch.sample --workdir=runs/quickstart --temperature=0
+    python -m launch.sample --workdir=runs/quickstart --policy=streaming:window=256,sink_tokens=4
 
-A policy has softmax layers read a part of the keys: accumulated, dhsa, hip, hylra, lychee, sparge, star or streaming.
+A policy has softmax layers read a part of the keys; --help lists the policies with their options.
 The model then computes another function than the one that was trained.
 """
 

@@ -105,8 +105,8 @@ for name, f in {"recurrent": recurrent, "chunked": chunked}.items():
 # %% [markdown]
 # ## The mixer
 #
-# Three methods. `mix` gives what the heads read, `out` projects it back to the width of the model, `init_state` is the
-# memory before the first token. One call serves training (no state), prefill (many tokens and a state) and decoding
+# Two methods. `mix` gives what the heads read, which `project` brings back to the width of the model; `init_state` is
+# the memory before the first token. One call serves training (no state), prefill (many tokens and a state) and decoding
 # (one token and a state), so there is no second program that could disagree.
 #
 # Two lines deserve attention. Rows of training data are packed with several documents (`ctx.segment_ids`): where one
@@ -146,9 +146,6 @@ class MinGRU(Mixer):
         h0 = jnp.zeros_like(a[:, 0]) if state is None else state["memory"]
         h = FORMS[ctx.impl](a, b, h0)
         return ctx.tap("reads", h).astype(x.dtype)[:, :, None], {"memory": h[:, -1]}  # one head of V channels
-
-    def out(self, z):
-        return self.project(z)
 
     def init_state(self, batch, max_len, dtype):
         return {"memory": jnp.zeros((batch, self.cfg.value_dim), jnp.float32)}

@@ -7,7 +7,8 @@
 Arguments: size, tiny (4 arms, 2 rates, 1 seed: minutes on CPU cores) or h100 (17 arms, 4 rates, 3 seeds: one GPU). All
 arms have two layers, of which the second has four heads with 16 channels of values.
 Expected, by arXiv 2312.04927 and 2402.18668: attention recalls all pairs, windows those that they reach, and recurrent
-mixers more the larger their state is, the delta rule most at equal bytes. Report the best rate of every arm.
+mixers more the larger their state is, the delta rule most at equal bytes. Report the best rate of every arm. On an
+H100: docs/results/mqar_state_size_h100, where delta rules are not ahead of constant decays.
 """
 
 from configs import common, sweeps

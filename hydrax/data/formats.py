@@ -28,6 +28,8 @@ ROWS = 256  # of Parquet in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    """The text of a file or record, in UTF-8 if `check_utf8` finds so, and where it is from."""
+
     file: str  # path relative to the source, with forward slashes
     record: int | None  # line of JSON Lines or row of Parquet, from 1; None: the whole file
     text: bytes
@@ -35,11 +37,12 @@ class Document:
 
     @property
     def name(self) -> bytes:
+        """The file, and the number of the record."""
         return os.fsencode(self.file if self.record is None else f"{self.file}:{self.record}")
 
     @property
     def place(self) -> float:
-        """In [0, 1)."""
+        """A number in [0, 1), by the name unless it is fixed: those below `val_fraction` are validation."""
         if self.fixed_place is not None:
             return self.fixed_place
         return int.from_bytes(hashlib.sha256(self.name).digest()[:6]) / 2**48
@@ -194,6 +197,7 @@ _READERS: dict[str, Callable[[Part, str], Records]] = {JSON_LINES: _json_lines, 
 
 
 def check_utf8(document: Document) -> Document | Bad:
+    """The document, or what is wrong with its bytes."""
     try:
         document.text.decode()
     except UnicodeDecodeError as error:

@@ -81,6 +81,8 @@ FACTS = ("segment_ids", "positions")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
+    """The rows of training or of validation, and the text that they are made of."""
+
     rows: Rows
     documents: int
     bytes: int  # of text, before tokenisation
@@ -89,6 +91,8 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """Text in rows of tokens: what a run reads."""
+
     tokenizer: Tokenizer
     train: Split
     val: Split

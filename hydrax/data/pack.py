@@ -59,9 +59,8 @@ class PackedRows:
         taken = -(-lengths // align) * align
         self.starts = np.concatenate([[0], np.cumsum(taken)])  # of each document in the stream; its length last
         self.ends = self.starts[:-1] + lengths  # of what is not filled in
-        self.shift = (
-            corpus.offsets[order] - prefix - self.starts[:-1]
-        )  # from a place in the stream to one in the corpus
+        # From a place in the stream to one in the corpus.
+        self.shift = corpus.offsets[order] - prefix - self.starts[:-1]
         self.stride = seq_len - prefix  # places of the stream from row to row
         predictions = max(0, self.stream_length - 1 - prefix)
         self.length = -(-predictions // self.stride) if partial else predictions // self.stride

@@ -20,6 +20,8 @@ from hydrax.core.build import ConfigError
 
 
 class Tokenizer(Protocol):
+    """Text to ids and back: of bytes, or of a tokenizer.json."""
+
     name: str  # value of data.tokenizer that makes it
     fingerprint: str  # sha256 of everything that decides the ids
     bos: int

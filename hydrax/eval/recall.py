@@ -42,10 +42,16 @@ class Kind:
 
 
 def once(example: Fields) -> str:
+    """The document as it is."""
     return example["text"].strip()
 
 
 def fact_twice(example: Fields) -> str:
+    """The document twice, behind what is asked for (arXiv 2407.05483).
+
+    Raises:
+      ValueError: the document does not end in the name of the fact.
+    """
     text, key = once(example), example["key"].strip()
     name = text[-len(key) - 1 : -1]
     if not key or name.lower() != key.lower() or text[-1] != ":":
@@ -55,6 +61,7 @@ def fact_twice(example: Fields) -> str:
 
 
 def sentence_twice(example: Fields) -> str:
+    """The question, the whole document, and the document up to the answer."""
     return f"{example['question'].strip()} {example['context'].strip()}\n{once(example)}"
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hydrax.core.build import ConfigError
-from hydrax.core.typing import Float
 
 DELTA = 1e-3
 GRID = ((-1.5, -0.5, -0.1), (-4.0, -2.0, -0.7), (-4.0, -2.0, -0.7), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0))
@@ -23,8 +22,6 @@ GRID = ((-1.5, -0.5, -0.1), (-4.0, -2.0, -0.7), (-4.0, -2.0, -0.7), (0.2, 0.5, 1
 
 BEST_STARTS = 8
 """Points of the grid that L-BFGS goes on from: those of lowest loss."""
-
-Points = Float[np.ndarray, "runs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +55,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
+    """A law, how far it is from the runs, and its intervals."""
+
     law: Law
     residual: float  # largest |predicted / measured - 1|
     low: Law | None = None  # of every constant on its own, the ends of the bootstrap interval

@@ -1,4 +1,7 @@
-"""The protocol of every sequence mixer: one `Config`, one call for training, prefill and decoding, one state pytree."""
+"""The protocol of every sequence mixer: one `Config`, one call for training, prefill and decoding, one state pytree.
+
+`SoftmaxMixer` is what mixers have in common that attend to keys and values by a softmax.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,8 +14,15 @@ from flax import nnx
 from hydrax.core import tree
 from hydrax.core.build import ConfigError
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
+from hydrax.nn import kv_cache
+from hydrax.nn.attention import QKV, AttentionConfig, OutGate
+from hydrax.nn.kv_cache import Keys
+from hydrax.nn.linear import Linear
 from hydrax.ops.documents import document_positions
 from hydrax.parallel.shards import Shards
+
+Attend = Callable[..., Array]
+"""`nn.kv_cache.attend`, or what takes the same arguments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Context:
     progress: Array | None = None
     shards: Shards | None = None
     keys: Any = None
-    attend: Callable[..., Array] | None = None
+    attend: Attend | None = None
     records: dict[str, Any] | None = None
     impl: str | None = None
     taps: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
@@ -67,6 +77,21 @@ class Context:
         else:
             positions = document_positions(segment_ids)
         return cls(positions=positions, segment_ids=segment_ids, **facts)
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Positions and documents, as ops and caches take them."""
+        return {"positions": self.positions, "segment_ids": self.segment_ids}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Documents, the devices that share rows, and the form, as convolutions and recurrences take them."""
+        return {"segment_ids": self.segment_ids, "shards": self.shards, "impl": self.impl}
+
+    @property
+    def ids(self) -> Int[Array, "B T"]:
+        """The documents of tokens; one per row if none are given."""
+        return jnp.ones_like(self.positions) if self.segment_ids is None else self.segment_ids
 
     def at(self, layer_index: int | Array) -> Self:
         """The same context seen from another layer."""
@@ -145,7 +170,7 @@ class Mixer(nnx.Module):
 
     def out(self, z: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
         """The output projection."""
-        raise NotImplementedError
+        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         """The state before token 0, all zeros; `max_len` bounds the tokens of one document where that matters."""
@@ -164,6 +189,50 @@ class Mixer(nnx.Module):
         """One token: the call with T = 1."""
         y, state = self(x[:, None], ctx, state)
         return y[:, 0], state
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig(AttentionConfig, MixerConfig):
+    """Base of the `Config` of softmax mixers with heads of one width."""
+
+    def fill(self, d_model: int) -> Self:
+        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
+
+
+class SoftmaxMixer(Mixer):
+    """What softmax mixers share: y = W_o (o ⊙ σ(W_g x)), and a state of the keys and values of the whole document."""
+
+    cfg: Any
+
+    def __init__(self, d_model: int, cfg: Any, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.qkv = QKV(d_model, cfg, rngs=rngs)
+        self.read_out(d_model, rngs)
+
+    def read_out(self, d_model: int, rngs: nnx.Rngs) -> None:
+        """Makes the output gate and the output projection, the last of what every mixer makes."""
+        cfg = self.cfg
+        self.gate = OutGate(d_model, cfg, rngs=rngs)
+        shape, axes = (cfg.heads, cfg.value_dim), ("heads", "head_dim", "embed")
+        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+
+    def attend(
+        self, q: Float[Array, "B T H K"], keys: Keys, ctx: Context, by: Attend | None = None, **options: Any
+    ) -> Float[Array, "B T H V"]:
+        """`kv_cache.attend`, or `by`, with the options of the config and the facts of the context."""
+        return (by or kv_cache.attend)(
+            q,
+            keys,
+            **ctx.places,
+            scale=self.cfg.scale,
+            softcap=self.cfg.softcap,
+            shards=ctx.shards,
+            impl=ctx.impl,
+            **options,
+        )
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
+        return self.cfg.init_cache(batch, max_len, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,3 +278,8 @@ def per_head(d_model: int, heads: int) -> int:
     if d_model % heads:
         raise ConfigError("heads", heads, f"expected a divisor of d_model = {d_model}, or set the head widths")
     return d_model // heads
+
+
+def default_heads(d_model: int) -> int:
+    """The largest divisor of d_model up to d_model / 128, at least 1."""
+    return max(h for h in range(1, max(d_model // 128, 1) + 1) if d_model % h == 0)

@@ -138,7 +138,7 @@ class Block(nnx.Module):
 
     def _remember(self, x: Array, ctx: mixers.Context, past: State, new: State) -> Array:
         if self.workspace is not None:
-            h, facts = self.workspace_norm(x), {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+            h, facts = self.workspace_norm(x), ctx.places
             y, new["workspace"] = self.workspace(h, **facts, state=past.get("workspace"))
             x = x + y
         return x if self.pkm is None else x + self.pkm(self.pkm_norm(x))

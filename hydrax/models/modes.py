@@ -106,7 +106,7 @@ class ModesMixer(Mixer):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = options.rope.turn(q, ctx.positions), options.rope.turn(k, ctx.positions)
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         cache = None if state is None else state["cache"]
         keys = kv_cache.collect(k, v, cache, **facts)
         o = kv_cache.attend(q, keys, softcap=options.softcap, shards=ctx.shards, impl=ctx.impl, **facts)

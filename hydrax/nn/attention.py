@@ -131,7 +131,7 @@ class QKV(nnx.Module):
           pattern: the same by lifetimes, see `kv_cache.evict`.
           placed: whether the queries are.
         """
-        facts = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q, k, v = self(x, ctx.positions, source, placed=placed)
         if k is None:
             keys = kv_cache.shared(ctx.keys)

@@ -72,12 +72,12 @@ def attend(
       ctx: the context of the mixer (`mixers.Context`).
       placed: False: queries and keys of `qkv` have no positions. They choose as they are, and turn to attend.
     """
-    facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+    facts = ctx.places
     fine_q, fine_k, v = qkv(x, ctx.positions, exact=True)
     assert fine_k is not None
     near_q, near_k = (a if placed else cfg.rope.turn(a, ctx.positions) for a in (fine_q, fine_k))
     q, k, v = near_q.astype(x.dtype), near_k.astype(x.dtype), ctx.tap("values", v)
-    ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+    ids = ctx.ids
     rows = Rows(q, fine_q, ctx.positions, ids)
     if state is None:
         return _trained(cfg, choose, rows, Rows(k, fine_k, ctx.positions, ids), v, ctx.shards, ctx.impl), None

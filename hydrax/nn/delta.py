@@ -41,11 +41,6 @@ class DeltaConfig:
             raise ConfigError("qk_norm", self.qk_norm, allowed)
 
 
-def default_heads(d_model: int) -> int:
-    """The largest divisor of d_model up to d_model / 128, at least 1."""
-    return max(h for h in range(1, max(d_model // 128, 1) + 1) if d_model % h == 0)
-
-
 class DeltaInputs(nnx.Module):
     """q, k = RoPE(norm(act(conv(W x)))), v = silu(conv(W x)), β = σ(W_b x) or 2σ(W_b x) in fp32.
 

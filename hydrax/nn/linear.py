@@ -8,7 +8,7 @@ from flax import nnx
 
 from hydrax.core.numerics import fp32, wide
 from hydrax.core.typing import Array
-from hydrax.nn.param import param
+from hydrax.nn.param import fan_in, param
 
 
 class Linear(nnx.Module):
@@ -34,10 +34,9 @@ class Linear(nnx.Module):
         self.shape_out = (shape_out,) if isinstance(shape_out, int) else shape_out
         dims = len(self.shape_in) + len(self.shape_out)
         inputs = tuple(range(-dims, -len(self.shape_out)))
-        init = jax.nn.initializers.truncated_normal(scale / math.sqrt(math.prod(self.shape_in)) / 0.87962566)
         self.kernel = param(
             rngs,
-            init,
+            fan_in(math.prod(self.shape_in), scale),
             self.shape_in + self.shape_out,
             axes,
             decay=True,
@@ -55,10 +54,8 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         if exact and jax.default_backend() == "cpu":
-            x, kernel = (
-                fp32(x),
-                fp32(kernel),
-            )  # the same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs
+            # The same products; XLA refuses some layouts of BF16 x BF16 = F32 on CPUs.
+            x, kernel = fp32(x), fp32(kernel)
         kind = wide(x.dtype) if exact else None
         y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision, preferred_element_type=kind)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -45,7 +45,7 @@ class MoEConfig:
     top_k: Positive = 2  # experts per token
     width: Positive | None = None  # inner width F of one expert; that of a dense FFN if None
     kind: str = "swiglu"  # of every expert, see `EXPERTS`
-    router: Literal["softmax", "sigmoid"] = "softmax"
+    router: Literal["softmax", "sigmoid"] = "softmax"  # from scores to gates
     renorm: bool = True  # gates of the chosen experts sum to 1
     scale: PositiveFloat = 1.0  # factor on the gates
     bias: bool = False  # a bias that balances the selection and enters no gate

@@ -9,6 +9,7 @@ count, see `nn.moe`, and so belongs in no gradient norm; "average", by a mean of
 dimension has n numbers and one empty place, in which the gradient counts what it sums, see `summed`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,6 +21,9 @@ from hydrax.core.typing import Array
 
 Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 Matrix = tuple[tuple[int, ...], tuple[int, ...]]
+
+TRUNCATED = 0.87962566
+"""Standard deviation of a standard normal distribution that is cut at -2 and 2."""
 
 
 def param(
@@ -39,6 +43,11 @@ def param(
         raise ValueError(f"axes {axes} do not name the dimensions of {shape}")
     value = init(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=axes, decay=decay, matrix=matrix, cast=cast, residual=residual, rule=rule)
+
+
+def fan_in(n: int, scale: float = 1.0) -> Init:
+    """A normal distribution of standard deviation `scale`/sqrt(n), cut at two deviations of what it was before."""
+    return jax.nn.initializers.truncated_normal(scale / math.sqrt(n) / TRUNCATED)
 
 
 @jax.custom_vjp

@@ -15,7 +15,9 @@ from hydrax.core.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    theta: PositiveFloat = 10000.0
+    """Options of rotary positions, see `rope`."""
+
+    theta: PositiveFloat = 10000.0  # pair m of d/2 turns by theta^(-2m/d) per token
     fraction: Fraction = 1.0  # of the channels that turn; 0 = no positions (NoPE)
     style: Literal["half", "interleaved", "torchscale"] = "half"  # which channels pair up, and RetNet's frequencies
 

@@ -45,6 +45,7 @@ def svg(figure: "Figure", name: str) -> bytes:
 
 
 def png(figure: "Figure", path: pathlib.Path) -> None:
+    """Writes the figure in 200 dots per inch and few colours, the same bytes for the same figure."""
     from PIL import Image
 
     image = io.BytesIO()

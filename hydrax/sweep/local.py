@@ -72,6 +72,7 @@ def _work(
 
 @contextlib.contextmanager
 def passing_on_signals() -> Iterator[tuple[Stop, list[signal.Signals]]]:
+    """What runs are to be stopped by, and the signals so far; the second Ctrl-C kills them."""
     stop, received = Stop(), []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -27,8 +27,8 @@ class Phonebook(Task):
     """
 
     length: Positive = 1024
-    entries: tuple[Positive, ...] = (20,)
-    eval_entries: tuple[Positive, ...] = (20, 50, 100, 200, 500)
+    entries: tuple[Positive, ...] = (20,)  # lines of training books
+    eval_entries: tuple[Positive, ...] = (20, 50, 100, 200, 500)  # of evaluation books; each is a slice
 
     def __post_init__(self) -> None:
         names = len(FIRST_NAMES) * len(LAST_NAMES)

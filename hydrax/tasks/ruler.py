@@ -39,6 +39,8 @@ WIDTH: Mapping[Draw, int] = {  # bytes of the longest
 
 
 class Variant(NamedTuple):
+    """What the haystack is made of, how keys and values are drawn, and how many there are."""
+
     hay: Literal["noise", "essay", "needles"]
     key: Draw
     value: Draw
@@ -200,7 +202,7 @@ class CommonWords(TextTask):
     """
 
     length: Positive = 1024
-    common: Positive = 10
+    common: Positive = 10  # words that come up often
 
     @property
     def budget(self) -> int:

@@ -89,8 +89,8 @@ class TextTask(Task):
     """
 
     length: Positive = 512
-    min_length: NonNegative = 0
-    eval_factors: tuple[Positive, ...] = (1, 2, 4, 8)
+    min_length: NonNegative = 0  # of training rows; 0: the least that the task needs
+    eval_factors: tuple[Positive, ...] = (1, 2, 4, 8)  # lengths of evaluation rows over `length`; each is a slice
 
     def __post_init__(self) -> None:
         if self.length < self.least:

@@ -16,7 +16,7 @@ class TraceConfig:
     """Which steps `jax.profiler` traces; those after a SIGUSR1, too."""
 
     start: Positive | None = None  # first step; None: only on SIGUSR1
-    steps: Positive = 3
+    steps: Positive = 3  # that are traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,7 @@ class TrainConfig:
     steps: Positive = 1000
     batch_size: Positive = 32  # rows per step, on all devices together
     accumulate: Positive = 1  # microbatches a step is cut into
-    init_from: str | None = (
-        None  # a run whose weights to start from: its folder, folder@step, or a mean: folder@400,500
-    )
+    init_from: str | None = None  # whose weights to start from: a run's folder, folder@step, a mean folder@400,500
     seed: NonNegative = 0  # parameters and data order, or the rows of a task
     eval_every: NonNegative = 250  # steps between validations; 0: only at the end
     eval_rows: Positive = 256  # validation rows
@@ -62,9 +60,9 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     tokens: NonNegative = 256  # generated at the end of a run; 0: none
-    temperature: NonNegativeFloat = 0.8
-    top_p: Fraction = 0.95
-    prompt: str = ""
+    temperature: NonNegativeFloat = 0.8  # 0: the most likely token every time
+    top_p: Fraction = 0.95  # only among the likeliest tokens of this mass; 1: all
+    prompt: str = ""  # text to continue; empty: a new document
 
 
 @dataclasses.dataclass(frozen=True)

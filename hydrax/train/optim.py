@@ -26,16 +26,16 @@ Decay = Annotated[float, Check("a number from 0 to below 1", lambda x: 0 <= x < 
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, the rest by Adam
     lr: PositiveFloat = 1e-3  # peak
-    schedule: schedules.Name = "cosine"
+    schedule: schedules.Name = "cosine"  # of the rate
     warmup: NonNegative = 100  # steps
     decay_fraction: Fraction = 0.2  # share of the steps after warmup in which the wsd schedules decay
     final_fraction: Fraction = 0.1  # final rate / peak
     weight_decay: NonNegativeFloat = 0.1  # times the rate, on matrices
     clip: PositiveFloat | None = 1.0  # global gradient norm
     spike: PositiveFloat | None = None  # skips steps whose gradient norm is above this times its running mean
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: PositiveFloat = 1e-8
+    b1: Decay = 0.9  # of Adam's mean of gradients, and of Muon's
+    b2: Decay = 0.95  # of the mean of their squares
+    eps: PositiveFloat = 1e-8  # on its root
     z_loss: NonNegativeFloat = 1e-4  # weight of lse²
     balance_rate: NonNegativeFloat = 1e-3  # step of the biases that balance experts
     rates: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # factors on the rate, by pattern; 0: frozen

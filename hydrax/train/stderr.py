@@ -72,6 +72,7 @@ def condensed(lines: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
+    """Passes stdin on to stderr, condensed, until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the process whose stderr this is
     for line in condensed(open(0, encoding="utf-8", errors="replace")):  # noqa: SIM115

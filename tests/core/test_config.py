@@ -81,9 +81,12 @@ def test_options_of_mixers_are_free_form_until_the_mixer_reads_them(text, value)
     assert type(config.model.mixers.new.option) is type(value)  # json keeps it
 
 
-def test_a_free_form_section_can_be_given_whole():
-    config = load_config("quickstart", **{"model.blocks": Raw("{'local': {'mixer': 'swa'}}")})
-    assert config.model.blocks.to_dict() == {"local": {"mixer": "swa"}}
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.blocks", {"local": {"mixer": "swa"}}), ("optim.rates", {"*/ffn/*": 0.1, "embed/*": 0})]
+)
+def test_a_free_form_section_can_be_given_whole(key, value):
+    config = load_config("quickstart", **{key: Raw(value)})
+    assert config.to_dict()[key.split(".")[0]][key.split(".")[1]] == value
 
 
 @pytest.mark.parametrize(

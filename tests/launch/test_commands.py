@@ -6,6 +6,7 @@ import re
 import pytest
 
 from hydrax import mixers
+from hydrax.infer.policy import POLICIES
 from launch.help import comments
 from tests.launch.conftest import MAINS, command_line, run
 
@@ -177,6 +178,13 @@ def test_help(command):
         assert re.search(r"optim\.name +adamw +.*one of adamw, muon", outcome.out)
         for name in mixers.names():
             assert f"  {name}: {mixers.row(name).about}" in outcome.out
+    if command == "train":
+        assert re.search(r"--workdir +required", outcome.out)
+        assert re.search(r"--processes +None", outcome.out)
+        assert re.search(r"spacing +0 +padding behind every letter, with the answer at the last of it", outcome.out)
+    if command == "sample":
+        assert re.search(r"--policy +None", outcome.out)
+        assert all(f"  {name}: {policy.ABOUT}\n" in outcome.out for name, policy in POLICIES.items())
 
 
 def test_comments_are_read_with_those_of_base_classes():

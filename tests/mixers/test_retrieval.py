@@ -21,7 +21,6 @@ class Line(NamedTuple):
 
 ROUTED = {"clusters": 8, "window": WINDOW, "warmup": 0.5, "rate": 0.01, "commitment": 1.0}
 S2 = {"block": 2, "local": WINDOW // 2, "vert_stride": 2}
-MOSA = {"heads": 4, "key_dim": 16, "sparsity": 2, "slack": 2.0, "start": 0.01, "rate": 0.002}
 LEARN = {
     "attn": Line({}, 400),
     "dma": Line({"keep": 16, "keep_last": 2}, 400),

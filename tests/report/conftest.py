@@ -1,6 +1,5 @@
 """Run folders as training leaves them, with figures made up by the tests."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +48,3 @@ def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
 
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -113,9 +113,6 @@ def test_other_data_under_the_same_path_is_refused(run, tmp_path):
         path.write_text(content, encoding="utf-8")
 
 
-WHOLE_ROWS = {"pattern": "short_long_conv", "mixers": {"short_long_conv": {"filter": "implicit"}}}
-
-
 @pytest.mark.parametrize(
     ("section", "values", "key"),
     [

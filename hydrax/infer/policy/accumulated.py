@@ -26,8 +26,8 @@ class Accumulated(Policy):
 
     ABOUT: ClassVar[str] = "keys of low accumulated attention are forgotten, more of them in later layers"
 
-    fraction: Fraction = 0.5
-    recent: Positive = 32
+    fraction: Fraction = 0.5  # of the keys that the last layer forgets
+    recent: Positive = 32  # last keys, which stay
 
     def start(self, layers: Sequence[AttentionConfig], batch: int, slots: int) -> PyTree:
         return {

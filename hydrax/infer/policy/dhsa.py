@@ -38,12 +38,12 @@ class DHSA(Policy):
 
     ABOUT: ClassVar[str] = "chunks of variable length, chosen by their summed keys"
 
-    count: Positive = 512
-    window: Positive = 64
-    longest: Positive = 64
-    reach: Positive = 8
-    below: float = 0.5
-    predictor: str | None = None
+    count: Positive = 512  # tokens of chosen chunks
+    window: Positive = 64  # last tokens, which are read besides
+    longest: Positive = 64  # tokens of a chunk at most
+    reach: Positive = 8  # keys on either side of a boundary that it is found by
+    below: float = 0.5  # similarity below which there is a boundary, without a predictor
+    predictor: str | None = None  # file of its parameters; None: the similarity itself decides
 
     def check(self, layers: Sequence[AttentionConfig]) -> None:
         if self.predictor is not None and not pathlib.Path(self.predictor).is_file():

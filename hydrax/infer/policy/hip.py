@@ -24,11 +24,11 @@ class HiP(Policy):
 
     ABOUT: ClassVar[str] = "a search that halves ranges of keys, first tokens and a window"
 
-    nodes: Positive = 256
-    leaf: Positive = 8
-    query_block: Positive = 64
-    window: Positive = 512
-    sink_tokens: NonNegative = 256
+    nodes: Positive = 256  # ranges of keys that go on
+    leaf: Positive = 8  # keys of a range at the end
+    query_block: Positive = 64  # queries that search together
+    window: Positive = 512  # last keys, which are read besides
+    sink_tokens: NonNegative = 256  # first keys, which are read besides
 
     def __post_init__(self) -> None:
         if self.window < self.query_block:

@@ -24,8 +24,8 @@ class Lychee(Policy):
 
     ABOUT: ClassVar[str] = "retrieval heads read everything, the others the keys that these weigh most"
 
-    retrieval: tuple[tuple[int, ...], ...] = ()
-    count: Positive = 512
+    retrieval: tuple[tuple[int, ...], ...] = ()  # retrieval heads of every later layer
+    count: Positive = 512  # keys that one hands on
 
     def check(self, layers: Sequence[AttentionConfig]) -> None:
         same_heads(layers, "lychee")

@@ -26,8 +26,8 @@ class HyLRA(Policy):
 
     ABOUT: ClassVar[str] = "anchor layers read everything, the others the keys that these weigh most"
 
-    anchors: tuple[NonNegative, ...] = (0,)
-    count: Positive = 512
+    anchors: tuple[NonNegative, ...] = (0,)  # layers that read all keys, counted among those of softmax
+    count: Positive = 512  # keys that one hands on, per head
 
     def __post_init__(self) -> None:
         if self.anchors[:1] != (0,) or list(self.anchors) != sorted(set(self.anchors)):

@@ -29,12 +29,12 @@ class Sparge(Policy):
 
     ABOUT: ClassVar[str] = "blocks of keys chosen by pooled queries and keys"
 
-    query_block: Positive = 128
-    key_block: Positive = 64
-    mass: Fraction = 0.9
-    alike: float = 0.1
-    sink: bool = True
-    skip: Negative | None = None
+    query_block: Positive = 128  # queries of a block
+    key_block: Positive = 64  # keys of a block
+    mass: Fraction = 0.9  # of the pooled softmax that the chosen blocks have
+    alike: float = 0.1  # mean cosine of a block, above which it is pooled
+    sink: bool = True  # the first block is always read
+    skip: Negative | None = None  # λ: blocks with scores so far below the highest add no values
 
     def select(self, seen: Seen, layer: int, handed: PyTree, memory: PyTree) -> Choice:
         (T, H), S = seen.q.shape[1:3], seen.slots

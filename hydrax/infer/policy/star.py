@@ -22,7 +22,7 @@ class Star(Policy):
 
     ABOUT: ClassVar[str] = "tokens of the context read their own block and the first"
 
-    block: Positive = 1024
+    block: Positive = 1024  # tokens per block
     context: NonNegative = 2**30  # tokens of the context; by default nothing follows it
 
     def select(self, seen: Seen, layer: int, handed: PyTree, memory: PyTree) -> Choice:

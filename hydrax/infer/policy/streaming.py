@@ -23,9 +23,9 @@ class Streaming(Policy):
 
     ABOUT: ClassVar[str] = "first tokens and a window, positions inside of the cache"
 
-    window: Positive = 1024
-    sink_tokens: NonNegative = 4
-    relative: bool = True
+    window: Positive = 1024  # last keys, the own one included
+    sink_tokens: NonNegative = 4  # first keys
+    relative: bool = True  # positions count inside of the cache
 
     def select(self, seen: Seen, layer: int, handed: PyTree, memory: PyTree) -> Choice:
         return Choice(near(seen, self.window, self.sink_tokens))

@@ -102,7 +102,7 @@ class GatedConv(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = dict.fromkeys(("conv", "memory")) if state is None else state
         u = self.u(x)
-        c, new = self.conv(u, past["conv"], segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
+        c, new = self.conv(u, past["conv"], **ctx.rows)
         state = {"conv": new}
         if self.filter is not None:
             far, state["memory"] = self.filter(u, ctx, past["memory"], self.cfg.chunk_size)

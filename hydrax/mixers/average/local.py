@@ -58,16 +58,11 @@ class MaxPool(Mixer):
             copies,
             taps,
             initial_state=past if past is None else jnp.broadcast_to(past, (*past.shape[:2], W, *u.shape[2:])),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
+            **ctx.rows,
         )
         seen = jnp.arange(W)[::-1] <= ctx.positions[..., None]
         z = jnp.where(seen[..., None, None], late, -jnp.inf).max(2)
         return z.astype(x.dtype), {"inputs": tails[:, :, 0]}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"inputs": jnp.zeros((batch, self.cfg.width - 1, self.cfg.heads, self.cfg.value_dim), wide(dtype))}
@@ -88,11 +83,8 @@ class DepthwiseConv(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         past = None if state is None else state["inputs"]
         u = ctx.by_channel("values", self.u(x))
-        z, tail = self.conv(u, past, segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
+        z, tail = self.conv(u, past, **ctx.rows)
         return ctx.by_channel("reads", z), {"inputs": tail}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"inputs": self.conv.init_state(batch, dtype)}

@@ -77,10 +77,8 @@ class Cell(nnx.Module):
             into + self.bias[...].astype(x.dtype),
             self.recurrent[...],
             initial_state=None if state is None else (state["h"], state["c"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return h, {"h": short, "c": long}
 
@@ -103,9 +101,6 @@ class LSTM(Mixer):
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         h, memory = self.cell(x, ctx, None if state is None else state["memory"])
         return h, {"memory": memory}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": self.cell.init_state(batch, dtype)}
@@ -130,7 +125,7 @@ class ShaRNN(LSTM):
         h, new = super().mix(x, ctx, state)
         m, n = self.key_norm(h), self.query_norm(h)
         past = None if state is None else state["cache"]
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         keys = kv_cache.collect(m, None, past, **facts)
         of_queries, of_keys, e = jax.nn.sigmoid(self.gains[...])
         q = (fp32(self.q_norm(self.q(n))) * of_queries * of_keys).astype(h.dtype)  # c scales them as it would the keys

@@ -96,9 +96,6 @@ class Highway(Mixer):
     def _attend(self, q: Array, k: Array, v: Array, ctx: Context, past: PyTree) -> tuple[Array, PyTree]:
         raise NotImplementedError
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(HighwayConfig):
@@ -129,7 +126,7 @@ class Mega(Highway):
         return jax.nn.silu(m).astype(x.dtype), {"memory": memory}
 
     def _attend(self, q: Array, k: Array, v: Array, ctx: Context, past: PyTree) -> tuple[Array, PyTree]:
-        where: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        where = ctx.places
         keys = kv_cache.collect(k, v, past["cache"], **where)
         o = relative_attention(
             q,
@@ -211,10 +208,8 @@ class ShortLongConv(Highway):
             elu1(ctx.tap("keys", k)),
             v,
             initial_state=past["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.o_norm(ctx.tap("reads", o)), {"memory": memory}
 
@@ -254,6 +249,8 @@ class Rotary(nnx.Module):
 
 
 class Unbiased(nnx.Module):
+    """No bias of positions."""
+
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         del cfg, rngs
 

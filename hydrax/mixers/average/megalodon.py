@@ -171,7 +171,7 @@ class Megalodon(Mixer):
         self, q: Array, k: Array, v: Array, ctx: Context, cache: kv_cache.Cache | None, **facts: Any
     ) -> tuple[Array, kv_cache.Cache | None]:
         """Attention to the keys that are alive, and the cache, in which `facts` of tokens are kept as well."""
-        where: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        where = ctx.places
         alive, window = self.cfg.alive, self.cfg.alive.reach
         keys = kv_cache.collect(k, v, cache, **where)
         positions = ctx.positions if keys.positions is None else keys.positions
@@ -187,9 +187,6 @@ class Megalodon(Mixer):
             tap_lse=ctx.taps.get("lse"),
         )
         return o, kv_cache.write(cache, k, v, **where, window=window, **facts)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
@@ -222,9 +219,7 @@ class Gecko(Megalodon):
             chunk=self.cfg.chunk,
             past=None if before is None else self._past(before, ctx.positions[:, 0]),
             initial_state=None if memory is None else (memory["values"], memory["weights"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
+            **ctx.rows,
         )
         o = ctx.tap("reads", o) * jax.nn.silu(self.gate(m)) + recalled
         return o, {"values": M, "weights": L}, cache

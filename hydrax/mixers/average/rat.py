@@ -79,10 +79,8 @@ class Rat(Mixer):
             jnp.tile(jnp.where(first, 0, f), 2),
             jnp.tile(1 - f, 2) * fp32(jnp.concatenate([k, u], axis=-1)),
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=cfg.chunk_size,
+            **ctx.rows,
         )
         k, s = (a.astype(x.dtype) for a in jnp.split(h, 2, axis=-1))
         k = cfg.rope.turn(k, number)
@@ -115,9 +113,6 @@ class Rat(Mixer):
         )
         score = einsum("bthk,bthk->bth", q, k) * self.cfg.width**-0.5
         return merge(far, (s, score))[0]
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         H, d = self.cfg.heads, self.cfg.width

@@ -77,9 +77,6 @@ class SlotAverages(Mixer):
         near, tail = self.v_conv(v, None if state is None else state["v"], **facts)
         return o + near, {**new, "v": tail}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         slots = (batch, self.cfg.heads, self.slots)
         sums = {"numerator": (*slots, self.cfg.value_dim), "denominator": slots}

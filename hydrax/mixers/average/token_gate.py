@@ -62,7 +62,7 @@ class Convolution(nnx.Module):
         self.conv = ShortConv((cfg.width,), cfg.taps, axes=("inner",), bias=True, activation=None, rngs=rngs)
 
     def __call__(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        return self.conv(x, state, segment_ids=ctx.segment_ids, shards=ctx.shards, impl=ctx.impl)
+        return self.conv(x, state, **ctx.rows)
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> PyTree:
         return self.conv.init_state(batch, dtype)

@@ -67,9 +67,7 @@ class ABC(Mixer):
         g, z = softmax_decay(
             jnp.clip(fp32(self.logits(x)), -MAX_LOGIT, MAX_LOGIT),
             initial_state=None if past is None else past["z"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
+            **ctx.rows,
         )
         o, (keys, values) = slot_attention(
             rope.turn(feature(self.q(x)), ctx.positions),
@@ -78,15 +76,10 @@ class ABC(Mixer):
             -jnp.expm1(g),
             g,
             initial_state=None if past is None else (past["k"], past["v"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(ctx.tap("reads", o)) * jax.nn.silu(self.gate(x)), {"memory": {"k": keys, "v": values, "z": z}}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -8,8 +8,8 @@ from flax import nnx
 
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
-from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
+from hydrax.mixers.base import Context, Mixer, MixerConfig, default_heads, per_head
+from hydrax.nn.delta import DeltaConfig, DeltaInputs
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.parallel.sequence import delta_rule
@@ -48,17 +48,12 @@ class DeltaNet(Mixer):
             v,
             beta,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         gate = None if self.gate is None else self.gate(x)
         z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)
         return z, {"memory": memory, **tails}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

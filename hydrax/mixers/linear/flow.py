@@ -86,9 +86,6 @@ class Flow(Mixer):
         )
         return ctx.tap("reads", (jax.nn.sigmoid(sink)[..., None] * o).astype(x.dtype)), new
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         c = self.cfg
         sums = dict.fromkeys(("k", "q", "k_out", "q_in"), (batch, c.heads, c.key_dim))

@@ -55,15 +55,10 @@ class GLA(Mixer):
             ctx.tap("values", self.v(x)),
             g,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(ctx.tap("reads", o)) * jax.nn.silu(self.gate(x)), {"memory": memory}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -75,15 +75,10 @@ class GSA(Mixer):
             g,
             scale=self.cfg.scale,
             initial_state=None if state is None else (state["memory"]["k"], state["memory"]["v"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(jax.nn.silu(ctx.tap("reads", o))), {"memory": {"k": keys, "v": values}}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         shape = (batch, self.cfg.heads, self.cfg.slots)

@@ -62,10 +62,8 @@ class HGRN(Mixer):
             keep,
             write,
             initial_state=None if state is None else _joined(state["memory"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         h = self._normalised(_parts(ctx.tap("reads", h)))
         return h.astype(x.dtype) * jax.nn.silu(self.gate(x)), {"memory": _parts(memory)}
@@ -74,9 +72,6 @@ class HGRN(Mixer):
         if not self.cfg.complex:
             return self.norm(h)
         return self.norm(h - h.mean((-2, -1), keepdims=True)) + self.norm_bias[...]
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, 2 if self.cfg.complex else 1, self.cfg.value_dim), wide(dtype))}

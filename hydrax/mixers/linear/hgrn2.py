@@ -11,7 +11,7 @@ from flax import nnx
 from hydrax.core.build import ChunkSize, Positive, PositiveFloat
 from hydrax.core.numerics import clamp_decay, fp32, wide
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, Mixer, MixerConfig, default_heads, per_head
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.parallel.sequence import linear_attention
@@ -19,7 +19,7 @@ from hydrax.parallel.sequence import linear_attention
 
 @dataclasses.dataclass(frozen=True)
 class Config(MixerConfig):
-    heads: Positive | None = None  # if None, d_model / 128, or the next smaller divisor of d_model
+    heads: Positive | None = None  # the largest divisor of d_model up to d_model / 128 if None
     key_dim: Positive | None = None  # K per head, forget gates and keys; d_model / heads if None
     value_dim: Positive | None = None  # V per head; d_model / heads if None
     scale: PositiveFloat | None = None  # c, factor on the output; K^-½ if None
@@ -29,7 +29,7 @@ class Config(MixerConfig):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"original": {"scale": 1.0}}
 
     def fill(self, d_model: int) -> "Config":
-        heads = self.heads or next(h for h in range(max(1, d_model // 128), 0, -1) if d_model % h == 0)
+        heads = self.heads or default_heads(d_model)
         return dataclasses.replace(
             self,
             heads=heads,
@@ -63,15 +63,10 @@ class HGRN2(Mixer):
             g,
             scale=self.cfg.scale,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return self.norm(ctx.tap("reads", o)), {"memory": memory}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -94,9 +94,6 @@ class InLine(Mixer):
         near, tail = self.v_conv(values, past["tail"], **facts)
         return o + near, {**new, "tail": tail}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         K, V = self.cfg.key_dim, self.cfg.value_dim
         shapes = {"k": (K,), "v": (V,), "memory": (K, V)}

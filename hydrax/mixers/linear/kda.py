@@ -12,9 +12,9 @@ from flax import nnx
 from hydrax.core.build import Check, Positive
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, Mixer, MixerConfig, default_heads, per_head
 from hydrax.nn.decay import BoundedDecay, StepDecay
-from hydrax.nn.delta import DeltaConfig, DeltaInputs, default_heads
+from hydrax.nn.delta import DeltaConfig, DeltaInputs
 from hydrax.nn.linear import Linear
 from hydrax.nn.norm import RMSNorm
 from hydrax.parallel.sequence import delta_rule
@@ -71,17 +71,12 @@ class KimiDeltaAttention(Mixer):
             beta,
             g,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         gate = None if self.gate_up is None else self.gate_up(self.gate_down(x))
         z = self.norm(ctx.tap("reads", o), gate, activation=self.cfg.out_gate, impl=ctx.impl)
         return z, {"memory": memory, **tails}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -97,10 +97,8 @@ class Lightning(Mixer):
             log_decay(cfg.heads, cfg.slope_rule, ctx.layer_index, ctx.depth),
             scale=cfg.scale,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=cfg.chunk_size,
+            **ctx.rows,
         )
         gate = ACTIVATIONS[cfg.gate_activation](self.gate(x))
         return self.norm(ctx.tap("reads", o)) * gate, {"memory": memory}
@@ -111,9 +109,6 @@ class Lightning(Mixer):
         if self.cfg.position == "rope":
             return self.cfg.rope.turn(x, ctx.positions)
         return x if self.phases is None else lrpe(x, ctx.positions, self.phases[...])
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

@@ -99,10 +99,8 @@ class LinearAttention(Mixer):
             features.with_ones(v) if divides else v,
             scale=None if self.size is None else 1.0,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         o = ctx.tap("reads", features.divided(o) if divides else o)
         return self._scaled(o, x), {"memory": memory}
@@ -112,9 +110,6 @@ class LinearAttention(Mixer):
             exponent = jnp.clip(self.size(x, exact=True), -LARGEST, LARGEST)
             return (fp32(o) * jnp.exp(-exponent)[..., None]).astype(o.dtype)
         return o if self.norm is None else self.norm(o)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

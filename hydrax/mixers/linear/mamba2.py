@@ -103,9 +103,6 @@ class Mamba2(Mixer):
         grouped = rms_norm(y.reshape(*y.shape[:2], self.cfg.heads, -1), eps=self.cfg.norm_eps)
         return grouped.reshape(y.shape) * self.norm_weight[...]
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg
         return {

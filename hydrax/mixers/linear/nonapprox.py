@@ -61,10 +61,8 @@ class NonApprox(Mixer):
             scores,
             ctx.tap("values", self.v(x)),
             initial_state=None if past is None else (state["max"], past["numerator"], past["denominator"]),
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         memory = {"numerator": numerator, "denominator": denominator}
         return ctx.tap("reads", o), {"max": top, "memory": memory}
@@ -75,9 +73,6 @@ class NonApprox(Mixer):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return einsum("bthk,bthk->bth", q, k) * self.cfg.key_dim**-0.5
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         slot = (batch, self.cfg.heads, 1)

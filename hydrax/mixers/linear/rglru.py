@@ -77,9 +77,6 @@ class RGLRU(Mixer):
         h = ctx.by_channel("reads", h).astype(x.dtype)
         return h * jax.nn.gelu(self.gate(x)), {"memory": memory, "x": tail}
 
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         memory = jnp.zeros((batch, self.cfg.heads, self.cfg.value_dim), wide(dtype))
         return {"memory": memory, "x": self.x_conv.init_state(batch, dtype)}

@@ -68,19 +68,14 @@ class Taylor(Mixer):
             with_ones(fp32(ctx.tap("values", self.v(x)))),
             scale=1.0,
             initial_state=None if state is None else state["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=self.cfg.chunk_size,
+            **ctx.rows,
         )
         return ctx.tap("reads", divided(o).astype(x.dtype)), {"memory": memory}
 
     def features(self, x: Array, positions: Array) -> Array:
         """φ of queries and keys [B,T,H,K], turned to their positions, in fp32."""
         return taylor2(fp32(self.cfg.rope.turn(x, positions)))
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return {"memory": jnp.zeros((batch, *self.cfg.state_shape), wide(dtype))}

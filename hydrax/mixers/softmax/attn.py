@@ -9,26 +9,21 @@ u is what the query is before RoPE: every hop turns it to the position of its to
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import ConfigError, Positive
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Float, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
-from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn.param import param
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     hops: Positive | None = None  # how often a query reads, each time with what it has read; None: once, without u
     hop_map: Literal["identity", "learned"] = "identity"  # R
 
@@ -38,7 +33,7 @@ class Config(AttentionConfig, MixerConfig):
             raise ConfigError("hop_map", self.hop_map, "needs hops")
 
     def fill(self, d_model: int) -> "Config":
-        filled = self.with_head_width(self.key_dim or per_head(d_model, self.heads))
+        filled = super().fill(d_model)
         if self.hops is not None and filled.value_dim != filled.key_dim:
             raise ConfigError(
                 "hops", self.hops, f"expected value_dim = key_dim = {filled.key_dim}, and it is {filled.value_dim}"
@@ -64,37 +59,22 @@ class HopMap(nnx.Module):
         return einsum("bthk,hkv->bthv", u, self.kernel[...].astype(u.dtype))
 
 
-class Attention(Mixer):
+class Attention(SoftmaxMixer):
     """y = W_o (attention(q, k, v) ⊙ σ(W_g x)); the state holds the keys and values of the whole document."""
 
     Config: TypeAlias = Config
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.qkv = QKV(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        super().__init__(d_model, cfg, rngs=rngs)
         self.hop = HopMap(cfg, rngs=rngs) if cfg.hop_map == "learned" else None
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
         q, keys, state = self.qkv.see(x, ctx, state, placed=cfg.hops is None)
-        attend = functools.partial(
-            ctx.attend or kv_cache.attend,
-            keys=keys,
-            positions=ctx.positions,
-            segment_ids=ctx.segment_ids,
-            scale=cfg.scale,
-            softcap=cfg.softcap,
-            shards=ctx.shards,
-            impl=ctx.impl,
-        )
         if cfg.hops is None:
-            o = ctx.tap("reads", attend(q, tap_lse=ctx.taps.get("lse")))
+            o = ctx.tap("reads", self.attend(q, keys, ctx, by=ctx.attend, tap_lse=ctx.taps.get("lse")))
         else:  # no linear map from values to what is read: nothing is tapped
-            o = self._again(q, lambda u: attend(self.qkv.place(u, ctx.positions)))
+            o = self._again(q, lambda u: self.attend(self.qkv.place(u, ctx.positions), keys, ctx, by=ctx.attend))
         return self.gate(o, x), state
 
     def _again(self, q: Float[Array, "B T H K"], read: Callable[[Array], Array]) -> Float[Array, "B T H K"]:
@@ -104,9 +84,3 @@ class Attention(Mixer):
             o = fp32(read(u.astype(q.dtype)))
             u = o + (fp32(u) if self.hop is None else self.hop(u.astype(q.dtype)))
         return u.astype(q.dtype)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return self.cfg.init_cache(batch, max_len, dtype)

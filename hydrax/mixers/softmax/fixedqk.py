@@ -13,60 +13,28 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from hydrax.core.build import NonNegative, PositiveFloat
 from hydrax.core.numerics import wide
 from hydrax.core.typing import Array, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
-from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     sigma: PositiveFloat = 1.0  # standard deviation of the stream
     seed: NonNegative = 0  # of the stream; layers with equal seeds share it
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
-
-class FixedQK(Mixer):
+class FixedQK(SoftmaxMixer):
     """y = W_o (attention(q, k, v) ⊙ σ(W_g x)), with weights learned for pairs of positions."""
 
     Config: TypeAlias = Config
 
-    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.qkv = QKV(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
-
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg = self.cfg
-        e = cfg.sigma * stream(ctx.positions, x.shape[-1], cfg.seed, wide(x.dtype))
+        e = self.cfg.sigma * stream(ctx.positions, x.shape[-1], self.cfg.seed, wide(x.dtype))
         q, keys, state = self.qkv.see(x, ctx, state, e.astype(x.dtype))
-        o = kv_cache.attend(
-            q,
-            keys,
-            positions=ctx.positions,
-            segment_ids=ctx.segment_ids,
-            scale=cfg.scale,
-            softcap=cfg.softcap,
-            shards=ctx.shards,
-            impl=ctx.impl,
-        )
-        return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return self.cfg.init_cache(batch, max_len, dtype)
+        return self.gate(ctx.tap("reads", self.attend(q, keys, ctx)), x), state
 
 
 def stream(

@@ -89,7 +89,7 @@ class LatentAttention(Mixer):
         self.project = Linear((H, cfg.value_dim), d_model, axes=(*heads, "embed"), residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q = self.q(x if self.q_latent is None else self.q_latent(x))
         q_n, q_r = jnp.split(q, [self.cfg.nope_dim], axis=-1)
         q_r, k_r = (self.cfg.rope.turn(part, ctx.positions) for part in (q_r, self.k_rope(x)))
@@ -116,9 +116,6 @@ class LatentAttention(Mixer):
         keys = keys._replace(k=jnp.concatenate([keys.v, keys.k], axis=-1))
         o = kv_cache.attend(q, keys, **facts, shards=ctx.shards, scale=scale, impl=ctx.impl)
         return einsum("bthr,rhv->bthv", o, down).astype(q.dtype)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return kv_cache.empty(batch, max_len, 1, self.cfg.rope_dim, self.cfg.kv_rank, dtype)

@@ -16,11 +16,10 @@ from flax import nnx
 from hydrax.core.build import ConfigError, NonNegative, Positive
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
-from hydrax.nn.param import param
+from hydrax.nn.attention import QKV
+from hydrax.nn.param import fan_in, param
 from hydrax.ops.sparse.ranked import ranked_ends
 from hydrax.parallel.shards import in_order
 
@@ -31,7 +30,7 @@ BIASES = {"exp": lambda s: jnp.exp(jnp.minimum(s, HIGHEST)), "linear": lambda s:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     qk_norm: Literal["none", "head", "full"] = "head"  # RMSNorm of q and k before RoPE: over K, or over all heads
@@ -47,15 +46,12 @@ class Config(AttentionConfig, MixerConfig):
         if self.keep_last and self.granularity is not None:
             raise ConfigError("keep_last", self.keep_last, "expected 0 with granularity, which keeps the query's block")
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
     def slots(self, n: int) -> int:
         """Most keys of a head that are alive at once in a document of n tokens."""
         return min(n, self.keep + max(self.keep_last, self.granularity or 0))
 
 
-class DynamicMaskAttention(Mixer):
+class DynamicMaskAttention(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds the keys that are still among the best, of each head its own."""
 
     Config: TypeAlias = Config
@@ -64,35 +60,21 @@ class DynamicMaskAttention(Mixer):
         self.cfg = cfg
         G, V = cfg.kv_heads, cfg.value_dim
         self.qkv = QKV(d_model, cfg, rngs=rngs)
-        fan_in = jax.nn.initializers.truncated_normal((G * V) ** -0.5 / 0.87962566)
-        self.w = param(rngs, fan_in, (G, V, G), ("kv_heads", "head_dim", "norm"), decay=True)
+        self.w = param(rngs, fan_in(G * V), (G, V, G), ("kv_heads", "head_dim", "norm"), decay=True)
         self.a = param(rngs, jax.nn.initializers.normal(0.02), (G,), ("norm",))
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q, k, _ = self.qkv(x, ctx.positions)
         assert k is not None
         exact = self._values(x)
         score, v = self._score(exact), ctx.tap("values", exact.astype(x.dtype))
         keys = kv_cache.collect(k, v, state, **facts)
         scores, ends = self._rank(score, keys, state, ctx)
-        o = kv_cache.attend(
-            q,
-            keys,
-            **facts,
-            ends=ends,
-            alive=cfg.slots(x.shape[1]),
-            key_bias=BIASES[cfg.bias_form](scores),
-            scale=cfg.scale,
-            softcap=cfg.softcap,
-            shards=ctx.shards,
-            impl=ctx.impl,
-        )
+        bias = BIASES[cfg.bias_form](scores)
+        o = self.attend(q, keys, ctx, ends=ends, alive=cfg.slots(x.shape[1]), key_bias=bias)
         if state is not None:
             S = state["score"].shape[1]
             new = {"k": k, "v": v, "score": score}
@@ -121,13 +103,10 @@ class DynamicMaskAttention(Mixer):
             "impl": ctx.impl,
         }
         if state is None:
-            ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+            ids = ctx.ids
             return score, in_order(lambda *x: ranked_ends(*x, **rules), ctx.shards, score, ctx.positions, ids)
         scores = jnp.concatenate([state["score"].astype(score.dtype), score], axis=1)
         return scores, ranked_ends(scores, keys.positions, keys.segment_ids, old=state["score"].shape[1], **rules)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

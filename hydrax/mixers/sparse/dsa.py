@@ -24,11 +24,10 @@ from flax import nnx
 from hydrax.core.build import ConfigError, Fraction, NonNegativeFloat, Positive
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
-from hydrax.nn.param import param
+from hydrax.nn.attention import QKV
+from hydrax.nn.param import fan_in, param
 from hydrax.nn.position import Rope
 from hydrax.ops.softmax.forms import Rules
 from hydrax.ops.sparse import tokens
@@ -39,7 +38,7 @@ EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     keep: Positive = 512  # tokens that a query sees
@@ -54,21 +53,17 @@ class Config(AttentionConfig, MixerConfig):
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: an indexer chooses among the keys of its layer")
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
 
 class Indexer(nnx.Module):
     """q^I [B,T,I,d], k^I [B,T,d] and w [B,T,I], all in fp32: rounded to bfloat16 they would rank otherwise."""
 
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         n, d = cfg.index_heads, cfg.index_dim
-        fan_in = jax.nn.initializers.truncated_normal(d_model**-0.5 / 0.87962566)
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         self.rope = Rope(cfg.rope.theta, cfg.index_rope)
-        self.q = param(rngs, fan_in, (d_model, n, d), ("embed", "gates", "norm"), decay=True)
-        self.k = param(rngs, fan_in, (d_model, d), ("embed", "norm"), decay=True)
-        self.w = param(rngs, fan_in, (d_model, n), ("embed", "gates"), decay=True)
+        self.q = param(rngs, fan_in(d_model), (d_model, n, d), ("embed", "gates", "norm"), decay=True)
+        self.k = param(rngs, fan_in(d_model), (d_model, d), ("embed", "norm"), decay=True)
+        self.w = param(rngs, fan_in(d_model), (d_model, n), ("embed", "gates"), decay=True)
         self.weight, self.bias = (param(rngs, init, (d,), ("norm",)) for init in (ones, zeros))
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
@@ -81,7 +76,7 @@ class Indexer(nnx.Module):
         return q, self.rope.turn(k[:, :, None], positions)[:, :, 0], w
 
 
-class IndexedAttention(Mixer):
+class IndexedAttention(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and index keys of the whole document."""
 
     Config: TypeAlias = Config
@@ -90,13 +85,10 @@ class IndexedAttention(Mixer):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.indexer = Indexer(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)
@@ -112,7 +104,7 @@ class IndexedAttention(Mixer):
             index = self.indexer(jax.lax.stop_gradient(x), ctx.positions)
         o, loss = self._trained(ctx, q, kv_cache.Keys(k, v), index, learns)
         if learns:
-            real = jnp.ones(ctx.positions.shape, bool) if ctx.segment_ids is None else ctx.segment_ids != 0
+            real = ctx.ids != 0
             mean = jnp.sum(jnp.where(real, loss, 0)) / jnp.maximum(real.sum(), 1)
             ctx.record("index", self.cfg.index_loss * mean)
         return self.gate(ctx.tap("reads", o), x), None
@@ -130,17 +122,7 @@ class IndexedAttention(Mixer):
             loss = jnp.zeros_like(index[2][..., 0])
             if learns:
                 loss = self._seeing(ctx, (q, index), (keys, index[1]), self._dense_loss)
-            o = kv_cache.attend(
-                q,
-                keys,
-                positions=ctx.positions,
-                segment_ids=ctx.segment_ids,
-                scale=cfg.scale,
-                softcap=cfg.softcap,
-                shards=ctx.shards,
-                impl=ctx.impl,
-            )
-            return o, loss
+            return self.attend(q, keys, ctx), loss
 
         if ctx.progress is None or cfg.warmup == 0:
             return sparse()
@@ -183,14 +165,11 @@ class IndexedAttention(Mixer):
     def _seeing(self, ctx: Context, rows: tuple, keys: tuple, f: Any) -> Any:
         """f of all facts of queries and of keys, on the devices that share rows."""
         (q, (index_q, _, w)), (seen, index_k) = rows, keys
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
         own = {"positions": ctx.positions, "segment_ids": ids}
         other = own if seen.positions is None else {"positions": seen.positions, "segment_ids": seen.segment_ids}
         given = {"q": q, "index": index_q, "w": w, **own}
         return over_all_keys(f, given, {"k": seen.k, "v": seen.v, "index": index_k, **other}, ctx.shards)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

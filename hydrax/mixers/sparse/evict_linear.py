@@ -130,7 +130,7 @@ class EvictLinear(Mixer):
         cfg, joint = self.cfg, self.cfg.fusion == "joint"
         q, k = (cfg.rope.turn(a, ctx.positions) for a in (self.q(x), ctx.tap("keys", self.k(x))))
         v, gates = ctx.tap("values", self.v(x)), self._gates(x)
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
+        facts = ctx.places
         past = {"ring": None, "memory": None} if state is None else state
         keys = kv_cache.collect(k, v, past["ring"], **facts)
         options: dict[str, Any] = {"window": cfg.window, "shards": ctx.shards, "impl": ctx.impl}
@@ -170,10 +170,8 @@ class EvictLinear(Mixer):
             **old,
             scale=1.0 if cfg.fusion == "joint" else None,
             initial_state=past["memory"],
-            segment_ids=ctx.segment_ids,
-            shards=ctx.shards,
-            impl=ctx.impl,
             chunk_size=cfg.chunk_size,
+            **ctx.rows,
         )
 
     def _added(self, near: Array, far: Array, ctx: Context) -> Array:
@@ -189,9 +187,6 @@ class EvictLinear(Mixer):
         lse = jnp.where(some, jnp.log(jnp.where(some, weight, 1)), -jnp.inf)
         o = fp32(far[..., :-1]) / jnp.where(some, weight, 1)[..., None]
         return ctx.tap("reads", merge(near, (o, lse))[0])
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

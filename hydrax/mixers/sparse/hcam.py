@@ -12,29 +12,25 @@ import dataclasses
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hydrax.core.build import Positive
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
+from hydrax.nn.attention import QKV
 from hydrax.nn.linear import Linear
 from hydrax.parallel.sequence import chunk_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     chunk: Positive = 64  # tokens per chunk
     top: Positive = 4  # complete chunks that a query reads
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
-
-class HierarchicalChunkAttention(Mixer):
+class HierarchicalChunkAttention(SoftmaxMixer):
     """y = W_o (z ⊙ σ(W_o' x)); the state holds the keys and values of the whole document."""
 
     Config: TypeAlias = Config
@@ -43,10 +39,7 @@ class HierarchicalChunkAttention(Mixer):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.recall = Linear(d_model, cfg.heads, axes=("embed", "heads"), bias=True, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
@@ -64,9 +57,3 @@ class HierarchicalChunkAttention(Mixer):
             **kv_cache.sides(keys, ctx.positions, ctx.segment_ids, ctx.shards),
         )
         return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return self.cfg.init_cache(batch, max_len, dtype)

@@ -18,11 +18,10 @@ from flax import nnx
 
 from hydrax.core.build import ConfigError, NonNegative, Positive
 from hydrax.core.typing import Array, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import chosen_blocks
-from hydrax.nn.attention import QKV, OutGate
+from hydrax.nn.attention import QKV
 from hydrax.nn.chosen_blocks import BlockConfig
-from hydrax.nn.linear import Linear
 from hydrax.nn.position import Rope
 from hydrax.ops.softmax.forms import Queries
 from hydrax.ops.sparse.pooled import Blocks
@@ -30,7 +29,7 @@ from hydrax.ops.sparse.span_scores import Choice, choose_by_spans
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BlockConfig, MixerConfig):
+class Config(BlockConfig, SoftmaxConfig):
     block: Positive = 64  # tokens per block
     topk: Positive = 64  # blocks beside the local ones: the own one, the first ones, and the best
     init_blocks: NonNegative = 1  # blocks of the start of the document that are always read
@@ -52,9 +51,6 @@ class Config(BlockConfig, MixerConfig):
     def unit(self) -> int:
         return self.stride
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
     @property
     def choice(self) -> Choice:
         """The same as the op wants it."""
@@ -67,7 +63,7 @@ class Config(BlockConfig, MixerConfig):
         return max(self.dense_len, self.block * self.choice.count)
 
 
-class SpanScoredAttention(Mixer):
+class SpanScoredAttention(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and sums over strides of keys of the whole document."""
 
     Config: TypeAlias = Config
@@ -76,10 +72,7 @@ class SpanScoredAttention(Mixer):
         self.cfg = cfg
         bare = dataclasses.replace(cfg, rope=Rope(fraction=0.0))
         self.qkv = QKV(d_model, bare if cfg.use_nope else cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
@@ -91,9 +84,6 @@ class SpanScoredAttention(Mixer):
 
         o, state = chosen_blocks.attend(self.qkv, cfg, choose, x, ctx, state, placed=not cfg.use_nope)
         return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return self.cfg.init_state(batch, max_len, dtype)

@@ -11,40 +11,24 @@ which is an approximation of what was trained and not what training computes.
 import dataclasses
 from typing import Literal, TypeAlias
 
-import jax.numpy as jnp
-from flax import nnx
-
 from hydrax.core.build import Positive
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
 from hydrax.parallel.sequence import landmark_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     section: Positive = 63  # tokens per landmark
     retrieve: Positive | None = None  # inference alone: earlier sections that a token reads; None: all, as in training
     retrieve_scope: Literal["head", "kv_head"] = "head"  # who chooses them: every head, or all that share their keys
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
-
-class LandmarkAttention(Mixer):
+class LandmarkAttention(SoftmaxMixer):
     """y = W_o (z ⊙ σ(W_g x)); the state holds the keys and values of the whole document."""
 
     Config: TypeAlias = Config
-
-    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.qkv = QKV(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
@@ -63,9 +47,3 @@ class LandmarkAttention(Mixer):
             **kv_cache.sides(keys, ctx.positions, ctx.segment_ids, ctx.shards),
         )
         return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return self.cfg.init_cache(batch, max_len, dtype)

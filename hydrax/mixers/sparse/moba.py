@@ -12,42 +12,28 @@ import dataclasses
 from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
-from flax import nnx
 
 from hydrax.core.build import Positive
 from hydrax.core.typing import Array, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import chosen_blocks
-from hydrax.nn.attention import QKV, OutGate
 from hydrax.nn.chosen_blocks import BlockConfig
-from hydrax.nn.linear import Linear
 from hydrax.ops.softmax.forms import Queries
 from hydrax.ops.sparse.pooled import Blocks, choose_blocks, pooled_keys
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BlockConfig, MixerConfig):
+class Config(BlockConfig, SoftmaxConfig):
     block: Positive = 256  # tokens per block
     top: Positive = 4  # blocks that a query reads, its own among them
     route: Literal["query", "kv"] = "query"  # who chooses: every query head, or the heads of a group together
     decode: Literal["sparse", "full"] = "sparse"  # of calls with one token: as in training, or over all keys
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
-
-class BlockAttention(Mixer):
+class BlockAttention(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds keys, values and sums over blocks of keys of the whole document."""
 
     Config: TypeAlias = Config
-
-    def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.qkv = QKV(d_model, cfg, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
@@ -58,9 +44,6 @@ class BlockAttention(Mixer):
         dense = cfg.decode == "full" and x.shape[1] == 1
         o, state = chosen_blocks.attend(self.qkv, cfg, choose, x, ctx, state, dense=dense)
         return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         return self.cfg.init_state(batch, max_len, dtype)

@@ -23,10 +23,9 @@ from flax import nnx
 from hydrax.core.build import ConfigError, Fraction, Positive, PositiveFloat
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.nn.attention import QKV
 from hydrax.nn.param import param, summed
 from hydrax.nn.position import Rope
 from hydrax.ops import documents
@@ -39,7 +38,7 @@ MANY = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     rope: Rope = dataclasses.field(default_factory=lambda: Rope(fraction=0.5))
@@ -56,9 +55,6 @@ class Config(AttentionConfig, MixerConfig):
         if self.kv_heads not in (None, self.heads):
             raise ConfigError("kv_heads", self.kv_heads, f"expected heads = {self.heads}: each chooses its own tokens")
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
     def room(self, n: Any) -> Any:
         """Most tokens that a head keeps of the first n of a document, in exact arithmetic: sums over documents fit."""
         share = min(fractions.Fraction(1), fractions.Fraction(self.slack).limit_denominator(100) / self.sparsity)
@@ -69,7 +65,7 @@ class Config(AttentionConfig, MixerConfig):
         return max(1, self.room(n))
 
 
-class MixtureOfSparseAttention(Mixer):
+class MixtureOfSparseAttention(SoftmaxMixer):
     """y = W_o (z ⊙ σ(W_g x)); the state holds the chosen keys of each head, and how many it chose."""
 
     Config: TypeAlias = Config
@@ -82,13 +78,11 @@ class MixtureOfSparseAttention(Mixer):
         self.router = param(rngs, lambda *a: fan_in(*a) - d_model**-0.5, (d_model, H), ("embed", "heads"), decay=True)
         start = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, 0].set(cfg.start)  # noqa: E731
         self.theta = param(rngs, start, (H, 2), ("heads", "norm"), rule="average")
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        self.project = Linear((H, cfg.value_dim), d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, facts = self.cfg, dict[str, Any](positions=ctx.positions, segment_ids=ctx.segment_ids)
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        facts = ctx.places
+        ids = ctx.ids
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)
@@ -99,17 +93,16 @@ class MixtureOfSparseAttention(Mixer):
             kept = in_order(lambda r, p, i: self._choose(r, p, i, None)[0], ctx.shards, *known)
         else:
             kept, seen = self._choose(known[0], ctx.positions, ids, state["seen"])
-        options: dict[str, Any] = {"scale": cfg.scale, "softcap": cfg.softcap, "impl": ctx.impl}
         ends = jnp.where(kept, FOREVER, -1)
         if state is None and ctx.shards is None:
-            o = self._among(q, k, v, kept, ids, options)
+            o = self._among(q, k, v, kept, ids, ctx.impl)
         elif state is None:
-            o = kv_cache.attend(q, kv_cache.Keys(k, v), **facts, **options, ends=ends, shards=ctx.shards)
+            o = self.attend(q, kv_cache.Keys(k, v), ctx, ends=ends)
         else:
             cache = state["cache"]
             keys = kv_cache.collect(k, v, cache, **facts)
             old = jnp.full(cache["positions"].shape, FOREVER)
-            o = kv_cache.attend(q, keys, **facts, **options, ends=jnp.concatenate([old, ends], axis=1))
+            o = self.attend(q, keys, ctx, ends=jnp.concatenate([old, ends], axis=1))
             cache = kv_cache.evict(cache, {"k": k, "v": v}, **facts, ends=ends, old_ends=old)
             state = {"cache": cache, "seen": seen}
         z = ctx.tap("reads", o) * jnp.where(kept, r, 0)[..., None]
@@ -136,18 +129,16 @@ class MixtureOfSparseAttention(Mixer):
         last = jnp.where(begins, 0, jnp.concatenate([before[:, None], count[:, :-1]], axis=1))
         return count > last, count[:, -1]
 
-    def _among(self, q: Array, k: Array, v: Array, kept: Array, ids: Array, options: dict[str, Any]) -> Array:
+    def _among(self, q: Array, k: Array, v: Array, kept: Array, ids: Array, impl: str | None) -> Array:
         """o of the kept tokens, 0 of the others."""
-        T = q.shape[1]
-        n = T if self.cfg.mode == "ec" else self.cfg.slots(T)  # of many short documents ec takes one token each
+        cfg, T = self.cfg, q.shape[1]
+        n = T if cfg.mode == "ec" else cfg.slots(T)  # of many short documents ec takes one token each
         find = jax.vmap(jax.vmap(lambda row: jnp.nonzero(row, size=n, fill_value=-1)[0], in_axes=1))
         places = find(kept)
         q, k, v = (sets.take_heads(a, places) for a in (q, k, v))
+        options: dict[str, Any] = {"scale": cfg.scale, "softcap": cfg.softcap, "impl": impl}
         o = sets.token_set_attention(q, k, v, places, segment_ids=ids, **options)
         return sets.put_heads(o, places, T)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         """Raises ConfigError for `mode="ec"`."""

@@ -19,11 +19,10 @@ from flax import nnx
 from hydrax.core.build import ConfigError, NonNegativeFloat, Positive
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
-from hydrax.nn.param import param
+from hydrax.nn.attention import QKV
+from hydrax.nn.param import fan_in, param
 from hydrax.ops.dispatch import named
 from hydrax.ops.sparse.lifetimes import FOREVER
 from hydrax.ops.sparse.typed import GLOBAL, LOCAL, OPEN, next_global, typed_ends, worth
@@ -35,13 +34,11 @@ EXACT = ("recurrent", "xla", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     sliding: Positive = 16  # tokens after a sliding key that see it
-    sparsity: NonNegativeFloat = (
-        5e-7  # weight of the share of queries that see global and local keys, summed over a row
-    )
+    sparsity: NonNegativeFloat = 5e-7  # weight of the shares of queries that see global and local keys, summed
     detach: bool = True  # the scorer reads its input without a gradient to it
     capacity: Positive | None = None  # slots of the cache for each head of keys; those of a whole document if None
 
@@ -50,15 +47,12 @@ class Config(AttentionConfig, MixerConfig):
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: keys live as long as their layer says")
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
     def slots(self, n: int) -> int:
         """Slots for a document of n tokens."""
         return min(n, self.capacity or n)
 
 
-class NeuralAttentionSearch(Mixer):
+class NeuralAttentionSearch(SoftmaxMixer):
     """y = W_o (o ⊙ σ(W_g x)); the state holds the living keys of each head.
 
     If there are more than slots, the oldest local keys leave early; the state counts them as `dropped` [B,Hk].
@@ -69,39 +63,36 @@ class NeuralAttentionSearch(Mixer):
     def __init__(self, d_model: int, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
-        fan_in = jax.nn.initializers.truncated_normal(d_model**-0.5 / 0.87962566)
-        self.scorer = param(rngs, fan_in, (d_model, cfg.kv_heads, 3), ("embed", "kv_heads", "norm"), decay=True)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.scorer = param(
+            rngs, fan_in(d_model), (d_model, cfg.kv_heads, 3), ("embed", "kv_heads", "norm"), decay=True
+        )
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, facts = self.cfg, dict[str, Any](positions=ctx.positions, segment_ids=ctx.segment_ids)
+        cfg, facts = self.cfg, ctx.places
         q, k, v = self.qkv(x, ctx.positions)
         assert k is not None
         v = ctx.tap("values", v)
-        options: dict[str, Any] = {**facts, "scale": cfg.scale, "softcap": cfg.softcap, "impl": ctx.impl}
         logits = einsum("btd,dgn->btgn", fp32(jax.lax.stop_gradient(x) if cfg.detach else x), self.scorer[...])
         types, kinds, following, last = self._types(logits, ctx)
         ends = typed_ends(kinds, ctx.positions, following, cfg.sliding)
         keys = kv_cache.collect(k, v, state, **facts)
         if state is None:
-            o = kv_cache.attend(q, keys, **options, shards=ctx.shards, ends=ends)
+            o = self.attend(q, keys, ctx, ends=ends)
             if ctx.noise is not None:
                 given = jax.lax.stop_gradient((o, q, k, v, following, {**facts, "shards": ctx.shards}))
                 o = _with_types(cfg, ctx.impl, o, types, given)
                 ctx.record("nats_sparsity", self._sparsity(types, following, last, ctx))
         else:
             alive = jnp.concatenate([_closed(state["ends"], kinds, keys), ends], axis=1)
-            o = kv_cache.attend(q, keys, **options, ends=alive)
+            o = self.attend(q, keys, ctx, ends=alive)
             state = self._kept(state, {"k": k, "v": v, "ends": ends}, keys, alive, facts)
         return self.gate(ctx.tap("reads", o), x), state
 
     def _types(self, logits: Float[Array, "B T G 3"], ctx: Context) -> tuple[Array, Array, Array, Array]:
         """Types as numbers [B,T,G,3] that are 0 or 1 and have a gradient, and as indices; `next_global`."""
         noise = None if ctx.noise is None else jax.random.fold_in(ctx.noise, ctx.layer_index)
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
 
         def choose(logits: Array, positions: Array, ids: Array) -> tuple[Array, ...]:
             scores = logits if noise is None else logits + jax.random.gumbel(noise, logits.shape, logits.dtype)
@@ -150,9 +141,6 @@ class NeuralAttentionSearch(Mixer):
         state = kv_cache.evict(state, new, **facts, ends=ends[:, S:], old_ends=ends[:, :S])
         assert state is not None
         return {**state, "dropped": jnp.where(document[:, S] == now[:, 0], dropped, 0) + excess}
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -24,9 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from hydrax.core.build import ConfigError, NonNegative, Positive
 from hydrax.core.numerics import einsum, fp32, wide
 from hydrax.core.typing import Array, Float, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
+from hydrax.nn.attention import QKV
 from hydrax.nn.linear import Linear
 from hydrax.nn.param import param
 from hydrax.nn.position import Rope
@@ -38,7 +38,7 @@ from hydrax.parallel.sequence import over_all_keys
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"kernel": 32, "stride": 16, "compress": "mlp", "kv_sharing": "separate"},
         "fla": {"kernel": 64, "stride": 64, "compress": "mean", "kv_sharing": "shared", "rotate": "keys"},
@@ -66,9 +66,6 @@ class Config(AttentionConfig, MixerConfig):
             raise ConfigError("top", self.top, least)
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: the sums over strides are of the layer's own keys")
-
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
 
     @property
     def strides(self) -> int:
@@ -143,7 +140,7 @@ class Compress(nnx.Module):
         return found._replace(x=u)
 
 
-class NativeSparseAttention(Mixer):
+class NativeSparseAttention(SoftmaxMixer):
     """y = W_o o; the state holds keys and values of the document, and sums over strides of them for φ."""
 
     Config: TypeAlias = Config
@@ -157,14 +154,12 @@ class NativeSparseAttention(Mixer):
         self.k_spans = Compress(cfg, K, placed=True, rngs=rngs)
         self.v_spans = Compress(cfg, V, placed=False, rngs=rngs)
         self.mixture = Linear(d_model, (cfg.heads, 3), axes=("embed", "heads", "norm"), rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        self.project = Linear((cfg.heads, V), d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        facts = ctx.places
+        ids = ctx.ids
         own = {"positions": ctx.positions, "segment_ids": ids}
         bare_q, bare_k, v = self.qkv(x, ctx.positions, exact=True)
         assert bare_k is not None and v is not None
@@ -195,7 +190,7 @@ class NativeSparseAttention(Mixer):
             if "ring" in state:
                 new["ring"] = kv_cache.write(state["ring"], k3, v3, **facts, window=cfg.window)
             state = new
-        o = self._blend(x, [*far, self._near(ctx, q, near)])
+        o = self._blend(x, [*far, self.attend(q, near, ctx, window=cfg.window)])
         return self.gate(ctx.tap("reads", o), x), state
 
     def _view(self, x: Float[Array, "B T n K"], i: int) -> Float[Array, "B T G K"]:
@@ -207,12 +202,6 @@ class NativeSparseAttention(Mixer):
     def _blend(self, x: Array, views: list[Array]) -> Array:
         gates = jax.nn.sigmoid(self.mixture(x, exact=True))
         return sum(gates[..., i, None] * fp32(o) for i, o in enumerate(views)).astype(x.dtype)  # type: ignore[union-attr]
-
-    def _near(self, ctx: Context, q: Array, keys: kv_cache.Keys) -> Array:
-        cfg = self.cfg
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids}
-        rules: dict[str, Any] = {"window": cfg.window, "scale": cfg.scale, "softcap": cfg.softcap}
-        return kv_cache.attend(q, keys, **facts, **rules, shards=ctx.shards, impl=ctx.impl)
 
     def _trained(self, ctx: Context) -> Callable[[dict[str, Array], dict[str, Array]], tuple[Array, Array]]:
         """The first two views of some queries by all keys of their rows."""
@@ -263,9 +252,6 @@ class NativeSparseAttention(Mixer):
             places = starts + (0 if cfg.rotate == "start" else (cfg.kernel - 1) / 2)
             k = k._replace(x=cfg.rope.turn(k.x, places))
         return Keys(k.x, v, starts + cfg.kernel - 1, k.segment_ids)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         cfg = self.cfg

@@ -27,10 +27,9 @@ from flax import nnx
 from hydrax.core.build import ConfigError, Fraction, NonNegativeFloat, Positive
 from hydrax.core.numerics import einsum, fp32
 from hydrax.core.typing import Array, Bool, Float, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.nn.attention import QKV
 from hydrax.nn.param import param, summed
 from hydrax.nn.position import Rope
 from hydrax.ops.sparse import clusters
@@ -44,7 +43,7 @@ EPSILON = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     lifetimes: ClassVar[str] = "by content"
 
     mode: Literal["causal", "balanced"] = "causal"  # balanced: not causal, and cannot generate
@@ -60,15 +59,12 @@ class Config(AttentionConfig, MixerConfig):
         if self.kv == "shared":
             raise ConfigError("kv", self.kv, "expected own: the keys of a layer are what it clusters")
 
-    def fill(self, d_model: int) -> "Config":
-        return self.with_head_width(self.key_dim or per_head(d_model, self.heads))
-
     def slots(self, n: int) -> int:
         """Most keys of a document of n tokens that later tokens of their clusters may see."""
         return min(n, self.clusters * self.window)
 
 
-class RoutingAttention(Mixer):
+class RoutingAttention(SoftmaxMixer):
     """y = W_o (z ⊙ σ(W_g x)); the state holds the last keys and values of every cluster, and how many it has had."""
 
     Config: TypeAlias = Config
@@ -80,14 +76,11 @@ class RoutingAttention(Mixer):
         normal = jax.nn.initializers.normal(1.0)
         start = lambda *a: _unit(normal(*a).at[..., -1].set(0))  # noqa: E731
         self.centroids = param(rngs, start, shape, ("kv_heads", "gates", "norm"), rule="average")
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        out = (cfg.heads, cfg.value_dim)
-        self.project = Linear(out, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
-        ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+        ids = ctx.ids
         bare_q, bare_k, v = self.qkv(x, ctx.positions, exact=True)
         q, k = (cfg.rope.turn(a, ctx.positions).astype(x.dtype) for a in (bare_q, bare_k))
         v = ctx.tap("values", v)
@@ -100,8 +93,7 @@ class RoutingAttention(Mixer):
         options: dict[str, Any] = {"scale": cfg.scale, "softcap": cfg.softcap, "impl": ctx.impl}
 
         def dense() -> Array:
-            facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids, "shards": ctx.shards}
-            return kv_cache.attend(q, kv_cache.Keys(k, v), **facts, **options)
+            return self.attend(q, kv_cache.Keys(k, v), ctx)
 
         def routed() -> Array:
             if cfg.mode == "causal":
@@ -168,9 +160,6 @@ class RoutingAttention(Mixer):
         number = own.sum((0, 1, 3))[..., None]
         move = self.cfg.rate * (einsum("btgnc,btgnk->gck", own, unit) - number * value[..., :-1])
         return summed(y, value, jax.lax.stop_gradient(jnp.concatenate([move, number], axis=-1)))
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         """Raises ConfigError for `mode="balanced"`."""

@@ -10,7 +10,7 @@ hydrax's own.
 """
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from flax import nnx
 from hydrax.core.build import ConfigError, NonNegative, Positive
 from hydrax.core.numerics import fp32
 from hydrax.core.typing import Array, Int, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
 from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
+from hydrax.nn.attention import QKV
 from hydrax.nn.linear import Linear
 from hydrax.parallel.sequence import permuted_window
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     window: Positive = 128  # visible keys of the sliding window, the query's own included
     width: Positive | None = None  # ranks around a query's, half of whose tokens are behind it on average; 2 window
     table: Positive = 2048  # positions that a permutation covers: the length of the training rows
@@ -42,11 +42,10 @@ class Config(AttentionConfig, MixerConfig):
             raise ConfigError("kv", self.kv, "expected own: a window's cache lacks keys that are near by rank")
 
     def fill(self, d_model: int) -> "Config":
-        cfg = dataclasses.replace(self, width=self.width or 2 * self.window)
-        return cfg.with_head_width(self.key_dim or per_head(d_model, self.heads))
+        return dataclasses.replace(super().fill(d_model), width=self.width or 2 * self.window)
 
 
-class StochasticAttention(Mixer):
+class StochasticAttention(SoftmaxMixer):
     """y = W_o (z ⊙ σ(W_o' x)); the state holds the keys and values of the whole document."""
 
     Config: TypeAlias = Config
@@ -55,16 +54,12 @@ class StochasticAttention(Mixer):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.share = Linear(d_model, cfg.heads, axes=("embed", "heads"), bias=True, rngs=rngs)
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
         cfg = self.cfg
         q, keys, state = self.qkv.see(x, ctx, state)
-        facts: dict[str, Any] = {"positions": ctx.positions, "segment_ids": ctx.segment_ids, "shards": ctx.shards}
-        near = kv_cache.attend(q, keys, window=cfg.window, scale=cfg.scale, impl=ctx.impl, **facts)
+        near = self.attend(q, keys, ctx, window=cfg.window)
         table = self._table(ctx)
         own = {} if keys.positions is None else {"kv_ranks": ranks(table, keys.positions)}
         anywhere = permuted_window(
@@ -87,12 +82,6 @@ class StochasticAttention(Mixer):
         drawn = self.cfg.resample and ctx.noise is not None
         key = ctx.noise if drawn else jax.random.key(self.cfg.seed)
         return jax.random.permutation(jax.random.fold_in(key, ctx.layer_index), self.cfg.table).astype(jnp.int32)
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
-
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
-        return self.cfg.init_cache(batch, max_len, dtype)
 
 
 def ranks(table: Int[Array, "L"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:

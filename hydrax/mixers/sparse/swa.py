@@ -23,10 +23,8 @@ from flax import nnx
 
 from hydrax.core.build import Check, ConfigError, NonNegative, Positive, convert
 from hydrax.core.typing import Array, PyTree
-from hydrax.mixers.base import Context, Mixer, MixerConfig, per_head
-from hydrax.nn import kv_cache
-from hydrax.nn.attention import QKV, AttentionConfig, OutGate
-from hydrax.nn.linear import Linear
+from hydrax.mixers.base import Context, SoftmaxConfig, SoftmaxMixer
+from hydrax.nn.attention import QKV
 from hydrax.nn.param import param
 from hydrax.ops.sparse.lifetimes import LogBands, Neighbourhood, Pattern, ShiftedGroups, Spans, Strided, Window
 
@@ -61,7 +59,7 @@ class SpanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AttentionConfig, MixerConfig):
+class Config(SoftmaxConfig):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "phi3_small": {"pattern": "s2", "heads": 32, "kv_heads": 8, "s2": {"block": 64, "local": 16, "vert_stride": 8}},
     }
@@ -76,7 +74,7 @@ class Config(AttentionConfig, MixerConfig):
     spans: SpanOptions = dataclasses.field(default_factory=SpanOptions)
 
     def fill(self, d_model: int) -> "Config":
-        filled = self.with_head_width(self.key_dim or per_head(d_model, self.heads))
+        filled = super().fill(d_model)
         if self.pattern == "spans" and self.spans.file is not None:
             rules = _read_rules(self.spans.file)
             filled = dataclasses.replace(filled, spans=dataclasses.replace(self.spans, rules=rules))
@@ -156,7 +154,7 @@ PATTERNS: dict[str, Callable[[Config], Pattern]] = {
 }
 
 
-class SlidingWindowAttention(Mixer):
+class SlidingWindowAttention(SoftmaxMixer):
     """y = W_o (attention(q, k, v) ⊙ σ(W_g x)); the state holds the keys and values that later tokens may see."""
 
     Config: TypeAlias = Config
@@ -165,13 +163,10 @@ class SlidingWindowAttention(Mixer):
         self.cfg = cfg
         self.qkv = QKV(d_model, cfg, rngs=rngs)
         self.sinks = param(rngs, jax.nn.initializers.normal(0.02), (cfg.heads,), ("heads",)) if cfg.sinks else None
-        self.gate = OutGate(d_model, cfg, rngs=rngs)
-        axes = ("heads", "head_dim", "embed")
-        shape = (cfg.heads, cfg.value_dim)
-        self.project = Linear(shape, d_model, axes=axes, bias=cfg.out_bias, residual=True, rngs=rngs)
+        self.read_out(d_model, rngs)
 
     def mix(self, x: Array, ctx: Context, state: PyTree | None) -> tuple[Array, PyTree]:
-        cfg, alive = self.cfg, self.cfg.lifetimes
+        alive = self.cfg.lifetimes
         window: dict[str, Any] = {"window": alive.reach, "sink_tokens": alive.first}
         ends: dict[str, Any] = {}
         if isinstance(alive, Window):  # a ring, and kernels
@@ -181,24 +176,9 @@ class SlidingWindowAttention(Mixer):
             positions = ctx.positions if keys.positions is None else keys.positions
             ends = {"ends": alive.ends(positions, ctx.layer_index), "dilation": alive.dilation}
             ends["alive"] = alive.slots(x.shape[1])
-        o = kv_cache.attend(
-            q,
-            keys,
-            positions=ctx.positions,
-            segment_ids=ctx.segment_ids,
-            sinks=None if self.sinks is None else self.sinks[...],
-            scale=cfg.scale,
-            softcap=cfg.softcap,
-            shards=ctx.shards,
-            impl=ctx.impl,
-            tap_lse=ctx.taps.get("lse"),
-            **window,
-            **ends,
-        )
+        sinks = None if self.sinks is None else self.sinks[...]
+        o = self.attend(q, keys, ctx, sinks=sinks, tap_lse=ctx.taps.get("lse"), **window, **ends)
         return self.gate(ctx.tap("reads", o), x), state
-
-    def out(self, z: Array) -> Array:
-        return self.project(z)
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> PyTree:
         alive = self.cfg.lifetimes
