@@ -239,7 +239,7 @@ def softmax_recurrent(q: Array, s: Array, v: Array, seg: Array | None, state: Av
 
 
 def softmax_chunked(
-    q: Array, s: Array, v: Array, seg: Array | None, state: Average, *, chunk_size: int = 64
+    q: Array, s: Array, v: Array, seg: Array | None, state: Average, *, chunk_size: int = 128
 ) -> tuple[Array, Average]:
     """Linear attention in chunks: of the running exponents p_t, keys e^{s_t - p_t} and log-decays p_{t-1} - p_t."""
     p, numerator, denominator = state
