@@ -1,8 +1,12 @@
 """JAX as every test sees it: 8 virtual CPU devices, compiled programs kept between runs, shapes of ops checked."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import pathlib
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu is run with JAX_PLATFORMS=cuda
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -18,6 +22,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; tests send it
@@ -32,3 +37,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Before the first import of an op: the annotations of its functions are checked on every call, while tracing.
 install_import_hook("hydrax.ops", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Those of a module are dropped after it, and their memory is given back: all of them are gigabytes per worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
