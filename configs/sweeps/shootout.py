@@ -3,10 +3,11 @@
     python -m launch.sweep --sweep=sweeps/shootout:cpu --workdir=runs/shootout --executor=stacked --parallel=4
     python -m launch.sweep --sweep=sweeps/shootout:h100 --workdir=runs/shootout --executor=stacked --parallel=8
 
-Arguments: size, tiny (a smoke test), cpu (half an hour on 4 cores) or h100 (one GPU); tasks, mqar, text (bytes of Python source) or both,
-joined by +. All arms have two layers of width 64, a short convolution and the mixer with four heads and otherwise its
-defaults; states and caches are not matched, the report shows them. Expected, by arXiv 2312.04927: softmax over the row
-or in windows recalls, averages with fixed decays do not, and on text they differ by less.
+Arguments: size, tiny (a smoke test), cpu (half an hour on 4 cores) or h100 (one GPU); tasks, mqar, text (bytes of
+Python source) or both, joined by +. All arms have two layers of width 64, a short convolution and the mixer with four
+heads and otherwise its defaults; states and caches are not matched, the report shows them. Expected, by arXiv
+2312.04927: softmax over the row or in windows recalls, averages with fixed decays do not, and on text they differ by
+less.
 """
 
 from configs import common, sweeps
@@ -21,9 +22,8 @@ MIXERS = {
     **dict.fromkeys(("based", "fastmax", "flow", "inline"), HEADS),
     **dict.fromkeys(("mega", "megalodon", "gecko", "rat"), HEADS),
     "lstm": HEADS,
-    "sha_rnn": {},
     "gated_conv": {"preset": "based"},
-    **dict.fromkeys(("short_long_conv", "token_gate", "max_pool"), {}),
+    **{name: {} for name in ("sha_rnn", "short_long_conv", "token_gate", "max_pool")},
 }
 SIZES = {
     "tiny": sweeps.TINY,

@@ -20,7 +20,7 @@ ARMS = {  # of every size
     "mqar_state_size": (4, 17),
     "placement": (5, 5),
     "rat_chunks": (4, 8),
-    "shootout": (30, 30),
+    "shootout": (38, 38),
     "state_tracking": (4, 18),
 }
 TASKS = tuple(ARMS)

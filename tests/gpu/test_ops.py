@@ -256,3 +256,8 @@ def test_softmax_kernels_equal_the_definition(case: Attention, documents: bool) 
 @pytest.mark.parametrize("name", [*sparse_kernels.CASES, *sparse_kernels.LARGE])
 def test_kernels_of_chosen_blocks_equal_the_definition(name: str, order: str) -> None:
     sparse_kernels.check_case(name, order)
+
+
+@pytest.mark.parametrize("tokens", [140, 3000])
+def test_kernels_of_spans_equal_the_definition(tokens: int) -> None:
+    sparse_kernels.check_spans(tokens)

@@ -153,17 +153,21 @@ def test_prefixes_of_spans_give_what_all_of_them_give() -> None:
         assert_close(what, pieces[what], value, TOLERANCE["fp32_op"])
 
 
-@pytest.mark.usefixtures("emulated_gpu")
-def test_kernels_of_spans_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays, ids = span_problem(140)
-    want = span_results(arrays, ids, dtype=None)
-    monkeypatch.setattr(dispatch, "hopper_refusal", lambda *_: None)
-    monkeypatch.setattr(dispatch, "on_one_device", lambda: True)
-    got = span_results(arrays, ids, dtype=jnp.dtype(jnp.bfloat16))
+def check_spans(T: int) -> None:
+    """What the kernels give of spans, against all scores at once in fp32."""
+    arrays, ids = span_problem(T)
+    want, got = (span_results(arrays, ids, dtype=dtype) for dtype in (None, jnp.dtype(jnp.bfloat16)))
     assert_equal("idx", got.pop("idx"), want.pop("idx"))
     assert not got["o"][np.asarray(ids) == 0].any()
     for what, value in got.items():
         assert_close(what, value, want[what], TOLERANCE["bf16_output" if what == "o" else "bf16_gradient"])
+
+
+@pytest.mark.usefixtures("emulated_gpu")
+def test_kernels_of_spans_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "hopper_refusal", lambda *_: None)
+    monkeypatch.setattr(dispatch, "on_one_device", lambda: True)
+    check_spans(140)
 
 
 @pytest.mark.parametrize("lengths", [(128, 72), (100, 100)])

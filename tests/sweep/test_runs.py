@@ -188,7 +188,7 @@ SHIPPED = {
     "sweeps/placement": 10,
     "sweeps/rat_chunks": 8,
     "sweeps/ratio": 21,
-    "sweeps/shootout": 60,
+    "sweeps/shootout": 76,
     "sweeps/state_tracking": 8,
     "sweeps/tiny": 24,
 }

@@ -23,6 +23,7 @@ class Chosen:
 KERNELS = {
     "by heads of keys": Chosen(1, 1024, 8, 2, 2, 64, 64, 4, 64),
     "by query heads": Chosen(1, 640, 4, 2, 4, 128, 128, 3, 128),
+    "by large groups": Chosen(1, 1024, 16, 1, 1, 64, 64, 8, 64),
 }
 
 
