@@ -1,6 +1,7 @@
 """What all commands share: flags, config overrides, JAX defaults, and one line for whatever the user got wrong."""
 
 import difflib
+import math
 import os
 import pathlib
 import re
@@ -98,6 +99,8 @@ def _parse(flag_values: flags.FlagValues, argv: list[str], doc: str) -> Override
     for name, flag in flag_values.flag_values_dict().items():
         if flag == "" and flag_values[name].default is None:
             raise ConfigError(f"--{name}", flag, f"expected {flag_values[name].help}")
+        if isinstance(flag, float) and not math.isfinite(flag):  # nan is within all bounds
+            raise ConfigError(f"--{name}", flag, f"expected a finite number: {flag_values[name].help}")
     flags.FLAGS.mark_as_parsed()  # absl's own: without this its logging complains about itself
     # What goes wrong in Orbax's threads is also raised, and then said in one line.
     logging.set_verbosity(logging.FATAL)
@@ -134,7 +137,7 @@ def _flag_error(error: flags.Error, flag_values: flags.FlagValues) -> ConfigErro
         name, value = found[1], found[2] or ""
         flag = flag_values[name]
         if value == str(None):
-            return ConfigError(f"--{name}", None, f"this flag is required: {flag.help}")
+            return ConfigError(f"--{name}", None, f"this flag is required: expected {flag.help}")
         return ConfigError(f"--{name}", value, f"expected {flag.parser.syntactic_help or 'text'}: {flag.help}")
     return ConfigError("command line", "", str(error))
 

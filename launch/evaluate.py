@@ -43,20 +43,22 @@ flags.DEFINE_integer("tokens_at_once", 2**14, "tokens of a batch", lower_bound=1
 @cli.command(FLAGS)
 def main(overrides: cli.Overrides) -> None:
     from hydrax.eval import evaluate, evaluate_report
-    from hydrax.eval.report import write
+    from hydrax.eval.report import check_place, write
     from hydrax.train.folder import environment
 
     suites = evaluate.parse(FLAGS.suite)
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(evaluate.Settings)}
     settings = build(evaluate.Settings, values)
+    workdirs = evaluate.present(FLAGS.workdir)
     file = pathlib.Path(FLAGS.out, "evaluation.json")
+    check_place(file, "out")  # not after hours of evaluation
     facts = {"command": shlex.join(sys.argv), "environment": environment(), "settings": dataclasses.asdict(settings)}
     results: dict[str, dict] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed} done"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         watch = lambda text: functools.partial(bar.advance, bar.add_task(text, total=None))  # noqa: E731
-        for name, item, found in evaluate.evaluate(FLAGS.workdir, suites, settings, watch):
+        for name, item, found in evaluate.evaluate(workdirs, suites, settings, watch):
             results.setdefault(name, {})[item] = found
             write(file, {**facts, "runs": results}, "out")
     pictures = evaluate_report.draw(results, suites, file.parent)

@@ -10,17 +10,17 @@ The model then computes another function than the one that was trained.
 
 from absl import flags
 
-from hydrax.core.build import ConfigError
+from hydrax.core.build import LARGEST, ConfigError
 from launch import cli
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "the run folder", required=True, flag_values=FLAGS)
 flags.DEFINE_string("prompt", "", "text to continue; empty: a new document", flag_values=FLAGS)
-flags.DEFINE_integer("tokens", 256, "tokens to generate at most", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("tokens", 256, "tokens to generate at most", 1, LARGEST, flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token every time", flag_values=FLAGS)
 flags.DEFINE_float("top_p", 0.95, "sample among the likeliest tokens of this mass; 1: all", flag_values=FLAGS)
 flags.DEFINE_string("policy", None, "keys that softmax layers read, <name>:<option>=<value>,...", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "another seed, another text", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "another seed, another text", 0, LARGEST, flag_values=FLAGS)
 
 
 @cli.command(FLAGS)

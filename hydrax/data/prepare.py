@@ -77,7 +77,8 @@ def prepare(
     except ConfigError as error:
         raise ConfigError(NAMES.get(error.key, error.key), error.value, error.allowed) from None
     except OSError as error:
-        raise ConfigError("out", out, f"{error.filename or 'a file'}: {error.strerror or error}") from None
+        allowed = f"{error.filename or 'a file'}: {error.strerror or error}; expected a folder that can be written"
+        raise ConfigError("out", out, allowed) from None
 
 
 def _prepare(

@@ -24,6 +24,7 @@ from hydrax.data.tokenizer import Tokenizer
 PROSE = (".txt", ".text", ".md", ".rst", ".tex", JSON_LINES, PARQUET)
 CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".jl")
 NOT_STDLIB = ("site-packages", "dist-packages")
+EXPECTED = "expected files of text"
 
 Found = list[tuple[str, Path]]
 
@@ -59,7 +60,9 @@ def documents(path: str | None) -> Iterator[Document]:
                 if item.text:
                     yield item
         except OSError as error:
-            raise ConfigError("data.path", path, f"{name} cannot be read: {error.strerror}") from None
+            raise ConfigError(
+                "data.path", path, f"{name} cannot be read: {error.strerror}; expected files of text"
+            ) from None
 
 
 def find(path: str | None) -> Found:
@@ -68,7 +71,9 @@ def find(path: str | None) -> Found:
     for name, file in found:
         # Anything but a regular file (a dangling link, a pipe) would fail or block with an obscure message.
         if not os.path.isfile(file):
-            raise ConfigError("data.path", path, f"{name} is not a regular file or its link leads nowhere")
+            raise ConfigError(
+                "data.path", path, f"{name} is not a regular file or its link leads nowhere; expected files of text"
+            )
     return found
 
 
@@ -82,18 +87,20 @@ def _find(path: str | None) -> Found:
     if os.path.lexists(pattern):
         return [(root.name, root)]
     if not glob.has_magic(pattern):
-        raise ConfigError("data.path", path, "no such file or folder")
+        raise ConfigError("data.path", path, "no such file or folder; expected text, or a prepared folder")
     # Names are relative to the folder before the first wildcard, as they would be for that folder itself.
     base = next(p for p in root.parents if not glob.has_magic(str(p)))
     files = [Path(f) for f in glob.glob(pattern, recursive=True) if not os.path.isdir(f)]
     if not files:
-        raise ConfigError("data.path", path, "no file matches this pattern")
+        raise ConfigError("data.path", path, f"no file matches this pattern; {EXPECTED}")
     return sorted((file.relative_to(base).as_posix(), file) for file in files)
 
 
 def _walk(path: str | None, root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> Found:
     def refuse(error: OSError) -> None:  # os.walk would leave out a folder that cannot be listed
-        raise ConfigError("data.path", path, f"{error.filename} cannot be read: {error.strerror}")
+        raise ConfigError(
+            "data.path", path, f"{error.filename} cannot be read: {error.strerror}; expected files of text"
+        )
 
     found = []
     for parent, folders, names in os.walk(root, onerror=refuse):

@@ -22,6 +22,7 @@ from hydrax.models.lm import LM, blueprint
 from hydrax.tasks.base import Task
 from hydrax.train.checkpoint import read_params
 from hydrax.train.config import RunConfig
+from hydrax.train.folder import read_config
 from hydrax.train.loop import compute_dtype
 from hydrax.train.probes import make_probe
 from hydrax.train.source import make_task, vocabulary_of
@@ -73,6 +74,7 @@ class Suite:
     argument: str = ""  # what stands behind the colon; empty: nothing does
     optional: bool = False
     file: bool = False  # the argument ends in =<file>, which is no part of its name
+    check: Callable[[str], object] = str  # raises what is wrong with the argument, whatever the run
 
 
 Asked = Sequence[tuple[str, Suite, str]]
@@ -104,6 +106,19 @@ def evaluate(
             yield name, item, suite.run(subject, argument, settings, watch(f"{name}: {item}"))
 
 
+def present(workdirs: Sequence[str]) -> list[str]:
+    """The run folders, each once.
+
+    Raises:
+      ConfigError: there are none, or one is not the folder of a run.
+    """
+    if not workdirs:
+        raise ConfigError("workdir", "", "expected run folders, with commas between")
+    for workdir in workdirs:
+        read_config(pathlib.Path(workdir))
+    return list(dict.fromkeys(workdirs))
+
+
 def names(workdirs: Sequence[str]) -> list[str]:
     """A name per run: the last part of its folder, or all of it where that is no name of its own."""
     last = [pathlib.Path(w).resolve().name for w in workdirs]
@@ -127,6 +142,7 @@ def parse(items: Sequence[str]) -> Asked:
             raise ConfigError("suite", item, f"expected some of {allowed}")
         if suite.argument and not suite.optional and not argument:
             raise ConfigError("suite", item, f"expected {spelling(name)}")
+        suite.check(argument)
         found.append((item.partition("=")[0] if suite.file else item, suite, argument))
     return found
 
@@ -144,10 +160,16 @@ def _perplexity(subject: Subject, argument: str, settings: Settings, advance: Ad
     return perplexity(sequences, scores, subject.tokenizer)
 
 
-def _recall_slices(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+def _order(argument: str) -> int:
+    """n of the n-grams of `recall_slices`."""
     order = int(argument) if argument.isdecimal() else 0 if argument else 2
     if order < 2:
         raise ConfigError("suite", f"recall_slices:{argument}", "expected recall_slices:<n of the n-grams, from 2>")
+    return order
+
+
+def _recall_slices(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    order = _order(argument)
     texts = _texts(subject, settings)
     training = _texts(subject, settings, "train")
     sequences = texts.cut(subject.trained, settings.sequences)
@@ -163,9 +185,13 @@ def _extrapolation(subject: Subject, argument: str, settings: Settings, advance:
     return length.extrapolation(*losses, subject.trained)
 
 
-def _recall(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+def _examples(argument: str, limit: int | None) -> list[recall.Example]:
     kind, _, path = argument.partition("=")
-    examples = recall.read(kind, path, settings.examples or None)
+    return recall.read(kind, path, limit)
+
+
+def _recall(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
+    examples = _examples(argument, settings.examples or None)
     return recall.evaluate(
         subject.model,
         subject.tokenizer,
@@ -194,8 +220,12 @@ def _task(subject: Subject, argument: str, settings: Settings, advance: Advance)
     return accuracy(subject.scorer, eval_rows(task, name, rows, data.seed), rows, task.slices, advance)
 
 
+def _policy_of(argument: str) -> policies.Policy:
+    return policies.of(argument.replace(";", ":", 1))
+
+
 def _policy(subject: Subject, argument: str, settings: Settings, advance: Advance) -> Result:
-    policy = policies.of(argument.replace(";", ":", 1))
+    policy = _policy_of(argument)
     sequences = _texts(subject, settings).cut(subject.trained, settings.sequences)
     width = max(map(len, sequences))
     rows, ids = np.zeros((2, len(sequences), width), np.int32)
@@ -249,12 +279,14 @@ SUITES: Mapping[str, Suite] = {
         lambda r: {f"{name}, {what}": r[name][what] for name in SLICES for what in ("loss", "accuracy", "share")},
         argument="n",
         optional=True,
+        check=_order,
     ),
     "recall": Suite(
         _recall,
         lambda r: {k: r[k] for k in ("contains", "stderr", "examples", "truncated")},
         argument="kind>=<file",
         file=True,
+        check=lambda argument: _examples(argument, 1),
     ),
     "task": Suite(
         _task,
@@ -269,6 +301,7 @@ SUITES: Mapping[str, Suite] = {
             | {k: r[k] for k in ("logits", "loss", "full_loss")}
         ),
         argument="name[;option=value]",
+        check=_policy_of,
     ),
     "lm_eval": Suite(_lm_eval, _shown_harness, argument="task"),
 }

@@ -1,7 +1,9 @@
 """What a benchmark leaves: a file of all that was measured, a table, and a picture of time per token against length."""
 
 import dataclasses
+import errno
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,9 +57,20 @@ def write(path: pathlib.Path, values: Any, key: str) -> None:
     """
     if path.suffix != ".json":
         raise ConfigError(key, str(path), "expected a path that ends in .json")
+    _tried(path, key, lambda: write_json(path, values))
+
+
+def check_place(path: pathlib.Path, key: str) -> None:
+    """Raises what `write` would, and leaves a file that is there as it is."""
+    _tried(path, key, lambda: tempfile.TemporaryFile(dir=path.parent).close())
+
+
+def _tried(path: pathlib.Path, key: str, do: Callable[[], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, values)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        do()
     except OSError as error:
         raise ConfigError(key, str(path), f"cannot be written ({error.strerror}); expected a new file") from None
 

@@ -68,7 +68,7 @@ def report(
         write_text(out / "report.html", pages.as_html(page))
         write_text(out / "report.md", pages.as_markdown(page))
     except OSError as error:
-        raise ConfigError("out", str(out), f"cannot be written ({error.strerror})") from None
+        raise ConfigError("out", str(out), f"cannot be written ({error.strerror}); expected a new folder") from None
     return page
 
 

@@ -39,6 +39,10 @@ def sweep(
     workdir = pathlib.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError("workdir", str(workdir), "expected a folder")
+    if executor == "slurm":
+        slurm.settings(parameters)
+    elif parameters:
+        raise ConfigError("slurm", " ".join(parameters), f"expected with executor = 'slurm', and it is {executor!r}")
     runs = expand(name, workdir, overrides)
     watch = table.Watch(runs)
     wide = Console(width=max(150, Console().width))

@@ -141,13 +141,21 @@ def _earlier(submitit: ModuleType, run: "Run", place: pathlib.Path) -> Any:
     return job if job.state in AT_WORK else None
 
 
-def _executor(submitit: ModuleType, place: pathlib.Path, parameters: Sequence[str], parallel: int, cluster: str) -> Any:
-    values = dict(DEFAULTS)
-    for text in parameters:
-        name, given, value = text.partition("=")
-        if not given:
+def settings(parameters: Sequence[str]) -> dict[str, Any]:
+    """Slurm's parameters by name.
+
+    Raises:
+      ConfigError: one is not of the form `<parameter>=<value>`.
+    """
+    pairs = [text.partition("=") for text in parameters]
+    for text, (name, given, _) in zip(parameters, pairs, strict=True):
+        if not (name and given):
             raise ConfigError("slurm", text, "expected <parameter>=<value>")
-        values[name] = _literal(value)
+    return {name: _literal(value) for name, _, value in pairs}
+
+
+def _executor(submitit: ModuleType, place: pathlib.Path, parameters: Sequence[str], parallel: int, cluster: str) -> Any:
+    values = {**DEFAULTS, **settings(parameters)}
     if parallel:
         values["array_parallelism"] = parallel
     try:

@@ -74,9 +74,13 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder if there is none, and keeps other trainers out of it.
 
     Raises:
-      ConfigError: another process trains in it.
+      ConfigError: another process trains in it, or it cannot be made.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = f"it cannot be made ({error.strerror}); expected a folder that can be written"
+        raise ConfigError("workdir", str(workdir), allowed) from None
     with (workdir / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

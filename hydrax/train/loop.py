@@ -26,7 +26,7 @@ from hydrax.parallel.mesh import AXES, make_mesh
 from hydrax.parallel.rules import batch_sharding, batch_shards, local_rows
 from hydrax.train import folder, metrics, validation
 from hydrax.train.checkpoint import Checkpoints
-from hydrax.train.config import RunConfig
+from hydrax.train.config import RunConfig, TrainConfig
 from hydrax.train.figure import draw_loss
 from hydrax.train.interrupt import EXIT_CODES, Interrupt
 from hydrax.train.optim import frozen, make_optimizer, make_schedule
@@ -38,7 +38,7 @@ from hydrax.train.recorder import Recorder
 from hydrax.train.source import Source, open_source
 from hydrax.train.state import State, abstract_state, new_state, shardings
 from hydrax.train.step import make_eval_step, make_train_step
-from hydrax.train.warm_start import warm_start
+from hydrax.train.warm_start import check_start, warm_start
 
 Batches = Iterable[Batch]
 Baseline = Callable[[Source, Batches], float | None]
@@ -78,20 +78,31 @@ def train(
     #   6. another process trains in it           ConfigError, naming the process
     # Of several processes, the first one decides.
     with failures(workdir), contextlib.ExitStack() as stack:
-        if together(lambda: folder.enter(workdir, cfg)) == "complete":
+        found = together(lambda: folder.enter(workdir, cfg))
+        if found == "complete":
             say(f"{workdir} is already complete; expected another folder to train again")
             return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        # What else can be wrong with the config is said before a folder has it, which would then refuse the right one.
+        together(lambda: _check_later(cfg.train, fresh=found == "fresh"))
+        with jax.set_mesh(mesh):
+            run, kept = Run(cfg, data, mesh, workdir), cfg.train
         together(lambda: stack.enter_context(folder.lock(workdir)))
         together(lambda: folder.describe(workdir, cfg))
         stack.enter_context(jax.set_mesh(mesh))
         interrupt = stack.enter_context(Interrupt())
-        run, kept = Run(cfg, data, mesh, workdir), cfg.train
         with Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every, keep_best=kept.keep_best) as checkpoints:
             state, done = _start(run, checkpoints)
             with Recorder(cfg, workdir, done) as recorder, Compilations(("step", "evaluate"), recorder.progress.say):
                 state = _steps(run, state, done, checkpoints, recorder, interrupt)
         # The last checkpoint is on disk: from here on, a run that dies is finished by the next one.
         return _finish(run, state, baselines or {}, finish)
+
+
+def _check_later(cfg: TrainConfig, *, fresh: bool) -> None:
+    """Raises what a part that comes later would refuse."""
+    metrics.check_writers(tensorboard=cfg.tensorboard, wandb=cfg.wandb)
+    if fresh and cfg.init_from is not None:
+        check_start(cfg.init_from)
 
 
 class Run:

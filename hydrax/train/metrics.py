@@ -47,7 +47,7 @@ class TensorBoardWriter:
     """Event files under `folder`; what an earlier process wrote after `step` is hidden."""
 
     def __init__(self, folder: pathlib.Path, step: int):
-        module = _extra("tensorboardX", "train.tensorboard", True, "tensorboard")
+        module = _tensorboard()
         self._writer = module.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
@@ -62,7 +62,7 @@ class WandbWriter:
     """A Weights & Biases run named after the run folder, continued when the folder is."""
 
     def __init__(self, project: str, workdir: pathlib.Path, config: Mapping[str, Any]):
-        module = _extra("wandb", "train.wandb", project, "wandb")
+        module = _wandb(project)
         identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
         settings = {"project": project, "name": workdir.name, "id": identity, "resume": "allow"}
         self._run = module.init(dir=str(workdir), config=dict(config), **settings)
@@ -72,6 +72,14 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_writers(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raises what `open_writers` would, and writes nothing."""
+    if wandb is not None:
+        _wandb(wandb)
+    if tensorboard:
+        _tensorboard()
 
 
 def open_writers(
@@ -140,6 +148,14 @@ def naming(path: pathlib.Path) -> Iterator[None]:
 def write_json(path: pathlib.Path, values: Any) -> None:
     """Indented JSON, written atomically."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _wandb(project: str) -> ModuleType:
+    return _extra("wandb", "train.wandb", project, "wandb")
+
+
+def _tensorboard() -> ModuleType:
+    return _extra("tensorboardX", "train.tensorboard", True, "tensorboard")
 
 
 def _extra(package: str, key: str, value: object, extra: str) -> ModuleType:

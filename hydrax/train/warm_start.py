@@ -14,6 +14,7 @@ from hydrax.core.typing import Array
 from hydrax.models.layers import groups
 from hydrax.models.spec import ModelConfig, resolve, sections
 from hydrax.train.checkpoint import read_params
+from hydrax.train.folder import read_config
 
 STACKED = re.compile(r"periods/(\d+)/blocks/(\d+)/(.*)")
 
@@ -36,6 +37,14 @@ class Report:
         steps = ", ".join(map(str, self.steps))
         counts = f"{len(self.reused)} reused, {_some(self.new)} newly initialised, {_some(self.dropped)} dropped"
         return f"weights of {self.source} at step {steps}: {counts}"
+
+
+def check_start(text: str) -> None:
+    """Raises `ConfigError` unless `text` is about the folder of a run."""
+    try:
+        read_config(pathlib.Path(_parsed(text)[0]))
+    except ConfigError as error:
+        raise ConfigError("train.init_from", text, error.allowed) from None
 
 
 def warm_start(text: str, cfg: ModelConfig, params: Mapping[str, Array]) -> tuple[dict[str, Array], Report]:

@@ -159,7 +159,7 @@ def test_unreadable_files_are_named_not_skipped(tmp_path, monkeypatch):
     monkeypatch.setitem(formats._OPEN, "", denied)
     error = refused(tmp_path)
     assert error.key == "data.path"
-    assert error.allowed == "0.txt cannot be read: Permission denied"
+    assert error.allowed == "0.txt cannot be read: Permission denied; expected files of text"
 
 
 def test_unreadable_folder_is_named_not_skipped(tmp_path, monkeypatch):

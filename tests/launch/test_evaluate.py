@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from hydrax.eval import evaluate
 from tests.eval import small
 from tests.launch.conftest import run
 
@@ -69,6 +70,19 @@ def test_text_is_that_of_validation_unless_given(finished, tmp_path):
     summary = json.loads((finished / "summary.json").read_text())
     # Training evaluates 8 of the rows, cut across documents.
     np.testing.assert_allclose(found["bits_per_byte"], summary["val_bits_per_byte"], rtol=0.05)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("out", "file/out"), ("out", "."), ("workdir", "{run},{place}")])
+def test_what_cannot_end_well_does_not_begin(flag, value, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_run", lambda *args: pytest.fail("a run was opened"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "evaluation.json").mkdir()
+    flags = {"workdir": str(finished), "out": str(tmp_path / "new")}
+    given = value.format(run=finished, place=tmp_path) if "{" in value else str(tmp_path / value)
+    outcome = run("evaluate", *(f"--{name}={text}" for name, text in {**flags, flag: given}.items()))
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith(f"error: {flag} = '") and "expected" in outcome.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_documents_that_are_too_short_are_named(finished, text, tmp_path):

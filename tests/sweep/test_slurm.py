@@ -30,6 +30,19 @@ echo '4711_[1-2%2]|{waiting}|None assigned'
 """
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--slurm=nodes=2"], "slurm = 'nodes=2': expected with executor = 'slurm', and it is 'local'"),
+        (["--slurm=nodes", "--executor=slurm"], "slurm = 'nodes': expected <parameter>=<value>"),
+    ],
+)
+def test_parameters_are_refused_before_anything_is_written(flags, line, write, tmp_path):
+    outcome = run(f"--sweep={write([BASE])}", f"--workdir={tmp_path / 'runs'}", *flags)
+    assert (outcome.code, outcome.err) == (2, f"error: {line}\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_without_submitit_one_line_names_the_extra(write, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "submitit", None)
     outcome = run(f"--sweep={write([BASE])}", f"--workdir={tmp_path / 'runs'}", "--executor=slurm")
