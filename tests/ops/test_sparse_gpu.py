@@ -28,7 +28,7 @@ CASES = {
     BY_QUERY_HEAD: (Case(1, 200, 2, 1, 64, 64), 64),
     "wide": (Case(1, 600, 2, 1, 64, 64), 256),
 }
-LONG = ("wide", BY_QUERY_HEAD)
+QUICK = ("heads-tokens", "documents-blocks")
 LARGE = {
     "groups": (Case(2, 1000, 16, 1, 128, 128), 64),
     "groups_documents": (Case(1, 900, 6, 2, 64, 64, documents=True), 128),
@@ -103,8 +103,14 @@ def check_case(name: str, order: str) -> None:
         assert_close(f"d{what}", gradients[what], value, TOLERANCE["bf16_gradient"])
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CASES])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        pytest.param(name, order, marks=[pytest.mark.slow] * (f"{name}-{order}" not in QUICK))
+        for name in CASES
+        for order in ORDERS
+    ],
+)
 @pytest.mark.usefixtures("emulated_gpu")
 def test_bodies_equal_the_definition(name: str, order: str) -> None:
     check_case(name, order)
