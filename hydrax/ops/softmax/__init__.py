@@ -104,7 +104,7 @@ def attention(
     rules = forms.Rules(K**-0.5 if scale is None else scale, softcap, window, sink_tokens, aligned, dilation, alive)
     refusals = {
         "cudnn": _cudnn_refusal(queries, keys, sinks, rules, return_lse),
-        "pallas_gpu": _refusal(queries, keys, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
+        "pallas_gpu": _refusal(queries, rules) or hopper_refusal("hydrax.ops.softmax.gpu", q, k, v),
     }
     if refusal := refusals.get(named("attention", impl) or ""):
         raise ValueError(f"attention: impl = {named('attention', impl)!r} cannot serve: {refusal}")
@@ -201,7 +201,7 @@ def _default(refusals: Mapping[str, str | None], queries: forms.Queries, keys: f
     return next((name for name, suits in kernels if suits and refusals[name] is None), slow)
 
 
-def _refusal(queries: forms.Queries, keys: forms.Keys, rules: forms.Rules) -> str | None:
+def _refusal(queries: forms.Queries, rules: forms.Rules) -> str | None:
     """Why no kernel can serve these inputs, or None."""
     reasons = {
         "serves self-attention only, without a cache": not rules.aligned,
@@ -237,4 +237,4 @@ def _cudnn_refusal(
         "needs an even number of tokens": T % 2 != 0,
     }
     refused = next((f"it {reason}" for reason, holds in reasons.items() if holds), None)
-    return _refusal(queries, keys, rules) or refused
+    return _refusal(queries, rules) or refused
