@@ -67,7 +67,7 @@ def chunk_attention(
 
     def scored(queries: forms.Queries, keys: forms.Keys) -> Array:
         """q·k̄ of the groups before the query's, at their last tokens."""
-        r = forms.scores(queries, keys._replace(k=means.astype(keys.k.dtype)), rules)
+        r = forms.scores(queries, keys._replace(k=means), rules)
         return jnp.where(_before(queries, keys, size) & _landmarks(keys, last), r, MASKED)
 
     def choose(rows: tuple, keys: forms.Keys) -> tuple[Array]:
